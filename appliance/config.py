@@ -1,0 +1,175 @@
+"""appliance.toml as a strict schema: an unknown key is an error with its line. The only reader of settings.
+
+Every field says what it is for; the table in docs/configuration.md is made from these descriptions.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, StringConstraints, ValidationError
+
+from appliance.errors import ConfigError
+
+Level = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Box(Settings):
+    """Who this box is."""
+
+    site: Level = Field("plant", description="Site name, a topic level.")
+    name: Level = Field("box1", description="Box name, a topic level; also part of the MQTT client id.")
+
+
+class Paths(Settings):
+    """Where things lie. Relative paths are relative to the configuration file."""
+
+    catalog: Path = Field(Path("models_onnx"), description="The expert bundles, graph and recipes.")
+    state: Path = Field(
+        Path("/var/lib/appliance"), description="Accepted pictures and verdicts; must survive restarts."
+    )
+    store: Path = Field(Path("/var/cache/appliance"), description="Compiled experts; may be deleted, is rebuilt.")
+    profile: Path | None = Field(
+        None, description="Measured costs of this box; without it profiles/default.json serves."
+    )
+    journal: Path | None = Field(None, description="Write every event here, for `appliance simulate`; off by default.")
+
+
+class Mqtt(Settings):
+    """The broker that cameras publish to."""
+
+    host: str = Field("127.0.0.1", description="Broker's host name or address.")
+    port: Annotated[int, Field(ge=1, le=65535)] = Field(1883, description="Broker's port.")
+    protocol: Literal["auto", "5", "3.1.1"] = Field("auto", description="MQTT version; auto tries 5, then 3.1.1.")
+    root: Level = Field("coe", description="First topic level.")
+    username: str | None = Field(None, description="User name at the broker.")
+    password_file: Path | None = Field(None, description="File whose first line is the password.")
+    keepalive_seconds: Annotated[int, Field(ge=2, le=600)] = Field(
+        15, description="A silent link is dropped after 1.5 of these."
+    )
+    receive_maximum: Annotated[int, Field(ge=1, le=1000)] = Field(
+        64, description="Pictures that the broker may send ahead of our acknowledgement."
+    )
+
+
+class Broker(Settings):
+    """The embedded broker, for a box without a site broker."""
+
+    embedded: bool = Field(False, description="Run nats-server as a child process on mqtt.port.")
+    folder: Path = Field(Path("broker"), description="Its files, below paths.state unless absolute.")
+
+
+class Memory(Settings):
+    """Byte budgets, per device."""
+
+    weights: ByteSize = Field(ByteSize(1_000_000_000), description="Budget of the experts' weights in main memory.")
+
+
+class Executors(Settings):
+    """Threads that run experts."""
+
+    cpu: Annotated[int, Field(ge=1, le=64)] | None = Field(
+        None, description="CPU executors; from the profile by default."
+    )
+    load_slots: Annotated[int, Field(ge=1, le=16)] = Field(2, description="Loads in flight per device.")
+
+
+class Limits(Settings):
+    """What the box accepts."""
+
+    picture_bytes: ByteSize = Field(ByteSize(16_000_000), description="Largest payload.")
+    picture_pixels: Annotated[int, Field(ge=1)] = Field(40_000_000, description="Largest width x height.")
+    waiting_pictures: Annotated[int, Field(ge=1)] = Field(
+        10_000, description="Pictures scheduled at once; the rest waits on disk."
+    )
+    spool: ByteSize = Field(
+        ByteSize(2_000_000_000), description="Accepted pictures on disk; a full spool stops acknowledging."
+    )
+    verdict_days: Annotated[float, Field(gt=0)] = Field(30.0, description="Verdicts are kept this long.")
+
+
+class Config(Settings):
+    """The whole of appliance.toml."""
+
+    box: Box = Box()
+    paths: Paths = Paths()
+    mqtt: Mqtt = Mqtt()
+    broker: Broker = Broker()
+    memory: Memory = Memory()
+    executors: Executors = Executors()
+    limits: Limits = Limits()
+
+    @property
+    def broker_folder(self) -> Path:
+        return self.paths.state / self.broker.folder
+
+    def topic(self, *levels: str) -> str:
+        """`coe/v1/<site>/<levels…>`"""
+        return "/".join((self.mqtt.root, "v1", self.box.site, *levels))
+
+    def password(self) -> SecretStr | None:
+        """The broker password. Raises ConfigError when its file cannot be read."""
+        if self.mqtt.password_file is None:
+            return None
+        try:
+            return SecretStr(self.mqtt.password_file.read_text("utf-8").splitlines()[0])
+        except (OSError, IndexError) as error:
+            raise ConfigError(
+                f"mqtt.password_file {self.mqtt.password_file} has no password", "put it on the first line"
+            ) from error
+
+
+def load(path: Path) -> Config:
+    """Read appliance.toml. Raises ConfigError naming file, line, key and remedy."""
+    try:
+        text = path.read_text("utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}", "give its place with --config") from error
+    try:
+        config = Config.model_validate(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not TOML: {error}", "correct that line") from error
+    except ValidationError as error:
+        problems = "; ".join(_problem(e["loc"], e["msg"], text) for e in error.errors())
+        raise ConfigError(f"{path}: {problems}", "see docs/configuration.md for the keys") from error
+    return config.model_copy(update={"paths": _absolute(config.paths, path.parent.resolve())})
+
+
+def notify_socket() -> str | None:
+    """systemd's notification socket, if it gave us one."""
+    return os.environ.get("NOTIFY_SOCKET")
+
+
+def watchdog_seconds() -> float | None:
+    """How often systemd wants a sign of progress (WatchdogSec), if it does and means this process."""
+    microseconds = os.environ.get("WATCHDOG_USEC")
+    meant_for = os.environ.get("WATCHDOG_PID")
+    if microseconds is None or (meant_for is not None and meant_for != str(os.getpid())):
+        return None
+    return int(microseconds) / 1e6
+
+
+def _problem(location: tuple[int | str, ...], message: str, text: str) -> str:
+    key = ".".join(str(part) for part in location)
+    line = _line_of(str(location[-1]), text)
+    hint = "unknown key" if message == "Extra inputs are not permitted" else message
+    return f"line {line}: {key}: {hint}" if line else f"{key}: {hint}"
+
+
+def _line_of(key: str, text: str) -> int | None:
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.split("=")[0].strip(" []\t\"'") in (key, key.replace('"', "")):
+            return number
+    return None
+
+
+def _absolute(paths: Paths, base: Path) -> Paths:
+    fields = {name: value for name, value in paths if isinstance(value, Path)}
+    return paths.model_copy(update={name: base / value for name, value in fields.items()})

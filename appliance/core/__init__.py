@@ -1,0 +1,1 @@
+"""Decides. No clock, no lock, no log, no I/O: events and `now` in, actions out."""

@@ -1,0 +1,151 @@
+"""The expert graph: who is asked first, who is asked next, compiled to dictionaries; and one request's way through it.
+
+networkx checks the graph once, when it is compiled; deciding uses dictionaries only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import networkx
+
+from appliance.core.types import Finding, Outcome, Refusal, Request, Step
+from appliance.errors import GraphError
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """Holds for findings of which one satisfies every part that is given."""
+
+    label: str | None = None
+    not_label: str | None = None
+    score_at_least: float | None = None
+    score_below: float | None = None
+
+    def holds(self, findings: Iterable[Finding]) -> bool:
+        return any(self._fits(finding) for finding in findings)
+
+    def _fits(self, finding: Finding) -> bool:
+        return (
+            (self.label is None or finding.label == self.label)
+            and (self.not_label is None or finding.label != self.not_label)
+            and (self.score_at_least is None or finding.score >= self.score_at_least)
+            and (self.score_below is None or finding.score < self.score_below)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """`to` is asked after `source` when any condition holds, or always when there is none."""
+
+    source: str
+    to: str
+    conditions: tuple[Condition, ...] = ()
+
+    def taken(self, findings: Sequence[Finding]) -> bool:
+        return not self.conditions or any(condition.holds(findings) for condition in self.conditions)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertGraph:
+    """`entries`: component → expert asked first. `edges`: expert → ways on. `before`: expert → who may lead to it."""
+
+    entries: Mapping[str, str]
+    edges: Mapping[str, tuple[Edge, ...]]
+    before: Mapping[str, tuple[str, ...]]
+
+    def next_experts(self, expert: str, findings: Sequence[Finding]) -> tuple[str, ...]:
+        """Who is asked after `expert` found this, each once."""
+        return tuple(dict.fromkeys(edge.to for edge in self.edges.get(expert, ()) if edge.taken(findings)))
+
+    def is_subsequent(self, expert: str) -> bool:
+        """Whether the expert is reached only through others (CoServe's subsequent expert)."""
+        return bool(self.before.get(expert)) and expert not in self.entries.values()
+
+
+def compile_graph(entries: Mapping[str, str], edges: Sequence[Edge], experts: Sequence[str]) -> ExpertGraph:
+    """Check the graph and turn it into dictionaries. Raises GraphError that names the expert or the cycle."""
+    known = set(experts)
+    for component, expert in entries.items():
+        if expert not in known:
+            raise GraphError(
+                f"component {component} asks {expert}, which has no bundle", "add the bundle or correct it"
+            )
+    for edge in edges:
+        for expert in (edge.source, edge.to):
+            if expert not in known:
+                raise GraphError(f"an edge names {expert}, which has no bundle", "add the bundle or correct the edge")
+    drawn = networkx.DiGraph((edge.source, edge.to) for edge in edges)
+    if not networkx.is_directed_acyclic_graph(drawn):
+        cycle = [source for source, _ in networkx.find_cycle(drawn)]
+        raise GraphError(f"the graph has a cycle: {' → '.join([*cycle, cycle[0]])}", "remove one of these edges")
+    return ExpertGraph(
+        dict(entries),
+        {source: tuple(e for e in edges if e.source == source) for source in dict.fromkeys(e.source for e in edges)},
+        {to: tuple(dict.fromkeys(e.source for e in edges if e.to == to)) for to in dict.fromkeys(e.to for e in edges)},
+    )
+
+
+def draw(graph: ExpertGraph) -> str:
+    """The graph as Mermaid text, experts with the same ways on drawn as one node, so that hundreds stay readable."""
+    families: dict[tuple[tuple[str, tuple[Condition, ...]], ...], list[str]] = {}
+    for expert in dict.fromkeys([*graph.entries.values(), *graph.edges]):
+        ways = tuple((edge.to, edge.conditions) for edge in graph.edges.get(expert, ()))
+        families.setdefault(ways, []).append(expert)
+    lines = ["flowchart LR"]
+    for number, (ways, members) in enumerate(families.items()):
+        label = members[0] if len(members) == 1 else f"{members[0]} … {members[-1]} ({len(members)} experts)"
+        lines.append(f'  family{number}["{label}"]')
+        for to, conditions in ways:
+            lines.append(f'  family{number} -->|"{_words(conditions)}"| {to.replace("-", "_")}["{to}"]')
+    return "\n".join(lines)
+
+
+def _words(conditions: Sequence[Condition]) -> str:
+    return " or ".join(_phrase(condition) for condition in conditions) or "always"
+
+
+def _phrase(condition: Condition) -> str:
+    parts = [
+        condition.label,
+        f"not {condition.not_label}" if condition.not_label else None,
+        f"score ≥ {condition.score_at_least}" if condition.score_at_least is not None else None,
+        f"score < {condition.score_below}" if condition.score_below is not None else None,
+    ]
+    return " and ".join(part for part in parts if part)
+
+
+@dataclass(slots=True)
+class Progress:
+    """One request's way through the graph: what is still asked, and what was answered so far."""
+
+    request: Request
+    waiting_for: set[str]
+    asked: set[str] = field(default_factory=set)
+    steps: list[Step] = field(default_factory=list)
+
+    def answered(self, step: Step, graph: ExpertGraph) -> tuple[str, ...]:
+        """Note an expert's answer; returns the experts to ask next, none of them asked before."""
+        self.waiting_for.discard(step.expert)
+        self.steps.append(step)
+        following = tuple(e for e in graph.next_experts(step.expert, step.findings) if e not in self.asked)
+        self.asked.update(following)
+        self.waiting_for.update(following)
+        return following
+
+    @property
+    def is_complete(self) -> bool:
+        return not self.waiting_for
+
+    def outcome(self) -> Outcome:
+        """The verdict of a complete request: it fails if any expert's finding fails it."""
+        return Outcome.FAIL if any(f.fails for step in self.steps for f in step.findings) else Outcome.PASS
+
+
+def start(request: Request, graph: ExpertGraph) -> Progress | Refusal:
+    """The first expert to ask, or why nobody can be asked."""
+    expert = graph.entries.get(request.component)
+    if expert is None:
+        return Refusal("unknown-component", f"no expert is assigned to component {request.component}")
+    return Progress(request, {expert}, {expert})

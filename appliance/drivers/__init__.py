@@ -1,0 +1,1 @@
+"""Touches the world: broker, disk, ONNX Runtime, operating system. Obeys actions and reports events."""

@@ -1,0 +1,109 @@
+"""Every error the appliance raises on purpose, each with the thing it is about and what to do next.
+
+    ApplianceError
+    ├── ConfigError              appliance.toml: unknown key, wrong value, missing file
+    ├── CatalogError             a manifest, recipe or graph under models_onnx/ is wrong
+    │   ├── GraphError           cycle, unknown expert, impossible condition
+    │   └── DigestMismatch       a file's bytes are not the ones its manifest names
+    ├── ModelError               an ONNX file cannot serve
+    │   └── UnsafeModel          it crashed, or broke a limit of, the child process that checked it
+    ├── StoreError               a compiled artefact is missing or damaged
+    ├── ExportError              a PyTorch expert did not survive conversion
+    ├── MessageError             a message that cannot become a request; `reason` names its error topic
+    │   └── PictureError         its payload is not a picture that we accept
+    ├── LoadError                weights could not be brought into memory
+    ├── RunError                 an expert could not be run
+    ├── NoRoom                   the memory budget cannot hold what was asked
+    ├── BrokerError              no broker, or one that refuses us
+    └── RecordsError             the spool or the verdict record cannot be trusted
+
+They are raised where the fact is known and become an answer at two borders only: a worker (an event, then a verdict
+or an error message with a reason) and the command line (one line and an exit code).
+"""
+
+
+class ApplianceError(Exception):
+    """Something named went wrong: `what` says what, `remedy` what to do, `reason` is the short code machines read."""
+
+    reason = "error"
+
+    def __init__(self, what: str, remedy: str = "") -> None:
+        super().__init__(f"{what} ({remedy})" if remedy else what)
+        self.what, self.remedy = what, remedy
+
+
+class ConfigError(ApplianceError):
+    reason = "config"
+
+
+class CatalogError(ApplianceError):
+    reason = "catalog"
+
+
+class GraphError(CatalogError):
+    reason = "graph"
+
+
+class DigestMismatch(CatalogError):
+    reason = "digest-mismatch"
+
+    def __init__(self, path: str, expected: str, found: str) -> None:
+        super().__init__(
+            f"{path} has SHA-256 {found[:12]}…, its manifest says {expected[:12]}…",
+            "restore the file, or export the expert again",
+        )
+        self.path, self.expected, self.found = path, expected, found
+
+
+class ModelError(ApplianceError):
+    reason = "model"
+
+
+class UnsafeModel(ModelError):
+    reason = "model-unsafe"
+
+
+class StoreError(ApplianceError):
+    reason = "store"
+
+
+class ExportError(ApplianceError):
+    reason = "export"
+
+
+class MessageError(ApplianceError):
+    """A message that cannot become a request. `reason` is the last level of the error topic it is answered on."""
+
+    def __init__(self, reason: str, what: str, remedy: str) -> None:
+        super().__init__(what, remedy)
+        self.reason = reason
+
+
+class PictureError(MessageError):
+    """A payload that is not a picture we accept; `reason` starts with `picture-`."""
+
+
+class LoadError(ApplianceError):
+    reason = "load"
+
+
+class RunError(ApplianceError):
+    reason = "run"
+
+
+class NoRoom(ApplianceError):
+    reason = "no-room"
+
+    def __init__(self, need_bytes: int, could_free_bytes: int) -> None:
+        super().__init__(
+            f"{need_bytes} more bytes are needed, {could_free_bytes} could be freed", "raise the weights budget"
+        )
+        self.need_bytes, self.could_free_bytes = need_bytes, could_free_bytes
+
+
+class BrokerError(ApplianceError):
+    reason = "broker"
+
+
+class RecordsError(ApplianceError):
+    reason = "records"

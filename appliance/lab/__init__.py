@@ -1,0 +1,1 @@
+"""Measures and searches. The service never imports it."""
