@@ -5,8 +5,11 @@ Everything here is a value. Times named `*_seconds` are monotonic seconds unless
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+
+from appliance.core.costs import Cost
 
 
 class Outcome(StrEnum):
@@ -95,6 +98,38 @@ class Segment:
 
     id: str
     bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Expert:
+    """What deciding needs to know of an expert. `costs` by device; `probability` of use by a request, 0..1."""
+
+    name: str
+    segments: tuple[Segment, ...]
+    costs: Mapping[str, Cost]
+    max_batch: int
+    probability: float = 0.0
+
+    @property
+    def bytes(self) -> int:
+        return sum(segment.bytes for segment in self.segments)
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A memory with a budget for weights, and how many loads it takes at a time."""
+
+    name: str
+    budget_bytes: int
+    load_slots: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Executor:
+    """One who runs one batch at a time, on a device."""
+
+    name: str
+    device: str
 
 
 # Events: what the drivers report.

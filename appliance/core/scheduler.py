@@ -1,0 +1,163 @@
+"""The queues: tasks grouped by expert on each executor, and the backlog that assignment weighs.
+
+A group is CoServe's arranged queue: a task goes directly behind the last one for the same expert, else to the tail.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from appliance.core.policies import Offer, assign
+from appliance.core.types import Batch, Executor, Expert
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One request's question to one expert. `alone`: run it in a batch of its own, after a failed run."""
+
+    request: str
+    expert: str
+    since_seconds: float
+    alone: bool = False
+
+
+@dataclass(slots=True)
+class Group:
+    """Tasks for one expert on one executor, oldest first. `load_seconds` is booked until the expert is ready."""
+
+    expert: str
+    tasks: deque[Task] = field(default_factory=deque)
+    load_seconds: float = 0.0
+
+    @property
+    def since_seconds(self) -> float:
+        return self.tasks[0].since_seconds
+
+
+@dataclass(slots=True)
+class Queue:
+    """One executor's groups in order of arrival, its running batch, and its predicted backlog."""
+
+    executor: Executor
+    groups: dict[str, Group] = field(default_factory=dict)
+    running: Batch | None = None
+    total_seconds: float = 0.0
+
+
+class Scheduler:
+    def __init__(self, executors: tuple[Executor, ...], experts: Mapping[str, Expert]) -> None:
+        self.queues = {executor.name: Queue(executor) for executor in executors}
+        self._experts = experts
+        self._demand: dict[str, Counter[str]] = {e.device: Counter() for e in executors}
+        self._next_batch = 1
+
+    def demand(self, device: str, expert: str) -> int:
+        """Queued tasks, not counting running ones, that need the expert on the device."""
+        return self._demand[device][expert]
+
+    def put(self, task: Task, is_absent: Callable[[str, str], bool]) -> None:
+        """Give the task to an executor (CoServe §4.3). `is_absent(device, expert)` tells who would have to load."""
+        offer = assign([self._offer(queue, task.expert, is_absent) for queue in self.queues.values()])
+        queue = self.queues[offer.executor]
+        expert, device = self._experts[task.expert], queue.executor.device
+        group = queue.groups.get(task.expert)
+        if group is None:
+            group = queue.groups[task.expert] = Group(task.expert)
+            if is_absent(device, task.expert) and not self.demand(device, task.expert):
+                group.load_seconds = expert.costs[device].load_seconds
+        group.tasks.append(task)
+        queue.total_seconds += offer.extra_seconds
+        self._demand[device][task.expert] += 1
+
+    def take(self, queue: Queue, is_ready: Callable[[str], bool]) -> Batch | None:
+        """The next batch: of the groups whose expert is ready, the one whose first task has waited longest."""
+        ready = [group for group in queue.groups.values() if is_ready(group.expert)]
+        if not ready:
+            return None
+        group = min(ready, key=lambda g: g.since_seconds)
+        tasks = self._split(group)
+        self._forget(queue, group, len(tasks))
+        device = queue.executor.device
+        batch = Batch(self._next_batch, queue.executor.name, device, group.expert, tuple(t.request for t in tasks))
+        self._next_batch += 1
+        queue.running = batch
+        queue.total_seconds += self._experts[group.expert].costs[device].run_seconds(len(tasks))
+        return batch
+
+    def finished(self, batch: Batch) -> None:
+        """The batch's executor is free again."""
+        queue = self.queues[batch.executor]
+        assert queue.running == batch, f"batch {batch.id} was not running"
+        queue.running = None
+        queue.total_seconds -= self._experts[batch.expert].costs[batch.device].run_seconds(len(batch.requests))
+        self._settle(queue)
+
+    def loaded(self, device: str, expert: str) -> None:
+        """Nobody on the device waits for this load any longer."""
+        for queue in self._on(device):
+            group = queue.groups.get(expert)
+            if group is not None:
+                queue.total_seconds -= group.load_seconds
+                group.load_seconds = 0.0
+
+    def drop(self, request: str, expert: str) -> None:
+        """Take a request's task out of whichever queue holds it."""
+        for queue in self.queues.values():
+            group = queue.groups.get(expert)
+            if group is None:
+                continue
+            kept = [task for task in group.tasks if task.request != request]
+            dropped = len(group.tasks) - len(kept)
+            if dropped:
+                group.tasks = deque(kept)
+                self._forget(queue, group, dropped)
+                self._settle(queue)
+
+    def waiting(self, device: str, expert: str) -> tuple[str, ...]:
+        """The requests queued for the expert on the device, in order."""
+        return tuple(
+            task.request for queue in self._on(device) if expert in queue.groups for task in queue.groups[expert].tasks
+        )
+
+    def groups(self, device: str) -> Iterator[Group]:
+        """Every group on the device."""
+        for queue in self._on(device):
+            yield from queue.groups.values()
+
+    @property
+    def is_idle(self) -> bool:
+        return all(not queue.groups and queue.running is None for queue in self.queues.values())
+
+    def _on(self, device: str) -> Iterator[Queue]:
+        return (queue for queue in self.queues.values() if queue.executor.device == device)
+
+    def _offer(self, queue: Queue, expert: str, is_absent: Callable[[str, str], bool]) -> Offer:
+        device = queue.executor.device
+        cost = self._experts[expert].costs[device]
+        run = cost.item_seconds if expert in queue.groups else cost.run_seconds(1)
+        must_load = is_absent(device, expert) and not self.demand(device, expert)
+        return Offer(queue.executor.name, queue.total_seconds, run + (cost.load_seconds if must_load else 0.0))
+
+    def _split(self, group: Group) -> list[Task]:
+        """As many of the oldest tasks as one run takes; a task that must run alone does."""
+        tasks = [group.tasks.popleft()]
+        limit = 1 if tasks[0].alone else self._experts[group.expert].max_batch
+        while group.tasks and len(tasks) < limit and not group.tasks[0].alone:
+            tasks.append(group.tasks.popleft())
+        return tasks
+
+    def _forget(self, queue: Queue, group: Group, count: int) -> None:
+        """`count` tasks left the group: take their seconds off the backlog, and the group when it is empty."""
+        cost = self._experts[group.expert].costs[queue.executor.device]
+        queue.total_seconds -= cost.item_seconds * count
+        self._demand[queue.executor.device][group.expert] -= count
+        if not group.tasks:
+            queue.total_seconds -= cost.fixed_seconds + group.load_seconds
+            del queue.groups[group.expert]
+
+    def _settle(self, queue: Queue) -> None:
+        """Nothing left means zero, whatever rounding says."""
+        if not queue.groups and queue.running is None:
+            queue.total_seconds = 0.0

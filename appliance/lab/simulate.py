@@ -1,0 +1,216 @@
+"""Runs the controller against a pretend world in virtual time.
+
+The world is stricter than the real one: it refuses to run what is not ready, to load what is held, to drop what is
+in use, and to hold more than the budget. A live service's journal is replayed in it event by event.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import assert_never
+
+from appliance.core.controller import Controller
+from appliance.core.types import (
+    Action,
+    Arrived,
+    Batch,
+    Device,
+    Event,
+    Evict,
+    Expert,
+    Finding,
+    Finished,
+    Load,
+    Loaded,
+    LoadFailed,
+    Publish,
+    Refusal,
+    Request,
+    Run,
+    RunFailed,
+    Tick,
+    Verdict,
+)
+
+Answer = Callable[[str, str], tuple[Finding, ...] | Refusal]
+
+
+class IllegalMove(AssertionError):
+    """The controller asked for something that no device could do."""
+
+
+@dataclass(slots=True)
+class PretendDevice:
+    """What a device really holds, by its own count."""
+
+    device: Device
+    held: dict[str, int] = field(default_factory=dict)
+    experts: dict[str, set[str]] = field(default_factory=dict)
+    loading: set[str] = field(default_factory=set)
+    running: Counter[str] = field(default_factory=Counter)
+    peak_bytes: int = 0
+
+    def load(self, action: Load, expert: Expert) -> None:
+        _require(action.expert not in self.experts, f"{action.expert} is loaded twice")
+        _require(len(self.loading) < self.device.load_slots, f"more than {self.device.load_slots} loads at once")
+        for segment in action.segments:
+            _require(segment.id not in self.held, f"segment {segment.id} is read twice")
+            self.held[segment.id] = segment.bytes
+        needed = {segment.id for segment in expert.segments}
+        _require(needed <= self.held.keys(), f"{action.expert} lacks {needed - self.held.keys()}")
+        used = sum(self.held.values())
+        _require(used <= self.device.budget_bytes, f"{used} bytes exceed the budget of {self.device.budget_bytes}")
+        self.peak_bytes = max(self.peak_bytes, used)
+        self.experts[action.expert] = needed
+        self.loading.add(action.expert)
+
+    def evict(self, action: Evict) -> None:
+        _require(action.expert in self.experts, f"{action.expert} is not here")
+        _require(not self.running[action.expert], f"{action.expert} is evicted while it runs")
+        _require(action.expert not in self.loading, f"{action.expert} is evicted while it loads")
+        del self.experts[action.expert]
+        freed = {segment.id for segment in action.segments}
+        unused = self.held.keys() - {s for used in self.experts.values() for s in used}
+        _require(freed <= unused, f"{freed - unused} are dropped while others use them")
+        for segment in freed:
+            del self.held[segment]
+
+    def run(self, batch: Batch) -> None:
+        _require(batch.expert in self.experts and batch.expert not in self.loading, f"{batch.expert} is not ready")
+        self.running[batch.expert] += 1
+
+
+class World:
+    """Devices and executors that take exactly as long as their costs say, and answer as `answer` says.
+
+    `fails(action)` may name a refusal for a load or a run that shall fail.
+    """
+
+    def __init__(
+        self,
+        experts: Iterable[Expert],
+        devices: Iterable[Device],
+        answer: Answer,
+        fails: Callable[[Load | Run], Refusal | None] = lambda action: None,
+    ) -> None:
+        self.experts = {expert.name: expert for expert in experts}
+        self.devices = {device.name: PretendDevice(device) for device in devices}
+        self.verdicts: list[Verdict] = []
+        self.busy: set[str] = set()
+        self._answer, self._fails = answer, fails
+
+    def obey(self, action: Action) -> tuple[float, Event] | None:
+        """Do it; returns in how many seconds which event will tell of it. Raises IllegalMove."""
+        match action:
+            case Load(device, expert):
+                refusal = self._fails(action)
+                self.devices[device].load(action, self.experts[expert])
+                seconds = self.experts[expert].costs[device].load_seconds
+                return seconds, LoadFailed(device, expert, refusal) if refusal else Loaded(device, expert)
+            case Evict(device):
+                self.devices[device].evict(action)
+            case Run(batch):
+                return self._run(action, batch)
+            case Publish(verdict):
+                self.verdicts.append(verdict)
+            case _:
+                assert_never(action)
+        return None
+
+    def note(self, event: Event) -> None:
+        """The event is about to be told: what it reports is now so."""
+        match event:
+            case Loaded(device, expert) | LoadFailed(device, expert):
+                self.devices[device].loading.remove(expert)
+            case Finished(batch) | RunFailed(batch):
+                self.devices[batch.device].running[batch.expert] -= 1
+                self.busy.remove(batch.executor)
+            case Arrived() | Tick():
+                pass
+            case _:
+                assert_never(event)
+
+    def _run(self, action: Run, batch: Batch) -> tuple[float, Event]:
+        _require(batch.executor not in self.busy, f"{batch.executor} runs two batches at once")
+        _require(0 < len(batch.requests) <= self.experts[batch.expert].max_batch, f"batch of {len(batch.requests)}")
+        self.devices[batch.device].run(batch)
+        self.busy.add(batch.executor)
+        seconds = self.experts[batch.expert].costs[batch.device].run_seconds(len(batch.requests))
+        refusal = self._fails(action)
+        if refusal:
+            return seconds, RunFailed(batch, refusal)
+        answers = tuple(self._answer(request, batch.expert) for request in batch.requests)
+        return seconds, Finished(batch, answers, seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a run came to. `seconds` is virtual time from the first arrival to the last verdict."""
+
+    verdicts: tuple[Verdict, ...]
+    actions: tuple[Action, ...]
+    seconds: float
+    loads: int
+    evictions: int
+    peak_bytes: int
+
+    @property
+    def images_per_second(self) -> float:
+        return len(self.verdicts) / self.seconds if self.seconds else 0.0
+
+
+def simulate(controller: Controller, world: World, arrivals: Sequence[Request]) -> Report:
+    """Feed the arrivals at their times; everything else takes as long as the world says."""
+    agenda: list[tuple[float, int, Event]] = []
+    for number, request in enumerate(arrivals):
+        heapq.heappush(agenda, (request.arrived_seconds, number, Arrived(request)))
+    number, now = len(arrivals), arrivals[0].arrived_seconds if arrivals else 0.0
+    taken: list[Action] = []
+    while agenda or (wakeup := controller.next_wakeup(now)) is not None:
+        if agenda and ((wakeup := controller.next_wakeup(now)) is None or agenda[0][0] <= wakeup):
+            now, _, event = heapq.heappop(agenda)
+        else:
+            assert wakeup is not None
+            now, event = max(now, wakeup), Tick()
+        world.note(event)
+        for action in controller.handle(event, now):
+            taken.append(action)
+            following = world.obey(action)
+            if following is not None:
+                number += 1
+                heapq.heappush(agenda, (now + following[0], number, following[1]))
+    started = arrivals[0].arrived_seconds if arrivals else 0.0
+    return _report(world, taken, now - started)
+
+
+def replay(controller: Controller, world: World, events: Iterable[tuple[float, Event]]) -> Report:
+    """Feed recorded (seconds, event) pairs to a fresh controller: the same input makes the same actions."""
+    taken: list[Action] = []
+    started = ended = None
+    for now, event in events:
+        started = now if started is None else started
+        world.note(event)
+        for action in controller.handle(event, now):
+            taken.append(action)
+            world.obey(action)
+            ended = now if isinstance(action, Publish) else ended
+    return _report(world, taken, (ended or 0.0) - (started or 0.0))
+
+
+def _report(world: World, actions: list[Action], seconds: float) -> Report:
+    return Report(
+        tuple(world.verdicts),
+        tuple(actions),
+        seconds,
+        sum(isinstance(action, Load) for action in actions),
+        sum(isinstance(action, Evict) for action in actions),
+        max(device.peak_bytes for device in world.devices.values()),
+    )
+
+
+def _require(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise IllegalMove(otherwise)

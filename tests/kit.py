@@ -1,0 +1,54 @@
+"""Builders of the values that tests speak of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from appliance.core.controller import Controller
+from appliance.core.costs import Cost
+from appliance.core.graph import Condition, Edge, ExpertGraph, compile_graph
+from appliance.core.types import Box, Device, Executor, Expert, Finding, Request, Segment
+from appliance.lab.simulate import World
+
+SOUND = Finding("sound", 0.99, fails=False)
+DOUBTFUL = Finding("sound", 0.7, fails=False)
+OPEN = Finding("open", 0.9, fails=True)
+BOXED = Finding("short", 0.8, fails=True, box=Box(1, 2, 3, 4))
+
+
+def expert(name: str, segments: Mapping[str, int] | int = 10, **kwargs: float) -> Expert:
+    """An expert with its own segment of so many bytes, or with the named ones."""
+    named = {f"{name}-weights": segments} if isinstance(segments, int) else segments
+    cost = Cost(kwargs.pop("item", 0.01), kwargs.pop("fixed", 0.02), kwargs.pop("load", 0.1))
+    return Expert(
+        name,
+        tuple(Segment(key, size) for key, size in named.items()),
+        {"cpu": cost},
+        int(kwargs.pop("max_batch", 4)),
+        kwargs.pop("probability", 0.1),
+    )
+
+
+def request(name: str, component: str, at: float = 0.0, deadline: float | None = None) -> Request:
+    return Request(name, component, at, deadline)
+
+
+def inspection_graph(classifiers: Sequence[str], detector: str = "detector") -> ExpertGraph:
+    """Component `c-<expert>` asks its classifier; the detector is asked unless it is surely sound."""
+    doubtful = (Condition(not_label="sound"), Condition(label="sound", score_below=0.8))
+    edges = [Edge(name, detector, doubtful) for name in classifiers]
+    return compile_graph({f"c-{name}": name for name in classifiers}, edges, [*classifiers, detector])
+
+
+def box(
+    experts: Sequence[Expert], graph: ExpertGraph, budget_bytes: int, executors: int = 2, load_slots: int = 2
+) -> tuple[Controller, tuple[Device, ...]]:
+    """A controller of one CPU with so many executors."""
+    devices = (Device("cpu", budget_bytes, load_slots),)
+    names = tuple(Executor(f"cpu-{number}", "cpu") for number in range(executors))
+    return Controller(graph, {e.name: e for e in experts}, devices, names), devices
+
+
+def pretend(experts: Sequence[Expert], devices: Sequence[Device], finding: Finding = SOUND) -> World:
+    """A world in which every expert finds the same."""
+    return World(experts, devices, lambda request, expert: (finding,))

@@ -1,0 +1,273 @@
+"""The controller, in a pretend world that refuses illegal moves."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from appliance.core.controller import Controller
+from appliance.core.policies import PATIENCE_SECONDS
+from appliance.core.types import (
+    Arrived,
+    Batch,
+    Device,
+    Evict,
+    Expert,
+    Finding,
+    Finished,
+    Load,
+    Loaded,
+    LoadFailed,
+    Outcome,
+    Publish,
+    Refusal,
+    Request,
+    Run,
+    Segment,
+    Tick,
+)
+from appliance.lab.simulate import IllegalMove, PretendDevice, World, simulate
+from tests.kit import BOXED, DOUBTFUL, OPEN, SOUND, box, expert, inspection_graph, pretend, request
+
+BROKEN = Refusal("disk", "unreadable")
+
+
+def test_a_picture_of_an_absent_expert_is_loaded_run_and_answered() -> None:
+    controller, _ = _one_expert()
+    (load,) = controller.handle(Arrived(request("r", "c-a")), 0.0)
+    assert load == Load("cpu", "a", (Segment("a-weights", 10),))
+    (run,) = controller.handle(Loaded("cpu", "a"), 0.1)
+    assert isinstance(run, Run)
+    (publish,) = controller.handle(Finished(run.batch, ((SOUND,),), 0.03), 0.2)
+    assert isinstance(publish, Publish)
+    assert publish.verdict.outcome is Outcome.PASS
+    assert publish.verdict.waited_seconds == 0.2
+
+
+def test_many_pictures_of_a_cold_expert_cause_one_load_and_go_in_batches() -> None:
+    controller, devices = _one_expert()
+    report = simulate(controller, pretend(_experts("a"), devices), [request(str(n), "c-a") for n in range(10)])
+    assert report.loads == 1
+    assert [len(a.batch.requests) for a in report.actions if isinstance(a, Run)] == [4, 4, 2]
+
+
+def test_a_doubtful_part_is_asked_again_and_keeps_its_place_in_the_verdict() -> None:
+    experts = _experts("a")
+    controller, devices = box(experts, inspection_graph(["a"]), 100)
+    world = World(experts, devices, lambda r, e: (BOXED,) if e == "detector" else (DOUBTFUL,))
+    (verdict,) = simulate(controller, world, [request("r", "c-a")]).verdicts
+    assert [step.expert for step in verdict.steps] == ["a", "detector"]
+    assert verdict.outcome is Outcome.FAIL
+
+
+def test_an_unknown_component_is_rejected_at_once() -> None:
+    controller, _ = _one_expert()
+    (publish,) = controller.handle(Arrived(request("r", "nobody")), 0.0)
+    assert isinstance(publish, Publish)
+    assert publish.verdict.outcome is Outcome.REJECTED
+
+
+def test_the_same_request_while_it_is_answered_is_not_asked_twice() -> None:
+    controller, _ = _one_expert()
+    controller.handle(Arrived(request("r", "c-a")), 0.0)
+    assert controller.handle(Arrived(request("r", "c-a")), 0.01) == []
+    assert controller.scheduler.demand("cpu", "a") == 1
+
+
+def test_an_expert_larger_than_the_budget_is_an_error_that_says_so() -> None:
+    controller, _ = box([expert("a", 1000), expert("detector")], inspection_graph(["a"]), 100)
+    (publish,) = controller.handle(Arrived(request("r", "c-a")), 0.0)
+    assert isinstance(publish, Publish)
+    assert publish.verdict.refusal is not None
+    assert publish.verdict.refusal.reason == "no-room"
+
+
+def test_a_refused_picture_does_not_fail_its_neighbours() -> None:
+    experts = _experts("a")
+    controller, devices = box(experts, inspection_graph(["a"]), 100)
+    bad = Refusal("picture-damaged", "truncated")
+    world = World(experts, devices, lambda r, e: bad if r == "2" else (SOUND,))
+    verdicts = simulate(controller, world, [request(str(n), "c-a") for n in range(4)]).verdicts
+    assert {v.request: v.outcome for v in verdicts} == {"0": "pass", "1": "pass", "2": "error", "3": "pass"}
+
+
+def test_a_failed_load_is_tried_once_more_and_then_answered() -> None:
+    experts = _experts("a")
+    for failures, outcome in ((1, Outcome.PASS), (2, Outcome.ERROR)):
+        left = iter([BROKEN] * failures)
+        controller, devices = box(experts, inspection_graph(["a"]), 100)
+        world = World(experts, devices, lambda r, e: (SOUND,), lambda a, left=left: next(left, None))  # type: ignore[misc]
+        report = simulate(controller, world, [request("r", "c-a")])
+        assert [v.outcome for v in report.verdicts] == [outcome]
+        assert report.loads == 2
+
+
+def test_a_failed_run_is_repeated_one_picture_at_a_time() -> None:
+    experts = _experts("a")
+    controller, devices = box(experts, inspection_graph(["a"]), 100, executors=1)
+
+    def fails(action: Load | Run) -> Refusal | None:
+        return Refusal("run", "crash") if isinstance(action, Run) and "2" in action.batch.requests else None
+
+    report = simulate(
+        controller, World(experts, devices, lambda r, e: (SOUND,), fails), [request(str(n), "c-a") for n in range(4)]
+    )
+    assert Counter(v.outcome for v in report.verdicts) == {Outcome.PASS: 3, Outcome.ERROR: 1}
+    assert [len(a.batch.requests) for a in report.actions if isinstance(a, Run)] == [4, 1, 1, 1, 1]
+
+
+def test_a_request_past_its_deadline_is_late_at_once_and_only_once() -> None:
+    controller, _ = _one_expert()
+    controller.handle(Arrived(request("r", "c-a", deadline=1.0)), 0.0)
+    assert controller.next_wakeup(0.0) == 1.0
+    (publish,) = controller.handle(Tick(), 1.0)
+    assert isinstance(publish, Publish)
+    assert publish.verdict.outcome is Outcome.LATE
+    assert controller.handle(Loaded("cpu", "a"), 1.1) == []
+    assert controller.scheduler.is_idle
+
+
+def test_a_late_request_ignores_the_answer_that_comes_after_it() -> None:
+    controller, _ = _one_expert()
+    controller.handle(Arrived(request("r", "c-a", deadline=1.0)), 0.0)
+    (run,) = controller.handle(Loaded("cpu", "a"), 0.5)
+    assert isinstance(run, Run)
+    assert len(controller.handle(Tick(), 1.0)) == 1
+    assert controller.handle(Finished(run.batch, ((OPEN,),), 0.7), 1.2) == []
+
+
+def test_a_cold_expert_waits_for_residents_with_work_until_its_patience_ends() -> None:
+    controller, _ = box(_experts("a", "b", size=60), inspection_graph(["a", "b"]), 100, executors=1)
+    controller.handle(Arrived(request("a1", "c-a")), 0.0)
+    (run,) = controller.handle(Loaded("cpu", "a"), 0.1)
+    assert isinstance(run, Run)
+    controller.handle(Arrived(request("a2", "c-a")), 0.1)
+    assert controller.handle(Arrived(request("b1", "c-b")), 0.2) == []
+    assert controller.next_wakeup(0.2) == 0.2 + PATIENCE_SECONDS
+
+
+def test_load_and_run_overlap() -> None:
+    controller, _ = box(_experts("a", "b"), inspection_graph(["a", "b"]), 100, executors=1)
+    controller.handle(Arrived(request("a1", "c-a")), 0.0)
+    controller.handle(Loaded("cpu", "a"), 0.1)
+    assert isinstance(controller.handle(Arrived(request("b1", "c-b")), 0.11)[0], Load)
+
+
+def test_the_pretend_world_refuses_illegal_moves() -> None:
+    device = PretendDevice(Device("cpu", 15, 1))
+    a, b = expert("a"), expert("b")
+    with pytest.raises(IllegalMove, match="not ready"):
+        device.run(Batch(1, "cpu-0", "cpu", "a", ("r",)))
+    device.load(Load("cpu", "a", a.segments), a)
+    with pytest.raises(IllegalMove, match="twice"):
+        device.load(Load("cpu", "a", a.segments), a)
+    with pytest.raises(IllegalMove, match="loads at once"):
+        device.load(Load("cpu", "b", b.segments), b)
+    with pytest.raises(IllegalMove, match="while it loads"):
+        device.evict(Evict("cpu", "a", a.segments))
+    device.loading.clear()
+    device.run(Batch(1, "cpu-0", "cpu", "a", ("r",)))
+    with pytest.raises(IllegalMove, match="while it runs"):
+        device.evict(Evict("cpu", "a", a.segments))
+    with pytest.raises(IllegalMove, match="exceed the budget"):
+        device.load(Load("cpu", "b", b.segments), b)
+
+
+SHARED = [Segment(f"s{n}", 5 + 5 * n) for n in range(4)]
+
+
+@st.composite
+def workloads(draw: st.DrawFn) -> tuple[list[Expert], list[Request], int, int, int, dict[str, int]]:
+    """Experts with private and shared segments, arrivals with and without deadlines, a box, and what fails."""
+    names = [f"e{n}" for n in range(draw(st.integers(1, 6)))]
+    experts = [
+        replace(
+            expert(name, draw(st.integers(5, 40)), load=draw(st.floats(0.01, 3)), probability=draw(st.floats(0, 1))),
+            max_batch=draw(st.integers(1, 4)),
+        )
+        for name in [*names, "detector"]
+    ]
+    experts = [
+        replace(e, segments=(*e.segments, *draw(st.lists(st.sampled_from(SHARED), max_size=2)))) for e in experts
+    ]
+    gaps = draw(st.lists(st.tuples(st.floats(0, 1.5), st.sampled_from([*names, "nobody"]), st.booleans()), max_size=40))
+    now, requests = 0.0, []
+    for number, (gap, name, hurried) in enumerate(gaps):
+        now += gap
+        requests.append(Request(f"r{number}", f"c-{name}", now, now + 2.0 if hurried else None))
+    fails = draw(st.dictionaries(st.sampled_from([e.name for e in experts]), st.integers(1, 5), max_size=2))
+    return experts, requests, draw(st.integers(45, 160)), draw(st.integers(1, 3)), draw(st.integers(1, 3)), fails
+
+
+@given(workloads(), st.randoms(use_true_random=False))
+def test_every_request_gets_exactly_one_verdict_whatever_fails(
+    workload: tuple[list[Expert], list[Request], int, int, int, dict[str, int]], chance: object
+) -> None:
+    experts, requests, budget, executors, slots, fails = workload
+    graph = inspection_graph([e.name for e in experts if e.name != "detector"])
+    controller, devices = box(experts, graph, budget, executors, slots)
+    left = dict(fails)
+
+    def broken(action: Load | Run) -> Refusal | None:
+        name = action.expert if isinstance(action, Load) else action.batch.expert
+        left[name] = left.get(name, 0) - 1
+        return BROKEN if left[name] >= 0 else None
+
+    def answer(request: str, expert: str) -> tuple[Finding, ...] | Refusal:
+        number = int(request[1:])
+        return Refusal("picture-damaged", "") if number % 7 == 6 else ((SOUND, DOUBTFUL, OPEN)[number % 3],)
+
+    report = simulate(controller, World(experts, devices, answer, broken), requests)
+
+    assert sorted(v.request for v in report.verdicts) == sorted(r.id for r in requests)
+    assert report.peak_bytes <= budget
+    assert controller.scheduler.is_idle
+    assert not controller.progress
+    assert all(queue.total_seconds == 0.0 for queue in controller.scheduler.queues.values())
+    assert all(ledger.is_evictable(name) for ledger in controller.ledgers.values() for name in ledger.resident)
+    unhurried = {r.id for r in requests if r.deadline_seconds is None}
+    assert not [v for v in report.verdicts if v.outcome is Outcome.LATE and v.request in unhurried]
+
+
+@given(workloads())
+def test_the_same_events_make_the_same_actions(
+    workload: tuple[list[Expert], list[Request], int, int, int, dict[str, int]],
+) -> None:
+    experts, requests, budget, executors, slots, _ = workload
+    graph = inspection_graph([e.name for e in experts if e.name != "detector"])
+    runs = []
+    for _ in range(2):
+        controller, devices = box(experts, graph, budget, executors, slots)
+        runs.append(simulate(controller, pretend(experts, devices, DOUBTFUL), requests).actions)
+    assert runs[0] == runs[1]
+
+
+@given(st.lists(st.sampled_from(["hot", "warm"]), min_size=50, max_size=200))
+def test_nobody_starves_behind_busy_residents(arrivals: list[str]) -> None:
+    """Residents are kept busy for longer than patience lasts; the cold expert's picture still gets its turn."""
+    experts = [expert(name, 40, item=0.1) for name in ("hot", "warm", "cold")] + [expert("detector", 1)]
+    controller, devices = box(experts, inspection_graph(["hot", "warm", "cold"]), 90, executors=1, load_slots=1)
+    requests = [request(f"{n}", f"c-{name}", n * 0.05) for n, name in enumerate(arrivals)]
+    cold = request("cold", "c-cold", 0.5)
+    report = simulate(controller, pretend(experts, devices), sorted([*requests, cold], key=lambda r: r.arrived_seconds))
+    (waited,) = [v.waited_seconds for v in report.verdicts if v.request == "cold"]
+    assert waited < PATIENCE_SECONDS + 2.0
+
+
+def _experts(*names: str, size: int = 10) -> list[Expert]:
+    return [expert(name, size) for name in names] + [expert("detector", size)]
+
+
+def _one_expert() -> tuple[Controller, tuple[Device, ...]]:
+    return box(_experts("a"), inspection_graph(["a"]), 100, executors=1)
+
+
+def test_a_load_failure_event_evicts_what_was_booked() -> None:
+    controller, _ = _one_expert()
+    controller.handle(Arrived(request("r", "c-a")), 0.0)
+    actions = controller.handle(LoadFailed("cpu", "a", BROKEN), 0.1)
+    assert actions == [Evict("cpu", "a", (Segment("a-weights", 10),)), Load("cpu", "a", (Segment("a-weights", 10),))]
