@@ -150,6 +150,33 @@ def test_a_cold_expert_waits_for_residents_with_work_until_its_patience_ends() -
     assert controller.next_wakeup(0.2) == 0.2 + PATIENCE_SECONDS
 
 
+def test_an_expert_loaded_for_waiting_pictures_stays_until_it_has_run() -> None:
+    """However long another waits: a load that is evicted before its run would be for nothing."""
+    controller, _ = box(_experts("a", "b", "c", size=50), inspection_graph(["a", "b", "c"]), 100, executors=1)
+    controller.handle(Arrived(request("a1", "c-a")), 0.0)
+    controller.handle(Loaded("cpu", "a"), 0.1)
+    controller.handle(Arrived(request("b1", "c-b")), 0.2)
+    controller.handle(Loaded("cpu", "b"), 0.3)
+    controller.handle(Arrived(request("c1", "c-c")), 0.4)
+    assert controller.handle(Tick(), 0.4 + 2 * PATIENCE_SECONDS) == []
+
+
+def test_an_expert_whose_pictures_are_all_late_may_leave() -> None:
+    controller, _ = box(_experts("a", "b", size=100), inspection_graph(["a", "b"]), 100, executors=1)
+    controller.handle(Arrived(request("a1", "c-a")), 0.0)
+    (run,) = controller.handle(Loaded("cpu", "a"), 0.1)
+    assert isinstance(run, Run)
+    controller.handle(Finished(run.batch, ((SOUND,),), 0.1), 0.2)
+    controller.handle(Arrived(request("b1", "c-b", deadline=1.0)), 0.3)
+    controller.handle(Arrived(request("b2", "c-b", deadline=1.0)), 0.3)
+    (run,) = controller.handle(Loaded("cpu", "b"), 0.4)
+    controller.handle(Arrived(request("b3", "c-b", deadline=1.0)), 0.5)
+    controller.handle(Tick(), 1.0)
+    assert isinstance(run, Run)
+    controller.handle(Finished(run.batch, ((SOUND,),) * 2, 0.1), 1.1)
+    assert controller.ledgers["cpu"].is_evictable("b")
+
+
 def test_load_and_run_overlap() -> None:
     controller, _ = box(_experts("a", "b"), inspection_graph(["a", "b"]), 100, executors=1)
     controller.handle(Arrived(request("a1", "c-a")), 0.0)

@@ -1,0 +1,103 @@
+"""Queues grouped by expert, and the backlog that assignment weighs."""
+
+from __future__ import annotations
+
+import pytest
+
+from appliance.core.scheduler import Scheduler, Task
+from appliance.core.types import Executor
+from tests.kit import expert
+
+EXPERTS = {e.name: e for e in (expert("a", item=1.0, fixed=10.0, load=100.0), expert("b", item=2.0, fixed=20.0))}
+
+
+def test_a_task_goes_behind_the_last_one_for_the_same_expert() -> None:
+    scheduler = _scheduler(1)
+    for number, name in enumerate(["a", "b", "a"]):
+        scheduler.put(Task(str(number), name, number), _resident)
+    queue = scheduler.queues["cpu-0"]
+    assert [[t.request for t in g.tasks] for g in queue.groups.values()] == [["0", "2"], ["1"]]
+
+
+def test_a_second_task_for_an_expert_costs_no_second_start_and_no_second_load() -> None:
+    scheduler = _scheduler(1)
+    totals = []
+    for number in range(3):
+        scheduler.put(Task(str(number), "a", 0.0), _absent)
+        totals.append(scheduler.queues["cpu-0"].total_seconds)
+    assert totals == [111.0, 112.0, 113.0]
+
+
+def test_tasks_for_one_expert_meet_where_that_does_not_lengthen_the_backlog() -> None:
+    scheduler = _scheduler(2)
+    for name in ("b", "a", "a", "a"):
+        scheduler.put(Task(name, name, 0.0), _resident)
+    assert [list(queue.groups) for queue in scheduler.queues.values()] == [["b"], ["a"]]
+
+
+def test_a_long_group_is_split_over_executors() -> None:
+    scheduler = _scheduler(2)
+    for number in range(12):
+        scheduler.put(Task(str(number), "a", 0.0), _resident)
+    assert [len(queue.groups["a"].tasks) for queue in scheduler.queues.values()] == [6, 6]
+
+
+def test_the_backlog_of_a_taken_batch_is_what_its_run_costs() -> None:
+    scheduler = _scheduler(1)
+    scheduler.put(Task("0", "a", 0.0), _resident)
+    scheduler.put(Task("1", "b", 0.0), _resident)
+    queue = scheduler.queues["cpu-0"]
+    batch = scheduler.take(queue, lambda expert: True)
+    assert batch is not None
+    assert queue.total_seconds == 11.0 + 22.0
+    scheduler.finished(batch)
+    assert queue.total_seconds == 22.0
+
+
+def test_dropping_the_last_task_takes_its_start_and_load_off_the_backlog() -> None:
+    scheduler = _scheduler(1)
+    scheduler.put(Task("0", "a", 0.0), _absent)
+    scheduler.put(Task("1", "b", 0.0), _resident)
+    scheduler.drop("0", "a")
+    assert scheduler.queues["cpu-0"].total_seconds == 22.0
+    assert scheduler.demand("cpu", "a") == 0
+
+
+def test_a_load_that_ended_is_no_longer_in_the_backlog() -> None:
+    scheduler = _scheduler(1)
+    scheduler.put(Task("0", "a", 0.0), _absent)
+    scheduler.loaded("cpu", "a")
+    assert scheduler.queues["cpu-0"].total_seconds == 11.0
+
+
+def test_of_the_ready_groups_the_one_that_waited_longest_runs() -> None:
+    scheduler = _scheduler(1)
+    scheduler.put(Task("0", "a", 0.0), _resident)
+    scheduler.put(Task("1", "b", 1.0), _resident)
+    queue = scheduler.queues["cpu-0"]
+    assert scheduler.take(queue, lambda expert: False) is None
+    batch = scheduler.take(queue, lambda expert: expert == "b")
+    assert batch is not None
+    assert batch.requests == ("1",)
+
+
+def test_an_executor_that_was_not_running_cannot_finish() -> None:
+    scheduler = _scheduler(1)
+    scheduler.put(Task("0", "a", 0.0), _resident)
+    batch = scheduler.take(scheduler.queues["cpu-0"], lambda expert: True)
+    assert batch is not None
+    scheduler.finished(batch)
+    with pytest.raises(AssertionError, match="was not running"):
+        scheduler.finished(batch)
+
+
+def _scheduler(executors: int) -> Scheduler:
+    return Scheduler(tuple(Executor(f"cpu-{n}", "cpu") for n in range(executors)), EXPERTS)
+
+
+def _resident(device: str, expert: str) -> bool:
+    return False
+
+
+def _absent(device: str, expert: str) -> bool:
+    return True
