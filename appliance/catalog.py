@@ -231,33 +231,36 @@ class Product:
 
 @dataclass(frozen=True, slots=True)
 class Catalog:
-    """Everything under `models_onnx/`, checked against each other."""
+    """Everything under `models_onnx/`, checked against each other.
+
+    `broken` holds the experts whose bundle cannot serve and why: the others serve without them.
+    """
 
     folder: Path
     graph: ExpertGraph
     bundles: Mapping[str, Bundle]
+    broken: Mapping[str, CatalogError]
     versions: Mapping[str, tuple[int, ...]]
     products: Mapping[str, Product]
     usage: Mapping[str, float]
 
 
 def load(folder: Path) -> Catalog:
-    """Read and check the whole catalogue. Raises CatalogError (GraphError for the graph) naming file and remedy."""
+    """Read and check the whole catalogue. Raises CatalogError (GraphError for the graph) naming file and remedy.
+
+    A bundle that cannot be read breaks its own expert only.
+    """
     if not folder.is_dir():
         raise CatalogError(f"{folder} is not a folder", "set catalog = … in appliance.toml to the models_onnx folder")
     manifest = read(folder / "graph.toml", GraphManifest)
     found = {name: versions for name, versions in _expert_versions(folder).items() if versions}
-    chosen = {name: _chosen_version(name, versions, manifest.versions) for name, versions in found.items()}
-    bundles = {name: read_bundle(folder / name / str(version)) for name, version in chosen.items()}
-    for name in manifest.versions.keys() - found.keys():
-        raise CatalogError(
-            f"graph.toml pins a version of {name}, which has no bundle", f"add {folder / name}/<version>/"
-        )
-    graph = compile_graph(manifest.components, _edges(manifest, tuple(bundles)), tuple(bundles))
+    bundles, broken = _bundles(folder, found, manifest.versions)
+    names = tuple(found)
+    graph = compile_graph(manifest.components, _edges(manifest, names), names)
     products = _products(folder / "products", graph)
     for component in manifest.usage.keys() - manifest.components.keys():
         raise GraphError(f"[usage] names the unknown component {component}", "correct it, or add it to [components]")
-    return Catalog(folder, graph, bundles, found, products, dict(manifest.usage))
+    return Catalog(folder, graph, bundles, broken, found, products, dict(manifest.usage))
 
 
 def read_bundle(folder: Path) -> Bundle:
@@ -323,14 +326,25 @@ def _expert_versions(folder: Path) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _chosen_version(name: str, versions: tuple[int, ...], pinned: Mapping[str, int]) -> int:
-    version = pinned.get(name, versions[-1])
-    if version not in versions:
+def _bundles(
+    folder: Path, found: Mapping[str, tuple[int, ...]], pinned: Mapping[str, int]
+) -> tuple[dict[str, Bundle], dict[str, CatalogError]]:
+    """Of each expert its pinned version, else the newest."""
+    bundles, broken = dict[str, Bundle](), dict[str, CatalogError]()
+    for name in pinned.keys() - found.keys():
         raise CatalogError(
-            f"graph.toml pins {name} to version {version}, there are {', '.join(map(str, versions))}",
-            "pin one of these",
+            f"graph.toml pins a version of {name}, which has no bundle", f"add {folder / name}/<version>/"
         )
-    return version
+    for name, versions in found.items():
+        version = pinned.get(name, versions[-1])
+        if version not in versions:
+            there = ", ".join(map(str, versions))
+            raise CatalogError(f"graph.toml pins {name} to version {version}, there is {there}", "pin one of these")
+        try:
+            bundles[name] = read_bundle(folder / name / str(version))
+        except CatalogError as error:
+            broken[name] = error
+    return bundles, broken
 
 
 def _edges(manifest: GraphManifest, experts: tuple[str, ...]) -> list[Edge]:

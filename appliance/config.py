@@ -36,9 +36,7 @@ class Paths(Settings):
         Path("/var/lib/appliance"), description="Accepted pictures and verdicts; must survive restarts."
     )
     store: Path = Field(Path("/var/cache/appliance"), description="Compiled experts; may be deleted, is rebuilt.")
-    profile: Path | None = Field(
-        None, description="Measured costs of this box; without it profiles/default.json serves."
-    )
+    profile: Path = Field(Path("profiles/default.json"), description="Costs and counts for this box.")
     journal: Path | None = Field(None, description="Write every event here, for `appliance simulate`; off by default.")
 
 

@@ -16,6 +16,7 @@ from appliance.core.types import (
     Batch,
     Device,
     Evict,
+    Executor,
     Expert,
     Finding,
     Finished,
@@ -84,6 +85,14 @@ def test_an_expert_larger_than_the_budget_is_an_error_that_says_so() -> None:
     assert isinstance(publish, Publish)
     assert publish.verdict.refusal is not None
     assert publish.verdict.refusal.reason == "no-room"
+
+
+def test_an_unavailable_expert_is_an_error_that_says_why() -> None:
+    why = Refusal("digest-mismatch", "model.onnx has other bytes")
+    controller = Controller(inspection_graph(["a"]), {}, (Device("cpu", 100),), (Executor("cpu-0", "cpu"),), {"a": why})
+    (publish,) = controller.handle(Arrived(request("r", "c-a")), 0.0)
+    assert isinstance(publish, Publish)
+    assert (publish.verdict.outcome, publish.verdict.refusal) == (Outcome.ERROR, why)
 
 
 def test_a_refused_picture_does_not_fail_its_neighbours() -> None:

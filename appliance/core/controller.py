@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import assert_never
 
 from appliance.core import policies
@@ -47,15 +48,19 @@ LOAD_ATTEMPTS = 2  # a load that failed twice in a row fails everyone who waits 
 
 
 class Controller:
+    """`experts` can serve; a request that needs one of `unavailable` gets its refusal as verdict."""
+
     def __init__(
         self,
         graph: ExpertGraph,
         experts: Mapping[str, Expert],
         devices: Sequence[Device],
         executors: Sequence[Executor],
+        unavailable: Mapping[str, Refusal] = MappingProxyType({}),
     ) -> None:
         self._graph = graph
         self._experts = experts
+        self._unavailable = unavailable
         segments = {name: expert.segments for name, expert in experts.items()}
         self.ledgers = {device.name: Ledger(device, segments) for device in devices}
         self.scheduler = Scheduler(tuple(executors), experts)
@@ -172,13 +177,18 @@ class Controller:
 
     def _ask(self, progress: Progress, experts: Sequence[str], now: float, actions: list[Action]) -> None:
         for expert in experts:
-            if not any(ledger.ever_fits(expert) for ledger in self.ledgers.values()):
-                refusal = Refusal(
-                    "no-room", f"{expert} needs {self._experts[expert].bytes} bytes, more than the budget"
-                )
+            refusal = self._unavailable.get(expert) or self._too_large(expert)
+            if refusal is not None:
                 self._conclude(progress.request.id, Outcome.ERROR, now, actions, refusal)
                 return
             self.scheduler.put(Task(progress.request.id, expert, now), self._is_absent)
+
+    def _too_large(self, expert: str) -> Refusal | None:
+        if any(ledger.ever_fits(expert) for ledger in self.ledgers.values()):
+            return None
+        return Refusal(
+            "no-room", f"{expert} needs {self._experts[expert].bytes} bytes, more than the budget for weights"
+        )
 
     def _conclude(
         self, request: str, outcome: Outcome, now: float, actions: list[Action], refusal: Refusal | None = None
