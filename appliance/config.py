@@ -163,7 +163,7 @@ def _problem(location: tuple[int | str, ...], message: str, text: str) -> str:
 
 def _line_of(key: str, text: str) -> int | None:
     for number, line in enumerate(text.splitlines(), 1):
-        if line.split("=")[0].strip(" []\t\"'") in (key, key.replace('"', "")):
+        if line.split("=")[0].split(".")[-1].strip(" []\t\"'") == key:
             return number
     return None
 
