@@ -7,10 +7,12 @@ in use, and to hold more than the budget. A live service's journal is replayed i
 from __future__ import annotations
 
 import heapq
-from collections import Counter
+import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import assert_never
+from pathlib import Path
+from typing import Any, assert_never
 
 from appliance.core.controller import Controller
 from appliance.core.types import (
@@ -34,6 +36,7 @@ from appliance.core.types import (
     Tick,
     Verdict,
 )
+from appliance.drivers import journal
 
 Answer = Callable[[str, str], tuple[Finding, ...] | Refusal]
 
@@ -214,3 +217,41 @@ def _report(world: World, actions: list[Action], seconds: float) -> Report:
 def _require(holds: bool, otherwise: str) -> None:
     if not holds:
         raise IllegalMove(otherwise)
+
+
+def simulated(path: Path, *, predict: bool) -> dict[str, Any]:
+    """What `appliance simulate` tells of a journal. Raises RecordsError when it cannot be read."""
+    opening, recorded = journal.read(path)
+    events = list(recorded)
+    controller = Controller(
+        opening.graph, {e.name: e for e in opening.experts}, opening.devices, opening.executors, opening.unavailable
+    )
+    answers = _recorded_answers(event for _, event in events)
+    world = World(opening.experts, opening.devices, lambda request, expert: answers[request, expert])
+    started = time.perf_counter()
+    if predict:
+        report = simulate(controller, world, [e.request for _, e in events if isinstance(e, Arrived)])
+    else:
+        report = replay(controller, world, events)
+    wall_seconds = time.perf_counter() - started
+    return {
+        "requests": len(report.verdicts),
+        "outcomes": dict(Counter(verdict.outcome.value for verdict in report.verdicts)),
+        "loads": report.loads,
+        "evictions": report.evictions,
+        "peak_weights_bytes": report.peak_bytes,
+        "budget_bytes": sum(device.budget_bytes for device in opening.devices),
+        "seconds": report.seconds,
+        "images_per_second": report.images_per_second,
+        "requests_per_wall_second": len(report.verdicts) / wall_seconds,
+    }
+
+
+def _recorded_answers(events: Iterable[Event]) -> dict[tuple[str, str], tuple[Finding, ...] | Refusal]:
+    """What each expert answered live; one that was never asked there finds nothing."""
+    answers: dict[tuple[str, str], tuple[Finding, ...] | Refusal] = defaultdict(tuple)
+    for event in events:
+        if isinstance(event, Finished):
+            for request, answer in zip(event.batch.requests, event.answers, strict=True):
+                answers[request, event.batch.expert] = answer
+    return answers

@@ -1,0 +1,122 @@
+"""Simulation and replay: the same core, virtual time, strict worlds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from appliance.core.controller import Controller
+from appliance.core.types import Arrived, Batch, Event, Finished, Loaded, LoadFailed, Refusal, RunFailed, Tick
+from appliance.drivers import journal
+from appliance.drivers.journal import Journal, Opening
+from appliance.errors import RecordsError
+from appliance.lab.simulate import replay, simulate, simulated
+from tests.kit import BOXED, DOUBTFUL, box, expert, inspection_graph, pretend, request
+
+
+def test_a_run_takes_as_long_as_its_costs() -> None:
+    experts = [expert("a", load=0.5, item=0.1, fixed=0.2, max_batch=2), expert("detector")]
+    controller, devices = box(experts, inspection_graph(["a"]), 100, executors=1)
+    report = simulate(controller, pretend(experts, devices), [request(str(n), "c-a") for n in range(4)])
+    assert report.seconds == pytest.approx(0.5 + 2 * (0.2 + 2 * 0.1))
+    assert report.images_per_second == pytest.approx(4 / report.seconds)
+
+
+def test_a_written_journal_replays_to_the_same_actions(tmp_path: Path) -> None:
+    experts = [expert(name, 40) for name in ("a", "b", "detector")]
+    graph = inspection_graph(["a", "b"])
+    controller, devices = box(experts, graph, 90)
+    events: list[tuple[float, Event]] = []
+    handle = controller.handle
+
+    def noted(event: Event, now: float) -> list[object]:
+        events.append((now, event))
+        return list(handle(event, now))
+
+    controller.handle = noted  # type: ignore[method-assign, assignment]
+    requests = [request(str(n), f"c-{'ab'[n % 2]}", n * 0.01) for n in range(30)]
+    live = simulate(controller, pretend(experts, devices, DOUBTFUL), requests)
+
+    executors = tuple(queue.executor for queue in controller.scheduler.queues.values())
+    path = tmp_path / "journal.jsonl"
+    with Journal(path, Opening("0", graph, tuple(experts), devices, executors, {})) as written:
+        for now, event in events:
+            written.note(event, now)
+    opening, read = journal.read(path)
+    fresh = Controller(opening.graph, {e.name: e for e in opening.experts}, opening.devices, opening.executors)
+    again = replay(fresh, pretend(opening.experts, opening.devices, DOUBTFUL), read)
+    assert again.actions == live.actions
+    found = simulated(path, predict=False)
+    assert (found["loads"], found["evictions"], found["requests"]) == (live.loads, live.evictions, 30)
+    assert simulated(path, predict=True)["loads"] == live.loads
+
+
+BATCH = Batch(1, "cpu-0", "cpu", "a", ("r", "s"))
+EVENTS: list[Event] = [
+    Arrived(request("r", "c-a", 1.5, 3.25)),
+    Loaded("cpu", "a"),
+    LoadFailed("cpu", "a", Refusal("disk", "gone")),
+    Finished(BATCH, ((BOXED, DOUBTFUL), Refusal("picture-damaged", "x")), 0.125),
+    RunFailed(BATCH, Refusal("run", "y")),
+    Tick(),
+]
+
+
+@given(st.lists(st.tuples(st.floats(0, 1e6), st.sampled_from(EVENTS)), max_size=20))
+def test_every_event_survives_the_journal(
+    tmp_path_factory: pytest.TempPathFactory, events: list[tuple[float, Event]]
+) -> None:
+    path = tmp_path_factory.mktemp("journal") / "journal.jsonl"
+    with Journal(path, _opening()) as written:
+        for now, event in events:
+            written.note(event, now)
+    opening, read = journal.read(path)
+    assert (opening, list(read)) == (_opening(), events)
+
+
+def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    with Journal(path, _opening()) as written:
+        for number in range(3):
+            written.note(EVENTS[0], float(number))
+    path.write_bytes(path.read_bytes()[:-20])
+    assert len(list(journal.read(path)[1])) == 2
+
+
+def test_a_foreign_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    with Journal(path, _opening()) as written:
+        written.note(EVENTS[0], 0.0)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], "{}", lines[1]]))
+    with pytest.raises(RecordsError, match="line 2"):
+        list(journal.read(path)[1])
+
+
+@pytest.mark.parametrize("content", [None, "", "no json\n"])
+def test_what_is_no_journal_is_an_error(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "journal.jsonl"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(RecordsError, match=r"journal\.jsonl"):
+        journal.read(path)
+
+
+def test_a_journal_ends_before_it_fills_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "MAX_BYTES", 3000)
+    path = tmp_path / "journal.jsonl"
+    with Journal(path, _opening()) as written:
+        for number in range(1000):
+            written.note(EVENTS[0], float(number))
+    assert path.stat().st_size <= 3000
+    assert list(journal.read(path)[1])
+
+
+def _opening() -> Opening:
+    experts = (expert("a"), expert("detector"))
+    graph = inspection_graph(["a"])
+    controller, devices = box(experts, graph, 100)
+    return Opening("0", graph, experts, devices, tuple(q.executor for q in controller.scheduler.queues.values()), {})
