@@ -137,7 +137,10 @@ def load(path: Path) -> Config:
     except ValidationError as error:
         problems = "; ".join(_problem(e["loc"], e["msg"], text) for e in error.errors())
         raise ConfigError(f"{path}: {problems}", "see docs/configuration.md for the keys") from error
-    return config.model_copy(update={"paths": _absolute(config.paths, path.parent.resolve())})
+    base = path.parent.resolve()
+    mqtt = config.mqtt.model_copy(update={"password_file": _beside(base, config.mqtt.password_file)})
+    paths = config.paths.model_copy(update={name: _beside(base, value) for name, value in config.paths})
+    return config.model_copy(update={"paths": paths, "mqtt": mqtt})
 
 
 def notify_socket() -> str | None:
@@ -168,6 +171,6 @@ def _line_of(key: str, text: str) -> int | None:
     return None
 
 
-def _absolute(paths: Paths, base: Path) -> Paths:
-    fields = {name: value for name, value in paths if isinstance(value, Path)}
-    return paths.model_copy(update={name: base / value for name, value in fields.items()})
+def _beside(base: Path, path: Path | None) -> Path | None:
+    """A path of the file, seen from the file's folder."""
+    return None if path is None else base / path

@@ -1,0 +1,79 @@
+"""appliance.toml: what is wrong with it is said with file, line, key and remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from appliance import config as settings
+from appliance.config import Config
+from appliance.errors import ConfigError
+
+
+def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
+    loaded = _load(tmp_path, "")
+    assert loaded.box == Config().box
+    assert loaded.memory.weights == 1_000_000_000
+
+
+def test_relative_paths_are_relative_to_the_file(tmp_path: Path) -> None:
+    loaded = _load(tmp_path, "[paths]\nstate = 'state'\n[mqtt]\npassword_file = 'secret'\n")
+    assert loaded.paths.state == tmp_path / "state"
+    assert loaded.mqtt.password_file == tmp_path / "secret"
+
+
+def test_sizes_may_be_words(tmp_path: Path) -> None:
+    assert _load(tmp_path, "[memory]\nweights = '1.5 GiB'\n").memory.weights == 1_610_612_736
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[mqtt]\nport = 1883\nhsot = 'x'\n", r"line 3: mqtt.hsot: unknown key"),
+        ("[mqttt]\n", r"line 1: mqttt: unknown key"),
+        ("mqtt.prot = 1\n", r"line 1: mqtt.prot: unknown key"),
+        ("[mqtt]\nport = 99999\n", r"line 2: mqtt.port: .*65535"),
+        ("[mqtt]\nprotocol = '4'\n", r"line 2: mqtt.protocol: .*'auto'"),
+        ("[box]\nname = 'a/b'\n", r"line 2: box.name: "),
+        ("[box\n", r"is not TOML"),
+        ("[limits]\npicture_pixels = 'many'\n", r"line 2: limits.picture_pixels: .*integer"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as caught:
+        _load(tmp_path, text)
+    assert str(tmp_path / "appliance.toml") in str(caught.value)
+
+
+def test_a_missing_file_says_how_to_name_another(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--config"):
+        settings.load(tmp_path / "none.toml")
+
+
+def test_the_password_is_the_first_line_and_never_printed(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("s3cret\nrest\n")
+    loaded = _load(tmp_path, "[mqtt]\npassword_file = 'secret'\n")
+    password = loaded.password()
+    assert password is not None
+    assert password.get_secret_value() == "s3cret"
+    assert "s3cret" not in f"{loaded!r}{password!r}"
+
+
+def test_a_password_file_without_a_password_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("")
+    with pytest.raises(ConfigError, match="no password"):
+        _load(tmp_path, "[mqtt]\npassword_file = 'secret'\n").password()
+
+
+def test_a_watchdog_meant_for_another_process_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WATCHDOG_USEC", "30000000")
+    assert settings.watchdog_seconds() == 30.0
+    monkeypatch.setenv("WATCHDOG_PID", "1")
+    assert settings.watchdog_seconds() is None
+
+
+def _load(folder: Path, text: str) -> Config:
+    path = folder / "appliance.toml"
+    path.write_text(text)
+    return settings.load(path)
