@@ -1,0 +1,363 @@
+"""The contract with cameras and line software: topics, what a message may ask for, and the bodies of answers.
+
+Values in, values out; paho, sockets and pictures are elsewhere. Box, client and demo share it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Literal
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict
+
+from appliance.config import Config
+from appliance.core.types import Verdict
+from appliance.errors import MessageError
+
+LEVEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+TOPIC_CHARACTERS = 512
+REPLY_CHARACTERS = 256
+CORRELATION_BYTES = 1024
+USER_PROPERTIES = ("request-id", "captured-at", "deadline-ms", "priority")
+
+
+# Topics.
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a picture belongs: the four levels behind `infer`. Product and board may be `-`: none."""
+
+    line: str
+    product: str
+    board: str
+    part: str
+
+    @classmethod
+    def parse(cls, topic: str, config: Config) -> Address:
+        """Read a picture's topic. Raises MessageError `topic-depth`, `topic-name` or `board-pictures-unsupported`."""
+        pattern = config.topic("infer", "<line>", "<product>", "<board>", "<part>")
+        prefix = config.topic("infer", "")
+        if not (topic + "/").startswith(prefix):
+            raise MessageError("topic-name", f"topic {shortened(topic)} is not below {prefix}", f"publish to {pattern}")
+        levels = topic[len(prefix) :].split("/")
+        if len(levels) != 4:
+            what = f"topic {shortened(topic)} has {len(levels)} levels behind `infer`, not 4"
+            raise MessageError("topic-depth", what, f"publish to {pattern}")
+        return cls(*levels).checked()
+
+    def checked(self) -> Address:
+        """Itself. Raises MessageError `topic-name` or `board-pictures-unsupported`."""
+        for name in ("line", "product", "board", "part"):
+            level = getattr(self, name)
+            if not _names(name, level):
+                what = f"<{name}> {shortened(level)} of the topic is not a name"
+                remedy = "use 1 to 64 of A-Z a-z 0-9 . _ - and begin with a letter or digit"
+                raise MessageError("topic-name", what, remedy)
+        if self.part == "_board":
+            raise MessageError(
+                "board-pictures-unsupported", "whole boards are not cropped by this release", "publish its parts"
+            )
+        return self
+
+    def below(self, tree: Literal["infer", "result"]) -> tuple[str, ...]:
+        """The levels behind `<root>/v1/<site>` of this part's pictures or verdicts."""
+        return (tree, self.line, self.product, self.board, self.part)
+
+    def picture_topic(self, config: Config) -> str:
+        return config.topic(*self.below("infer"))
+
+    def result_topic(self, config: Config) -> str:
+        return config.topic(*self.below("result"))
+
+
+def error_topic(config: Config, reason: str) -> str:
+    return config.topic("error", reason)
+
+
+def status_topic(config: Config) -> str:
+    """Retained: starting | online | draining | stopped, or `offline` from the last will."""
+    return config.topic("box", config.box.name, "status")
+
+
+def check_publishable(topic: str) -> None:
+    """Raise MessageError `topic-name` unless the topic may be given to paho.
+
+    A topic that the broker rejects costs the connection, is sent again on the next one, and blocks all behind it.
+    """
+    good = (
+        0 < len(topic) <= TOPIC_CHARACTERS
+        and topic.isascii()
+        and topic.isprintable()
+        and not topic.startswith("$")
+        and not set(topic) & set("+# ")
+        and all(topic.split("/"))
+    )
+    if not good:
+        raise MessageError(
+            "topic-name", f"{shortened(topic)} is no topic to publish to", "use plain ASCII levels without wildcards"
+        )
+
+
+def shortened(text: str, characters: int = 80) -> str:
+    """Foreign text for a log line or an answer: quoted, ASCII, of bounded length."""
+    return ascii(text if len(text) <= characters else text[:characters] + "...")
+
+
+def _names(name: str, level: str) -> bool:
+    if level == "-":
+        return name in ("product", "board")
+    if level == "_board":
+        return name == "part"
+    return LEVEL.fullmatch(level) is not None
+
+
+# Messages.
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One PUBLISH as it arrived. `generation` names the connection on which `packet_id` means something."""
+
+    topic: str
+    payload: bytes = field(repr=False)
+    qos: int
+    retain: bool
+    duplicate: bool
+    packet_id: int
+    generation: int
+    response_topic: str | None = None
+    correlation: bytes | None = None
+    content_type: str | None = None
+    expiry_seconds: int | None = None
+    user: Mapping[str, str] = field(default_factory=dict)
+    """Those of USER_PROPERTIES that came with it; none on MQTT 3.1.1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """Where a sender wants its verdict besides the result topic, and the mark it wants back."""
+
+    topic: str
+    correlation: bytes | None
+
+    @classmethod
+    def wanted(cls, message: Message, config: Config) -> Reply | None:
+        """The reply that a message asks for, None when it asks for none.
+
+        Both fields are the sender's and untrusted. Allowed is any plain topic outside `$…` and outside our own
+        `<root>/v1/` tree, where it would be taken for a picture, a verdict or a command.
+        Raises MessageError `response-topic` or `correlation-data`; the verdict's own topic is not affected.
+        """
+        topic, correlation = message.response_topic, message.correlation
+        if topic is None:
+            return None
+        own = f"{config.mqtt.root}/v1"
+        if len(topic) > REPLY_CHARACTERS or topic == own or topic.startswith(own + "/") or not _is_publishable(topic):
+            what = f"response topic {shortened(topic)} is not allowed"
+            raise MessageError("response-topic", what, f"use at most 256 plain ASCII characters, outside {own}/")
+        if correlation is not None and len(correlation) > CORRELATION_BYTES:
+            what = f"correlation data of {len(correlation)} bytes"
+            raise MessageError("correlation-data", what, f"send at most {CORRELATION_BYTES} bytes")
+        return cls(topic, correlation)
+
+
+def request_id(topic: str, payload: bytes, user: Mapping[str, str]) -> str:
+    """Who a picture is: the sender's `request-id`, else the SHA-256 of topic, a zero byte and payload.
+
+    Packet identifiers and the DUP flag are no identities. Raises MessageError `request-id` for one that is no name.
+    """
+    given = user.get("request-id")
+    if given is None:
+        digest = hashlib.sha256(topic.encode("utf-8", "surrogatepass") + b"\0")
+        digest.update(payload)
+        return digest.hexdigest()
+    if REQUEST_ID.fullmatch(given) is None:
+        what = f"request-id {shortened(given)} is not a name"
+        raise MessageError("request-id", what, "use 1 to 128 of A-Z a-z 0-9 . _ : - and begin with a letter or digit")
+    return given
+
+
+def captured_at(user: Mapping[str, str]) -> datetime | None:
+    """When the picture was taken, as the sender says; a label. Raises MessageError `captured-at`."""
+    given = user.get("captured-at")
+    if given is None:
+        return None
+    try:
+        taken = datetime.fromisoformat(given)
+    except ValueError as error:
+        what = f"captured-at {shortened(given)} is not ISO 8601"
+        raise MessageError("captured-at", what, "write it like 2026-01-31T08:15:00Z") from error
+    return taken if taken.tzinfo else taken.replace(tzinfo=UTC)
+
+
+def deadline_seconds(user: Mapping[str, str]) -> float | None:
+    """How long the verdict is worth waiting for, counted from acceptance. Raises MessageError `deadline-ms`."""
+    given = user.get("deadline-ms")
+    if given is None:
+        return None
+    if re.fullmatch(r"[0-9]{1,9}", given) is None or int(given) == 0:
+        what = f"deadline-ms {shortened(given)} is not a number of milliseconds"
+        raise MessageError("deadline-ms", what, "write a whole number from 1 to 999999999")
+    return int(given) / 1000
+
+
+def _is_publishable(topic: str) -> bool:
+    try:
+        check_publishable(topic)
+    except MessageError:
+        return False
+    return True
+
+
+# Bodies.
+
+
+class Body(BaseModel):
+    """A message of ours; `schema_version` grows when a reader would have to change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = 1
+
+    def encoded(self) -> bytes:
+        return self.model_dump_json().encode()
+
+
+class FindingBody(BaseModel):
+    """What one expert saw; `box` is [x1, y1, x2, y2] in pixels of the published picture, or null."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    expert: str
+    label: str
+    score: float
+    fails: bool
+    box: tuple[float, float, float, float] | None
+
+
+class StepBody(BaseModel):
+    """Which expert ran, in which version, where and how long."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    expert: str
+    version: str
+    executor: str
+    milliseconds: float
+
+
+class VerdictBody(Body):
+    """A verdict as published. The same `request_id` always has the same `result_id`."""
+
+    result_id: str
+    request_id: str
+    outcome: Literal["pass", "fail", "error", "late", "rejected"]
+    reason: str | None
+    detail: str | None
+    component: str
+    line: str
+    product: str
+    board: str
+    part: str
+    picture_sha256: str
+    findings: tuple[FindingBody, ...]
+    steps: tuple[StepBody, ...]
+    waited_milliseconds: float
+    box: str
+    finished_at: AwareDatetime
+
+
+class ErrorBody(Body):
+    """Rejected input: which message, why, and what to do. Never the picture."""
+
+    reason: str
+    what: str
+    remedy: str
+    topic: str
+    request_id: str | None
+    picture_sha256: str | None
+    has_verdict: bool
+    """The picture had been accepted: its verdict says the same."""
+    at: AwareDatetime
+
+
+def result_id(request: str) -> str:
+    """The verdict's name: made from the request's, so that a repeated answer carries the same."""
+    return hashlib.sha256(b"verdict\0" + request.encode()).hexdigest()[:32]
+
+
+def verdict_body(
+    verdict: Verdict,
+    *,
+    address: Address,
+    component: str,
+    picture_sha256: str,
+    versions: Mapping[str, str],
+    box: str,
+    finished_at: datetime,
+) -> bytes:
+    """A verdict as JSON. `versions` maps expert to version; `finished_at` is wall time with its zone, a label."""
+    return VerdictBody(
+        result_id=result_id(verdict.request),
+        request_id=verdict.request,
+        outcome=verdict.outcome.value,
+        reason=verdict.refusal.reason if verdict.refusal else None,
+        detail=verdict.refusal.detail if verdict.refusal else None,
+        component=component,
+        line=address.line,
+        product=address.product,
+        board=address.board,
+        part=address.part,
+        picture_sha256=picture_sha256,
+        findings=tuple(
+            FindingBody(
+                expert=step.expert,
+                label=finding.label,
+                score=finding.score,
+                fails=finding.fails,
+                box=(finding.box.x1, finding.box.y1, finding.box.x2, finding.box.y2) if finding.box else None,
+            )
+            for step in verdict.steps
+            for finding in step.findings
+        ),
+        steps=tuple(
+            StepBody(
+                expert=step.expert,
+                version=versions[step.expert],
+                executor=step.executor,
+                milliseconds=round(step.seconds * 1000, 3),
+            )
+            for step in verdict.steps
+        ),
+        waited_milliseconds=round(verdict.waited_seconds * 1000, 3),
+        box=box,
+        finished_at=finished_at,
+    ).encoded()
+
+
+def error_body(
+    error: MessageError,
+    *,
+    topic: str,
+    at: datetime,
+    request_id: str | None = None,
+    picture_sha256: str | None = None,
+    has_verdict: bool = False,
+) -> bytes:
+    """An answer for `error_topic(config, error.reason)`, as JSON. `at` is wall time with its zone."""
+    return ErrorBody(
+        reason=error.reason,
+        what=error.what,
+        remedy=error.remedy,
+        topic=ascii(topic)[1:-1][:TOPIC_CHARACTERS],
+        request_id=request_id,
+        picture_sha256=picture_sha256,
+        has_verdict=has_verdict,
+        at=at,
+    ).encoded()

@@ -1,0 +1,285 @@
+"""The contract with cameras: which topics are addresses, what a message may ask for, what an answer says."""
+
+from __future__ import annotations
+
+import json
+import string
+from datetime import UTC, datetime
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from appliance.config import Config
+from appliance.contract import (
+    Address,
+    Message,
+    Reply,
+    captured_at,
+    check_publishable,
+    deadline_seconds,
+    error_body,
+    error_topic,
+    request_id,
+    result_id,
+    verdict_body,
+)
+from appliance.core.types import Box, Finding, Outcome, Refusal, Step, Verdict
+from appliance.errors import MessageError
+
+CONFIG = Config()
+ADDRESS = Address("line1", "-", "-", "resistor-0603")
+TOPIC = "coe/v1/plant/infer/line1/-/-/resistor-0603"
+
+
+# Topics.
+
+
+def test_the_topic_of_a_picture_says_where_it_belongs() -> None:
+    assert Address.parse("coe/v1/plant/infer/line1/12100003/SN-1/R17", CONFIG) == Address(
+        "line1", "12100003", "SN-1", "R17"
+    )
+
+
+def test_product_and_board_may_be_none() -> None:
+    address = Address.parse(TOPIC, CONFIG)
+    assert address == ADDRESS
+    assert address.result_topic(CONFIG) == "coe/v1/plant/result/line1/-/-/resistor-0603"
+
+
+@pytest.mark.parametrize(
+    ("levels", "reason"),
+    [
+        ("line1/-/-", "topic-depth"),
+        ("line1/-/-/R1/more", "topic-depth"),
+        ("", "topic-depth"),
+        ("line1/-/-/R1/", "topic-depth"),
+        ("line1//-/R1", "topic-name"),
+        ("/-/-/R1", "topic-name"),
+        ("-/-/-/R1", "topic-name"),
+        ("line1/-/-/-", "topic-name"),
+        ("line1/-/-/+", "topic-name"),
+        ("line1/-/-/#", "topic-name"),
+        ("+/-/-/R1", "topic-name"),
+        ("line1/-/-/R1\0", "topic-name"),
+        ("line1/-/-/R1\n", "topic-name"),
+        ("line1/-/-/R 1", "topic-name"),
+        ("line1/../-/R1", "topic-name"),
+        ("line1/./-/R1", "topic-name"),
+        ("line1/$SYS/-/R1", "topic-name"),
+        ("line1/-/-/Wi\u0064erst\u00e4nde", "topic-name"),
+        ("line1/-/-/R\ufffe", "topic-name"),
+        ("line1/-/-/R\ud800", "topic-name"),
+        ("line1/-/-/\u0661", "topic-name"),
+        ("line1/-/-/" + "R" * 65, "topic-name"),
+        ("line1/-/-/" + "R" * 65_536, "topic-name"),
+        ("_board/-/-/R1", "topic-name"),
+        ("line1/-/-/_Board", "topic-name"),
+        ("line1/-/-/_board", "board-pictures-unsupported"),
+    ],
+)
+def test_a_topic_that_is_no_address_is_refused_with_its_reason(levels: str, reason: str) -> None:
+    with pytest.raises(MessageError) as caught:
+        Address.parse(f"coe/v1/plant/infer/{levels}", CONFIG)
+    assert caught.value.reason == reason
+    assert caught.value.remedy
+    assert len(caught.value.what) < 300
+    assert caught.value.what.isascii()
+
+
+@pytest.mark.parametrize("topic", ["coe/v1/plant/infer", "coe/v1/other/infer/a/-/-/b", "x/v1/plant/infer/a/-/-/b", ""])
+def test_a_topic_outside_our_tree_is_refused(topic: str) -> None:
+    with pytest.raises(MessageError):
+        Address.parse(topic, CONFIG)
+
+
+@given(st.text() | st.text(alphabet="coe/v1plantinferR+#$-_.\0\n \u00e4", max_size=60))
+@example("coe/v1/plant/infer/a/b/c/d")
+def test_no_text_makes_parsing_fail_otherwise(topic: str) -> None:
+    for candidate in (topic, f"coe/v1/plant/infer/{topic}", f"coe/v1/plant/infer/a/-/{topic}/R1"):
+        try:
+            address = Address.parse(candidate, CONFIG)
+        except MessageError as error:
+            check_publishable(error_topic(CONFIG, error.reason))
+        else:
+            assert address.picture_topic(CONFIG) == candidate
+            check_publishable(address.result_topic(CONFIG))
+
+
+NAMES = st.text(alphabet=string.ascii_letters + string.digits + "._-", min_size=1, max_size=64).filter(
+    lambda name: name[0].isalnum()
+)
+
+
+@given(NAMES, NAMES | st.just("-"), NAMES | st.just("-"), NAMES)
+def test_every_good_address_comes_back_from_its_topic(line: str, product: str, board: str, part: str) -> None:
+    address = Address(line, product, board, part)
+    assert Address.parse(address.picture_topic(CONFIG), CONFIG) == address
+
+
+@pytest.mark.parametrize(
+    "topic", ["", "a//b", "/a", "a/", "a/+/b", "a/#", "$SYS/a", "a b", "a\0", "a\n", "\u00e4", "\ud800", "a" * 513]
+)
+def test_what_a_broker_would_refuse_never_reaches_it(topic: str) -> None:
+    with pytest.raises(MessageError, match="no topic to publish to"):
+        check_publishable(topic)
+
+
+# Messages.
+
+
+def message(**given: object) -> Message:
+    fields = {"topic": TOPIC, "payload": b"x", "qos": 1, "retain": False, "duplicate": False, "packet_id": 1}
+    return Message(**{**fields, "generation": 1, **given})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("topic", ["my/answers", "coe/v2/answers", "coe/v1x", "answers", "camera-7/verdicts/2"])
+def test_a_sender_may_choose_any_topic_of_its_own_for_the_reply(topic: str) -> None:
+    assert Reply.wanted(message(response_topic=topic, correlation=b"7"), CONFIG) == Reply(topic, b"7")
+
+
+@pytest.mark.parametrize(
+    "topic",
+    [
+        TOPIC,
+        "coe/v1",
+        "coe/v1/plant/result/line1/-/-/R1",
+        "coe/v1/plant/error/x",
+        "coe/v1/plant/box/box1/cmd/evict",
+        "coe/v1/other/infer/a/-/-/b",
+        "$SYS/broker/log",
+        "$share/group/topic",
+        "my/+/answers",
+        "my/#",
+        "my answers",
+        "my/\0",
+        "my/\u00e4",
+        "my//answers",
+        "",
+        "a" * 257,
+    ],
+)
+def test_a_hostile_response_topic_is_refused(topic: str) -> None:
+    with pytest.raises(MessageError) as caught:
+        Reply.wanted(message(response_topic=topic), CONFIG)
+    assert caught.value.reason == "response-topic"
+
+
+def test_too_much_correlation_data_is_refused() -> None:
+    assert Reply.wanted(message(response_topic="a", correlation=b"x" * 1024), CONFIG)
+    with pytest.raises(MessageError, match="correlation data of 1025 bytes"):
+        Reply.wanted(message(response_topic="a", correlation=b"x" * 1025), CONFIG)
+
+
+def test_who_asks_for_no_reply_gets_none() -> None:
+    assert Reply.wanted(message(correlation=b"x" * 5000), CONFIG) is None
+
+
+def test_the_same_picture_of_the_same_part_is_the_same_question() -> None:
+    assert request_id(TOPIC, b"x", {}) == request_id(TOPIC, b"x", {})
+    assert len({request_id(TOPIC, b"x", {}), request_id(TOPIC, b"y", {}), request_id(TOPIC + "x", b"", {})}) == 3
+
+
+def test_a_sender_may_name_its_question() -> None:
+    assert request_id(TOPIC, b"x", {"request-id": "cam7:0001"}) == "cam7:0001"
+
+
+@pytest.mark.parametrize("name", ["", " ", "a b", "../x", "a/b", "-a", "a\n", "\u00e4", "a" * 129, "a\0"])
+def test_a_name_that_is_none_is_refused(name: str) -> None:
+    with pytest.raises(MessageError) as caught:
+        request_id(TOPIC, b"x", {"request-id": name})
+    assert caught.value.reason == "request-id"
+
+
+def test_a_deadline_and_a_time_of_capture_are_read() -> None:
+    assert deadline_seconds({"deadline-ms": "250"}) == 0.25
+    assert captured_at({"captured-at": "2026-01-31T08:15:00Z"}) == datetime(2026, 1, 31, 8, 15, tzinfo=UTC)
+    assert captured_at({"captured-at": "2026-01-31T08:15:00"}) == datetime(2026, 1, 31, 8, 15, tzinfo=UTC)
+    assert captured_at({}) is None
+    assert deadline_seconds({}) is None
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "1e3", "soon", "nan", "\u0661", "9" * 10])
+def test_a_deadline_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(MessageError) as caught:
+        deadline_seconds({"deadline-ms": text})
+    assert caught.value.reason == "deadline-ms"
+
+
+@pytest.mark.parametrize("text", ["", "yesterday", "2026-13-01"])
+def test_a_time_of_capture_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(MessageError) as caught:
+        captured_at({"captured-at": text})
+    assert caught.value.reason == "captured-at"
+
+
+# Bodies.
+
+VERDICT = Verdict(
+    "q1",
+    Outcome.FAIL,
+    (
+        Step("resistor", (Finding("tilted", 0.98, True, Box(1, 2, 3, 4)),), "cpu-0", 0.0123),
+        Step("solder", (Finding("good", 0.9, False),), "cpu-1", 0.002),
+    ),
+    0.5,
+)
+NOW = datetime(2026, 1, 31, 8, 15, tzinfo=UTC)
+
+
+def body_of(verdict: Verdict) -> bytes:
+    return verdict_body(
+        verdict,
+        address=ADDRESS,
+        component="resistor-0603",
+        picture_sha256="ab" * 32,
+        versions={"resistor": "1.2", "solder": "3"},
+        box="box1",
+        finished_at=NOW,
+    )
+
+
+def test_a_verdict_says_everything_but_the_picture() -> None:
+    assert json.loads(body_of(VERDICT)) == {
+        "schema_version": 1,
+        "result_id": result_id("q1"),
+        "request_id": "q1",
+        "outcome": "fail",
+        "reason": None,
+        "detail": None,
+        "component": "resistor-0603",
+        "line": "line1",
+        "product": "-",
+        "board": "-",
+        "part": "resistor-0603",
+        "picture_sha256": "ab" * 32,
+        "findings": [
+            {"expert": "resistor", "label": "tilted", "score": 0.98, "fails": True, "box": [1.0, 2.0, 3.0, 4.0]},
+            {"expert": "solder", "label": "good", "score": 0.9, "fails": False, "box": None},
+        ],
+        "steps": [
+            {"expert": "resistor", "version": "1.2", "executor": "cpu-0", "milliseconds": 12.3},
+            {"expert": "solder", "version": "3", "executor": "cpu-1", "milliseconds": 2.0},
+        ],
+        "waited_milliseconds": 500.0,
+        "box": "box1",
+        "finished_at": "2026-01-31T08:15:00Z",
+    }
+
+
+def test_a_verdict_without_an_inspection_says_why() -> None:
+    body = json.loads(body_of(Verdict("q2", Outcome.ERROR, (), 0.1, Refusal("picture-truncated", "it ends early"))))
+    assert (body["outcome"], body["reason"], body["detail"]) == ("error", "picture-truncated", "it ends early")
+    assert body["findings"] == body["steps"] == []
+
+
+def test_the_result_has_one_name_for_each_request() -> None:
+    assert result_id("q1") == result_id("q1") != result_id("q2")
+
+
+def test_an_error_answer_is_plain_text_of_bounded_length() -> None:
+    error = MessageError("topic-name", "bad", "do better")
+    body = json.loads(error_body(error, topic="\ud800\0\u202e" + "x" * 70_000, at=NOW, request_id="q"))
+    assert (body["reason"], body["what"], body["remedy"], body["request_id"]) == ("topic-name", "bad", "do better", "q")
+    assert len(body["topic"]) == 512
+    assert body["topic"].startswith("\\ud800\\x00\\u202e")
