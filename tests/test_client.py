@@ -1,0 +1,103 @@
+"""A camera's side: it keeps what is not answered, sends it again, and never answers twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from appliance.client import Answer, Camera, publish_files
+from appliance.drivers.broker import free_port
+from appliance.errors import BrokerError, MessageError, PictureError
+from tests import kit_brokers
+from tests.kit_brokers import AnyBroker, Nats, broker, nats, until
+
+__all__ = ["broker", "nats"]  # fixtures
+
+INFER = "coe/v1/plant/infer/line1/-/-/R1"
+RESULT = "coe/v1/plant/result/line1/-/-/R1"
+ERROR = "coe/v1/plant/error/picture-empty"
+
+
+def test_a_picture_without_an_answer_is_sent_again(broker: AnyBroker) -> None:
+    with kit_brokers.Camera(broker.port, INFER, name="box") as box, _camera(broker, resend_seconds=0.3) as camera:
+        camera.publish(part="R1", picture=b"bytes")
+        assert [box.hear().payload for _ in range(3)] == [b"bytes"] * 3
+        assert camera.waiting == 1
+        until(lambda: camera.resent >= 2)
+
+
+def test_an_answer_ends_the_waiting_and_comes_once(broker: AnyBroker) -> None:
+    answers: list[Answer] = []
+    with kit_brokers.Camera(broker.port, INFER, name="box") as box, _camera(broker) as camera:
+        camera.on_answer(answers.append)
+        name = camera.publish(part="R1", picture=b"bytes")
+        box.hear()
+        for _ in range(2):
+            box.publish_confirmed(RESULT, json.dumps({"request_id": name, "outcome": "pass"}).encode())
+        assert camera.wait(10)
+        other = camera.publish(part="R1", picture=b"other")
+        box.publish_confirmed(RESULT, json.dumps({"request_id": other, "outcome": "fail"}).encode())
+        assert camera.wait(10)
+    assert [(a.request_id, a.body["outcome"], a.is_rejected) for a in answers] == [
+        (name, "pass", False),
+        (other, "fail", False),
+    ]
+
+
+def test_a_refusal_is_an_answer_but_an_error_beside_a_verdict_is_not(nats: Nats) -> None:
+    answers: list[Answer] = []
+    with kit_brokers.Camera(nats.port, INFER, name="box") as box, _camera(nats) as camera:
+        camera.on_answer(answers.append)
+        name = camera.publish(part="R1", picture=b"")
+        box.publish_confirmed(ERROR, json.dumps({"request_id": name, "has_verdict": True}).encode())
+        box.publish_confirmed(ERROR, b"not json")
+        box.publish_confirmed(ERROR, json.dumps({"request_id": name, "has_verdict": False}).encode())
+        assert camera.wait(10)
+    assert [answer.is_rejected for answer in answers] == [True]
+
+
+def test_what_was_on_its_way_is_sent_again_when_the_broker_comes_back(nats: Nats) -> None:
+    with _camera(nats, resend_seconds=1.0) as camera:
+        nats.kill()
+        camera.publish(part="R1", picture=b"bytes")
+        nats.start()
+        with kit_brokers.Camera(nats.port, INFER, name="box") as box:
+            assert box.hear(30).payload == b"bytes"
+
+
+def test_no_more_than_the_window_waits(nats: Nats) -> None:
+    with kit_brokers.Camera(nats.port, INFER, name="box") as box, _camera(nats, window=2) as camera:
+        names = [camera.publish(part="R1", picture=bytes([n])) for n in range(2)]
+        for name in names:
+            box.publish_confirmed(RESULT, json.dumps({"request_id": name}).encode())
+        camera.publish(part="R1", picture=b"third")
+        assert camera.waiting <= 2
+
+
+def test_an_impossible_name_is_refused_before_it_is_sent(nats: Nats) -> None:
+    with _camera(nats) as camera, pytest.raises(MessageError, match="R 1"):
+        camera.publish(part="R 1", picture=b"bytes")
+
+
+def test_no_broker_is_an_error_that_names_it() -> None:
+    port = free_port()
+    with pytest.raises(BrokerError, match=f"no broker at 127.0.0.1:{port}"), Camera("127.0.0.1", port, line="line1"):
+        pass
+
+
+def test_a_file_that_cannot_be_read_is_named(nats: Nats, tmp_path: Path) -> None:
+    with pytest.raises(PictureError, match=r"none\.jpg"):
+        publish_files(_camera(nats), [tmp_path / "none.jpg"], part="R1", product="-", board="-", timeout_seconds=1.0)
+
+
+def test_files_without_an_answer_are_listed(nats: Nats, tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    path.write_bytes(b"bytes")
+    found = publish_files(_camera(nats), [path], part="R1", product="-", board="-", timeout_seconds=0.2)
+    assert (found["pictures"], found["verdicts"], found["unanswered"]) == (1, 0, [str(path)])
+
+
+def _camera(broker: AnyBroker, resend_seconds: float = 15.0, window: int = 128) -> Camera:
+    return Camera("127.0.0.1", broker.port, line="line1", resend_seconds=resend_seconds, window=window)
