@@ -1,0 +1,150 @@
+"""What serving, checking and simulating do first: read the catalogue, compile what is new, and say what the box has.
+
+An expert that is broken or cannot be compiled is set aside with its reason; the others serve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from appliance import catalog as catalogs
+from appliance import profile as profiles
+from appliance.catalog import Bundle, Catalog
+from appliance.config import Config
+from appliance.core.controller import Controller
+from appliance.core.graph import draw
+from appliance.core.types import Device, Executor, Expert, Refusal
+from appliance.drivers import devices
+from appliance.drivers.compile import Compiled, Store, compile_bundles
+from appliance.errors import ApplianceError
+from appliance.profile import Profile
+
+CPU = "cpu"
+
+Report = Callable[[str, Compiled | ApplianceError], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Installation:
+    """A box as it can serve: everything read, checked and compiled."""
+
+    config: Config
+    catalog: Catalog
+    profile: Profile
+    store: Store
+    compiled: Mapping[str, Compiled]
+    unavailable: Mapping[str, Refusal]
+
+    @property
+    def experts(self) -> dict[str, Expert]:
+        """What the controller needs to know of each expert."""
+        usage = probabilities(self.catalog)
+        return {
+            name: Expert(
+                name,
+                compiled.segments,
+                {CPU: self.profile.cost(compiled.item_seconds, compiled.fixed_seconds, compiled.bytes)},
+                min(self.catalog.bundles[name].manifest.model.max_batch, self.profile.batch_cap),
+                usage.get(name, 0.0),
+            )
+            for name, compiled in self.compiled.items()
+        }
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        return (Device(CPU, int(self.config.memory.weights), self.config.executors.load_slots),)
+
+    @property
+    def executors(self) -> tuple[Executor, ...]:
+        count = self.config.executors.cpu or self.profile.cpu_executors or devices.cores()
+        return tuple(Executor(f"{CPU}-{number}", CPU) for number in range(count))
+
+    def controller(self) -> Controller:
+        return Controller(self.catalog.graph, self.experts, self.devices, self.executors, self.unavailable)
+
+
+def install(config: Config, report: Report = lambda expert, result: None) -> Installation:
+    """Read, check and compile. `report` hears of each expert that had to be compiled, or could not be.
+
+    Raises ConfigError, CatalogError or StoreError when nothing could serve at all.
+    """
+    profile = profiles.load(config.paths.profile)
+    catalog = catalogs.load(config.paths.catalog)
+    store = Store(config.paths.store)
+    unavailable = {name: refusal_of(error) for name, error in catalog.broken.items()}
+    for name, error in catalog.broken.items():
+        report(name, error)
+    sound, found = [], dict[str, Compiled]()
+    for name, bundle in catalog.bundles.items():
+        try:
+            catalogs.verify(bundle)
+        except ApplianceError as error:
+            unavailable[name] = refusal_of(error)
+            report(name, error)
+            continue
+        compiled = store.find(bundle)
+        if compiled is None:
+            sound.append(bundle)
+        else:
+            found[name] = compiled
+    for name, result in compile_bundles(store, sound, report=report).items():
+        if isinstance(result, ApplianceError):
+            unavailable[name] = refusal_of(result)
+        else:
+            found[name] = result
+    return Installation(config, catalog, profile, store, dict(sorted(found.items())), unavailable)
+
+
+def waiting_to_compile(config: Config) -> list[Bundle]:
+    """The bundles that `install` would have to compile."""
+    store = Store(config.paths.store)
+    return [b for b in catalogs.load(config.paths.catalog).bundles.values() if store.find(b) is None]
+
+
+def probabilities(catalog: Catalog) -> dict[str, float]:
+    """How likely a request uses each expert, from the components' usage; equal where the graph names none.
+
+    A subsequent expert counts with all who may lead to it: the share of conditional edges taken is not known here.
+    """
+    weights = {component: catalog.usage.get(component, 0.0) for component in catalog.graph.entries}
+    total = sum(weights.values())
+    if not total:
+        weights, total = dict.fromkeys(weights, 1.0), float(len(weights) or 1)
+    chances = dict[str, float]()
+    for component, expert in catalog.graph.entries.items():
+        chances[expert] = chances.get(expert, 0.0) + weights[component] / total
+    for expert, before in catalog.graph.before.items():
+        chances[expert] = min(1.0, chances.get(expert, 0.0) + sum(chances.get(name, 0.0) for name in before))
+    return chances
+
+
+def refusal_of(error: ApplianceError) -> Refusal:
+    return Refusal(error.reason, str(error))
+
+
+def checked(config: Config) -> dict[str, Any]:
+    """What `appliance check` tells: the catalogue, what is unavailable and why, and whether the budget holds it."""
+    made = install(config)
+    experts, budget = made.experts, int(config.memory.weights)
+    total = sum({s.id: s.bytes for e in experts.values() for s in e.segments}.values())
+    largest = max(experts.values(), key=lambda e: e.bytes, default=None)
+    return {
+        "catalog": str(config.paths.catalog),
+        "store": str(made.store.folder),
+        "profile": made.profile.name,
+        "experts": len(experts),
+        "architectures": len({compiled.architecture for compiled in made.compiled.values()}),
+        "versions": {name: list(versions) for name, versions in made.catalog.versions.items()},
+        "components": len(made.catalog.graph.entries),
+        "products": len(made.catalog.products),
+        "weights_bytes": total,
+        "budget_bytes": budget,
+        "budget_share": budget / total if total else 1.0,
+        "too_large": sorted(e.name for e in experts.values() if e.bytes > budget),
+        "largest_expert": largest.name if largest else None,
+        "executors": [executor.name for executor in made.executors],
+        "unavailable": {name: {"reason": r.reason, "detail": r.detail} for name, r in made.unavailable.items()},
+        "graph": draw(made.catalog.graph),
+    }
