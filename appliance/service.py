@@ -1,0 +1,471 @@
+"""The service: joins the drivers to the controller, and runs its loop on the calling thread.
+
+picture → intake → spool → Arrived → controller → Load, Run → Finished → Publish → record → outbox → verdict
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import signal
+import threading
+import time
+from collections import Counter, deque
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from typing import assert_never
+
+from appliance import __version__, contract
+from appliance import config as settings
+from appliance.config import Config
+from appliance.contract import Address
+from appliance.core.types import (
+    Action,
+    Arrived,
+    Event,
+    Evict,
+    Finished,
+    Load,
+    Outcome,
+    Publish,
+    Request,
+    Run,
+    RunFailed,
+    Tick,
+    Verdict,
+)
+from appliance.drivers import devices, systemd
+from appliance.drivers.album import Album, Subject
+from appliance.drivers.broker import Broker
+from appliance.drivers.executors import Executors, Inspection, LoaderLane
+from appliance.drivers.intake import Intake, component_of
+from appliance.drivers.journal import Journal, Opening
+from appliance.drivers.mqtt import Door, DoorState
+from appliance.drivers.outbox import Note, Outbox
+from appliance.drivers.records import Conclusion, Recorded, Records, Spooled
+from appliance.drivers.residents import Residents
+from appliance.drivers.sessions import Sessions
+from appliance.drivers.weights import Weights
+from appliance.errors import BrokerError, MessageError
+from appliance.startup import CPU, Installation, install
+
+log = logging.getLogger(__name__)
+
+TURN_SECONDS = 0.5  # the loop turns at least this often: a watchdog that is fed less often than it turns is honest
+STATS_SECONDS = 1.0
+STUCK_SECONDS = 60.0  # a batch or a network thread without a sign for this long is no progress
+DRAIN_SECONDS = 10.0
+RECENT_MOVES = 64
+WORKING_BYTES = 96_000_000
+"""Beside weights and what the process has when it starts: decoded and golden pictures (2 x 16 MB), activations of the
+running batches, template sessions, SQLite's caches and what the allocator keeps for the next batch. Part of the
+memory promise in docs/architecture.md; the tests hold it."""
+
+
+def serve(config: Config, *, stopping: threading.Event | None = None) -> None:
+    """Run the service until SIGTERM, SIGINT or `stopping`. Raises ApplianceError when it cannot start or go on."""
+    stop = stopping or threading.Event()
+    if stopping is None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stop.set())
+    say = _Systemd()
+    say.status("reading and compiling experts")
+    with ExitStack() as stack:
+        records = stack.enter_context(
+            Records.open(
+                config.paths.state, spool_bytes=int(config.limits.spool), verdict_days=config.limits.verdict_days
+            )
+        )
+        installation = install(config, lambda expert, result: log.info("compiled expert=%s result=%s", expert, result))
+        for expert, refusal in installation.unavailable.items():
+            log.error("expert_unavailable expert=%s reason=%s detail=%s", expert, refusal.reason, refusal.detail)
+        broker = stack.enter_context(_broker(config)) if config.broker.embedded else None
+        service = Service(installation, records, say, broker)
+        stack.callback(service.close)
+        service.run(stop)
+
+
+def _broker(config: Config) -> Broker:
+    password = config.password()
+    return Broker(
+        config.broker_folder,
+        config.mqtt.port,
+        host=config.mqtt.host,
+        picture_bytes=int(config.limits.picture_bytes),
+        max_ack_pending=config.mqtt.receive_maximum,
+        username=config.mqtt.username,
+        password=password.get_secret_value() if password else None,
+    )
+
+
+class Service:
+    """Built in one go, run once. Everything that decides or counts happens on the thread that calls `run`."""
+
+    def __init__(self, installation: Installation, records: Records, say: _Systemd, broker: Broker | None) -> None:
+        config = installation.config
+        self._config, self._installation, self._records = config, installation, records
+        self._say, self._broker = say, broker
+        self._inbox: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._open: dict[str, Spooled] = {}
+        self._fed_through = 0
+        self._more_spooled = True
+        self._controller = installation.controller()
+        self._versions = {name: str(c.version) for name, c in installation.compiled.items()}
+        self._moves: deque[dict[str, object]] = deque(maxlen=RECENT_MOVES)
+        self._running: dict[int, float] = {}
+        self._outcomes: Counter[str] = Counter()
+        self._next_stats = 0.0
+        self._memory = _MemoryWatch()
+
+        self._weights = Weights(installation.store.segment_path)
+        sessions = Sessions(self._weights, intra_threads=1)
+        self._residents = Residents(installation.compiled, self._weights, sessions)
+        self._album = Album(
+            records.payload,
+            self._subject,
+            installation.catalog.products,
+            int(config.limits.picture_bytes),
+            config.limits.picture_pixels,
+        )
+        manifests = {name: bundle.manifest for name, bundle in installation.catalog.bundles.items()}
+        work = Inspection(sessions, manifests, self._album.look)
+        names = {executor.name: executor.device for executor in installation.executors}
+        self._executors = Executors(names, work, self._inbox.put)
+        self._loaders = LoaderLane(CPU, config.executors.load_slots, self._residents.bring, self._inbox.put)
+
+        self._outbox = Outbox(config, records)
+        self._intake = Intake(
+            config,
+            installation.catalog,
+            records,
+            self._outbox,
+            acknowledge=lambda message: self._door.acknowledge(message),
+            spooled=lambda: self._inbox.put(None),
+        )
+        self._door = Door(
+            config,
+            deliver=self._intake.deliver,
+            published=self._outbox.published,
+            returned=self._outbox.returned,
+            state_changed=self._link_changed,
+        )
+        self._outbox.connect(self._door)
+        self._journal = self._open_journal()
+
+    def run(self, stop: threading.Event) -> None:
+        """Serve until `stop`, then finish what runs. Raises ApplianceError when going on would lose something."""
+        self._intake.start()
+        self._door.start()
+        self._memory.begin()
+        self._say.status(self._status())
+        log.info("serving experts=%d unavailable=%d", len(self._versions), len(self._installation.unavailable))
+        while not stop.is_set():
+            self._turn()
+            self._check_health()
+        self._drain()
+
+    def close(self) -> None:
+        self._executors.stop()
+        self._loaders.stop()
+        self._intake.stop()
+        self._door.disconnect()
+        if self._journal is not None:
+            self._journal.close()
+
+    # The loop.
+
+    def _turn(self) -> None:
+        """Wait for the next event, decide, obey; then look whether the spool has more."""
+        event = self._next_event()
+        if event is not None:
+            self._decide(event)
+        self._feed()
+        now = time.monotonic()
+        if now >= self._next_stats:
+            self._next_stats = now + STATS_SECONDS
+            self._publish_stats()
+        if self._is_progressing(now):
+            self._say.alive()
+
+    def _next_event(self) -> Event | None:
+        now = time.monotonic()
+        wakeup = self._controller.next_wakeup(now)
+        seconds = TURN_SECONDS if wakeup is None else min(max(wakeup - now, 0.0), TURN_SECONDS)
+        try:
+            event = self._inbox.get(timeout=seconds)
+        except queue.Empty:
+            return Tick() if wakeup is not None and wakeup <= time.monotonic() else None
+        if event is None:
+            self._more_spooled = True
+        return event
+
+    def _decide(self, event: Event) -> None:
+        now = time.monotonic()
+        if isinstance(event, Finished | RunFailed):
+            self._running.pop(event.batch.id, None)
+        if self._journal is not None:
+            self._journal.note(event, now)
+        for action in self._controller.handle(event, now):
+            self._obey(action)
+
+    def _obey(self, action: Action) -> None:
+        match action:
+            case Load():
+                self._moved("load", action.expert)
+                self._loaders.load(action)
+            case Evict():
+                self._moved("evict", action.expert)
+                self._residents.evict(action)
+            case Run(batch):
+                self._running[batch.id] = time.monotonic()
+                self._executors.run(batch)
+            case Publish(verdict):
+                self._conclude(verdict)
+            case _:
+                assert_never(action)
+
+    def _feed(self) -> None:
+        """Pictures from the spool to the controller in order of acceptance, as many as may wait at once."""
+        while self._more_spooled and (room := self._config.limits.waiting_pictures - len(self._open)) > 0:
+            spooled = self._records.waiting(self._fed_through, min(room, 1000))
+            self._more_spooled = bool(spooled)
+            for one in spooled:
+                self._fed_through = one.arrival
+                self._open[one.picture.id] = one
+                self._decide(Arrived(self._request(one)))
+
+    def _request(self, spooled: Spooled) -> Request:
+        """Waiting counts from acceptance, also across a restart; wall time that runs backwards counts as none."""
+        picture, now = spooled.picture, time.monotonic()
+        arrived = now - max(0.0, time.time() - picture.accepted_at)
+        deadline = None if picture.deadline_seconds is None else arrived + picture.deadline_seconds
+        return Request(picture.id, self._component(picture.id), arrived, deadline)
+
+    def _component(self, request: str) -> str:
+        try:
+            return component_of(self._address(request), self._installation.catalog)
+        except MessageError as error:  # it was accepted under another catalogue
+            return f"({error.reason})"
+
+    # Verdicts.
+
+    def _conclude(self, verdict: Verdict) -> None:
+        spooled = self._open[verdict.request]
+        address, picture = self._address(verdict.request), spooled.picture
+        self._outcomes[verdict.outcome] += 1
+        body = contract.verdict_body(
+            verdict,
+            address=address,
+            component=self._component(verdict.request),
+            picture_sha256=picture.picture_sha256,
+            versions=self._versions,
+            box=self._config.box.name,
+            finished_at=datetime.now(UTC),
+        )
+        topic = address.result_topic(self._config)
+        self._records.conclude(
+            verdict.request,
+            verdict.outcome.value,
+            body,
+            topic,
+            lambda answer: self._recorded(verdict, address, picture.picture_sha256, answer),
+        )
+        self._album.forget(verdict.request)
+        del self._open[verdict.request]
+
+    def _recorded(self, verdict: Verdict, address: Address, sha256: str, answer: Conclusion) -> None:
+        """On the writer's thread: the verdict stands, now it may be seen."""
+        if isinstance(answer, Recorded):
+            self._outbox.post(answer.publications)
+        if verdict.refusal is not None and verdict.outcome in (Outcome.ERROR, Outcome.REJECTED):
+            error = MessageError(verdict.refusal.reason, verdict.refusal.detail, "see the verdict of this request")
+            topic = address.picture_topic(self._config)
+            self._outbox.answer(error, topic, verdict.request, sha256, has_verdict=True)
+        self._intake.room()
+        self._inbox.put(None)
+
+    def _address(self, request: str) -> Address:
+        picture = self._open[request].picture
+        return Address(picture.line, picture.product, picture.board, picture.part)
+
+    def _subject(self, request: str) -> Subject:
+        """On an executor's thread; the request is open as long as a batch holds it, unless it became late."""
+        spooled = self._open.get(request)
+        if spooled is None:
+            raise MessageError("deadline", f"{request} has its verdict already", "nothing to do")
+        return Subject(spooled.picture.product, spooled.picture.part)
+
+    # Telling the world.
+
+    def _link_changed(self, state: DoorState) -> None:
+        """On the network thread."""
+        log.info("mqtt state=%s", state)
+        if state is DoorState.READY:
+            self._outbox.note(Note(contract.status_topic(self._config), b"online", retain=True))
+            self._outbox.note(Note(self._box_topic("info"), self._info(), retain=True))
+            self._outbox.ready()
+            self._say.ready()
+        self._say.status(self._status())
+
+    def _status(self) -> str:
+        serving = f"serving {len(self._versions)} experts"
+        broken = f", {len(self._installation.unavailable)} unavailable" if self._installation.unavailable else ""
+        link = "" if self._door.state is DoorState.READY else f"; broker: {self._door.state} {self._door.detail}"
+        return serving + broken + link
+
+    def _info(self) -> bytes:
+        config = self._config
+        return json.dumps(
+            {
+                "schema_version": 1,
+                "version": __version__,
+                "runtime": self._installation.store.key,
+                "experts": len(self._versions),
+                "unavailable": {name: r.reason for name, r in self._installation.unavailable.items()},
+                "weights_budget_bytes": int(config.memory.weights),
+                "picture_bytes": int(config.limits.picture_bytes),
+                "picture_pixels": config.limits.picture_pixels,
+                "executors": [executor.name for executor in self._installation.executors],
+            }
+        ).encode()
+
+    def _publish_stats(self) -> None:
+        self._memory.look()
+        if self._door.state is not DoorState.READY:
+            return
+        ledger, counts = self._controller.ledgers[CPU], self._controller.counts
+        stored = self._records.counts
+        stats = {
+            "schema_version": 1,
+            "arrived": counts["arrived"],
+            "verdicts": dict(self._outcomes),
+            "loads": counts["loads"],
+            "evictions": counts["evictions"],
+            "runs": counts["runs"],
+            "waiting": len(self._open),
+            "spooled": stored.spooled,
+            "unpublished": stored.unpublished,
+            "resident": len(ledger.resident),
+            "weights_bytes": self._weights.mapped_bytes,
+            "weights_peak_bytes": self._weights.peak_bytes,
+            "weights_budget_bytes": ledger.device.budget_bytes,
+            **self._memory.numbers(),
+        }
+        moves = [self._moves.popleft() for _ in range(len(self._moves))]
+        cache = {"schema_version": 1, "resident": list(ledger.resident), "moves": moves}
+        for name, value in (("stats", stats), ("cache", cache)):
+            self._door.publish(self._box_topic(name), json.dumps(value).encode(), qos=0)
+
+    def _moved(self, what: str, expert: str) -> None:
+        self._moves.append({"move": what, "expert": expert})
+
+    def _box_topic(self, name: str) -> str:
+        return self._config.topic("box", self._config.box.name, name)
+
+    # Health.
+
+    def _is_progressing(self, now: float) -> bool:
+        """The loop turns, no batch hangs, and the network thread turns."""
+        oldest = min(self._running.values(), default=now)
+        return now - oldest < STUCK_SECONDS and now - self._door.turned_seconds < STUCK_SECONDS
+
+    def _check_health(self) -> None:
+        if self._records.broken is not None:
+            raise self._records.broken
+        if self._door.state is DoorState.TAKEN_OVER:
+            raise BrokerError("another client took our client id", "give every box its own box.name")
+        if self._broker is not None and not self._broker.is_alive:
+            raise BrokerError("the embedded broker ended", f"see {self._config.broker_folder}")
+        if self._records.trouble is not None:
+            self._say.status(f"the disk refuses to write: {self._records.trouble}")
+
+    def _drain(self) -> None:
+        """Finish what runs; what waits stays in the spool for the next start."""
+        self._say.stopping()
+        self._outbox.note(Note(contract.status_topic(self._config), b"draining", retain=True))
+        ends = time.monotonic() + DRAIN_SECONDS
+        while self._running and time.monotonic() < ends:
+            try:
+                event = self._inbox.get(timeout=TURN_SECONDS)
+            except queue.Empty:
+                continue
+            if isinstance(event, Finished | RunFailed):
+                self._finish(event)
+        self._outbox.note(Note(contract.status_topic(self._config), b"stopped", retain=True))
+        log.info("stopped open=%d", len(self._open))
+
+    def _finish(self, event: Finished | RunFailed) -> None:
+        """Publish what this batch completes, and begin nothing new."""
+        now = time.monotonic()
+        self._running.pop(event.batch.id, None)
+        if self._journal is not None:
+            self._journal.note(event, now)
+        for action in self._controller.handle(event, now):
+            if isinstance(action, Publish):
+                self._obey(action)
+
+    def _open_journal(self) -> Journal | None:
+        path = self._config.paths.journal
+        if path is None:
+            return None
+        made = self._installation
+        opening = Opening(
+            __version__,
+            made.catalog.graph,
+            tuple(made.experts.values()),
+            made.devices,
+            made.executors,
+            dict(made.unavailable),
+        )
+        return Journal(path, opening)
+
+
+class _MemoryWatch:
+    """This process's anonymous memory: what it was before the first load, and the most it ever was when looked at."""
+
+    def __init__(self) -> None:
+        self._fixed_bytes = self._now_bytes = self._peak_bytes = 0
+
+    def begin(self) -> None:
+        self._fixed_bytes = devices.anonymous_bytes()
+
+    def look(self) -> None:
+        self._now_bytes = devices.anonymous_bytes()
+        self._peak_bytes = max(self._peak_bytes, self._now_bytes)
+
+    def numbers(self) -> dict[str, int]:
+        return {
+            "anonymous_bytes": self._now_bytes,
+            "anonymous_peak_bytes": self._peak_bytes,
+            "anonymous_at_start_bytes": self._fixed_bytes,
+        }
+
+
+class _Systemd:
+    """Notifications, if systemd started us. The watchdog is fed at most four times per period."""
+
+    def __init__(self) -> None:
+        self._address = settings.notify_socket()
+        period = settings.watchdog_seconds()
+        self._pause_seconds = None if period is None else period / 4
+        self._next_seconds = 0.0
+        self._said = ""
+
+    def ready(self) -> None:
+        """Able to answer: connected and subscribed. Said again after every reconnect, which systemd ignores."""
+        systemd.notify(self._address, systemd.READY)
+
+    def stopping(self) -> None:
+        systemd.notify(self._address, systemd.STOPPING, systemd.status("draining"))
+
+    def status(self, text: str) -> None:
+        if text != self._said:
+            self._said = text
+            systemd.notify(self._address, systemd.status(text))
+
+    def alive(self) -> None:
+        now = time.monotonic()
+        if self._pause_seconds is not None and now >= self._next_seconds:
+            self._next_seconds = now + self._pause_seconds
+            systemd.notify(self._address, systemd.WATCHDOG)

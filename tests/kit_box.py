@@ -1,0 +1,158 @@
+"""A whole box for tests: a small catalogue on disk, its settings, and the service as a process of its own."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from onnx import ModelProto
+from PIL import Image
+
+from appliance.catalog import Bundle
+from appliance.drivers.broker import free_port
+from tests.kit_brokers import AnyBroker, Camera, until
+from tests.kit_models import SIDE, conv_net, write_bundle
+
+INFER = "coe/v1/plant/infer/line1/-/-/"
+RESULT = "coe/v1/plant/result/#"
+ERROR = "coe/v1/plant/error/#"
+STATUS = "coe/v1/plant/box/box1/status"
+STATS = "coe/v1/plant/box/box1/stats"
+
+
+def picture(seed: int = 0, side: int = SIDE, kind: str = "PNG") -> bytes:
+    """A colour picture of noise, encoded; no two seeds give the same bytes."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), np.uint8)
+    encoded = io.BytesIO()
+    Image.fromarray(pixels).save(encoded, kind)
+    return encoded.getvalue()
+
+
+def bomb(side: int) -> bytes:
+    """A small valid PNG of side x side black pixels."""
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    rows = zlib.compress(bytes((side // 8 + 1) * side), 9)
+    chunks = [(b"IHDR", header), (b"IDAT", rows), (b"IEND", b"")]
+    body = b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def write_catalog(folder: Path, experts: Mapping[str, ModelProto] | int, edges: Sequence[tuple[str, str]] = ()) -> Path:
+    """Bundles, and a graph in which component `c-<expert>` asks its expert; edges are always taken."""
+    nets = experts if isinstance(experts, Mapping) else {f"e{n}": conv_net(n) for n in range(experts)}
+    for name, net in nets.items():
+        bundle = write_bundle(folder, name, net)
+        (bundle.folder / "expert.toml").write_text(manifest_text(bundle), "utf-8")
+    lines = ["schema = 1", "name = 'test'", "[components]", *(f"c-{name} = '{name}'" for name in nets)]
+    for source, to in edges:
+        lines += ["[[edges]]", f"from = '{source}'", f"to = '{to}'"]
+    (folder / "graph.toml").write_text("\n".join(lines), "utf-8")
+    return folder
+
+
+def manifest_text(bundle: Bundle) -> str:
+    """expert.toml as `export` would write it. JSON values are TOML values here."""
+    plain: dict[str, Any] = json.loads(bundle.manifest.model_dump_json(by_alias=True, exclude_none=True))
+    tables = [(f"[{key}]", value) for key, value in plain.items() if isinstance(value, dict)]
+    tables += [("[[inputs]]", value) for value in plain["inputs"]]
+    lines = [f"{k} = {json.dumps(v)}" for k, v in plain.items() if k != "inputs" and not isinstance(v, dict)]
+    for title, values in tables:
+        lines += [title, *(f"{k} = {json.dumps(v)}" for k, v in values.items())]
+    return "\n".join(lines)
+
+
+class Box:
+    """The service of one box as a child process. With `broker` None it runs its own embedded broker.
+
+    `settings` are further lines of appliance.toml, such as `[memory]`. State survives `kill` and `start`.
+    """
+
+    def __init__(self, folder: Path, catalog: Path, broker: AnyBroker | None = None, *, settings: str = "") -> None:
+        self.folder, self.port = folder, broker.port if broker else free_port()
+        self.config, self.log = folder / "appliance.toml", folder / "service.log"
+        folder.mkdir(parents=True, exist_ok=True)
+        profile = Path(__file__).parents[1] / "profiles" / "default.json"
+        self.config.write_text(
+            f"[paths]\ncatalog = '{catalog}'\nstate = 'state'\nstore = 'store'\nprofile = '{profile}'\n"
+            f"journal = 'journal.jsonl'\n"
+            f"[mqtt]\nport = {self.port}\nkeepalive_seconds = 5\n"
+            f"[broker]\nembedded = {str(broker is None).lower()}\n" + settings,
+            "utf-8",
+        )
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self, environment: Mapping[str, str] | None = None) -> None:
+        """Start the service; returns at once."""
+        command = [sys.executable, "-m", "appliance.cli", "serve", "--config", str(self.config)]
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **(environment or {})}
+            )
+
+    def wait_online(self, seconds: float = 60.0) -> None:
+        """Until the box says that it is connected and subscribed."""
+        until(lambda: not self.is_running or "mqtt state=ready" in self.log_text, seconds)
+        assert self.is_running, self.log_text
+
+    def kill(self) -> None:
+        """SIGKILL; whatever broker is embedded goes with it. The log starts anew, so that `wait_online` waits again."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+        self.log.write_text("")
+
+    def stop(self) -> int:
+        """SIGTERM; returns the exit code."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGTERM)
+        return self._process.wait(30)
+
+    def wait_exit(self, seconds: float = 60.0) -> int:
+        assert self._process is not None
+        return self._process.wait(seconds)
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def log_text(self) -> str:
+        return self.log.read_text("utf-8", "replace") if self.log.exists() else ""
+
+    def __enter__(self) -> Box:
+        self.start()
+        self.wait_online()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self.is_running:
+            self.kill() if kind else self.stop()
+
+
+def hear_verdicts(camera: Camera, count: int, seconds: float = 60.0) -> dict[str, dict[str, Any]]:
+    """So many different verdicts by request id; the same one may come again, a different one for a request may not."""
+    verdicts: dict[str, dict[str, Any]] = {}
+    while len(verdicts) < count:
+        body = json.loads(camera.hear(seconds).payload)
+        if "outcome" in body:
+            known = verdicts.setdefault(body["request_id"], body)
+            assert known == body, "two different verdicts for one picture"
+    return verdicts

@@ -1,0 +1,321 @@
+"""The whole service as a process of its own, with real brokers, real sessions and real pictures."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import pytest
+from paho.mqtt.enums import MQTTProtocolVersion
+
+from appliance import client
+from appliance.lab.simulate import simulated
+from appliance.service import WORKING_BYTES
+from tests.kit_box import ERROR, INFER, RESULT, STATS, Box, bomb, hear_verdicts, picture, write_catalog
+from tests.kit_brokers import AnyBroker, Camera, Mosquitto, Nats, broker, mosquitto, nats, until
+from tests.kit_models import conv_net
+from tests.kit_systemd import NotifySocket
+
+__all__ = ["broker", "mosquitto", "nats"]  # fixtures
+
+
+@pytest.fixture(scope="module")
+def catalog(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four experts; e0 leads to e3 always."""
+    return write_catalog(tmp_path_factory.mktemp("catalog"), 4, [("e0", "e3")])
+
+
+@pytest.fixture
+def box(tmp_path: Path, catalog: Path) -> Iterator[Box]:
+    """With its own broker."""
+    with Box(tmp_path / "box", catalog) as running:
+        yield running
+
+
+def test_a_published_picture_comes_back_as_a_verdict(tmp_path: Path, catalog: Path, broker: AnyBroker) -> None:
+    with Box(tmp_path / "box", catalog, broker), Camera(broker.port, RESULT) as camera:
+        camera.publish(INFER + "c-e0", picture())
+        heard = camera.hear()
+        body = json.loads(heard.payload)
+        assert heard.topic == "coe/v1/plant/result/line1/-/-/c-e0"
+        assert body["outcome"] in ("pass", "fail")
+        assert [step["expert"] for step in body["steps"]] == ["e0", "e3"]
+
+
+def test_hundreds_of_pictures_get_one_verdict_each_under_a_budget_for_two_experts(
+    tmp_path: Path, catalog: Path
+) -> None:
+    with (
+        Box(tmp_path / "box", catalog, settings="[memory]\nweights = 16384\n") as box,
+        Camera(box.port, RESULT) as camera,
+    ):
+        for number in range(200):
+            camera.publish(INFER + f"c-e{number % 4}", picture(number))
+        verdicts = hear_verdicts(camera, 200)
+    assert len(verdicts) == 200
+    assert camera.heard.empty()
+
+
+@pytest.fixture(scope="module")
+def shared_box(tmp_path_factory: pytest.TempPathFactory, catalog: Path) -> Iterator[Box]:
+    """One box for many bad messages: it must survive them all."""
+    settings = "[limits]\npicture_bytes = 100000\n"
+    with Box(tmp_path_factory.mktemp("shared"), catalog, settings=settings) as running:
+        yield running
+        assert running.is_running
+
+
+BAD_MESSAGES = [
+    ("unknown component", "infer/line1/-/-/ghost", picture(), "unknown-component"),
+    ("unknown product", "infer/line1/ghost/-/R1", picture(), "unknown-product"),
+    ("empty payload", "infer/line1/-/-/c-e1", b"", "picture-empty"),
+    ("text", "infer/line1/-/-/c-e1", b"<html>not a picture</html>", "picture-format"),
+    ("truncated JPEG", "infer/line1/-/-/c-e1", picture(5, 64, "JPEG")[:-600], "picture-damaged"),
+    ("truncated PNG", "infer/line1/-/-/c-e1", picture(6, 64)[:-3000], "picture-damaged"),
+    ("pixel bomb", "infer/line1/-/-/c-e1", bomb(20_000), "picture-too-many-pixels"),
+    ("payload over the limit", "infer/line1/-/-/c-e1", picture(7, 200), "picture-too-large"),
+    ("topic too short", "infer/line1/-/c-e1", picture(), "topic-depth"),
+    ("topic too long", "infer/line1/-/-/c-e1/more", picture(), "topic-depth"),
+    ("name that begins with a dash", "infer/-line/-/-/c-e1", picture(), "topic-name"),
+    ("name with two dots first", "infer/line1/-/-/..", picture(), "topic-name"),
+    ("name of 65 characters", "infer/line1/-/-/" + 65 * "x", picture(), "topic-name"),
+]
+
+
+@pytest.mark.parametrize(
+    ("topic", "payload", "reason"), [row[1:] for row in BAD_MESSAGES], ids=[r[0] for r in BAD_MESSAGES]
+)
+def test_bad_input_is_answered_on_the_error_topic(shared_box: Box, topic: str, payload: bytes, reason: str) -> None:
+    with Camera(shared_box.port, ERROR, RESULT) as camera:
+        camera.publish("coe/v1/plant/" + topic, payload)
+        heard = camera.hear()
+        while heard.topic != f"coe/v1/plant/error/{reason}":  # a damaged picture has a verdict beside it
+            heard = camera.hear()
+        body = json.loads(heard.payload)
+        assert body["reason"] == reason
+        assert body["what"]
+        assert body["remedy"]
+        camera.publish(INFER + "c-e1", picture(99))
+        assert hear_verdicts(camera, 1)
+
+
+def test_a_retained_picture_is_not_inspected_at_every_start(tmp_path: Path, catalog: Path, nats: Nats) -> None:
+    with Camera(nats.port, ERROR, RESULT) as camera:
+        camera.publish_confirmed(INFER + "c-e1", picture(8), retain=True)
+        with Box(tmp_path / "box", catalog, nats):
+            heard = camera.hear()
+            assert (heard.topic, camera.heard.empty()) == ("coe/v1/plant/error/retained", True)
+
+
+def test_a_damaged_picture_also_gets_its_one_verdict(shared_box: Box) -> None:
+    with Camera(shared_box.port, RESULT) as camera:
+        camera.publish(INFER + "c-e2", picture(5, 64, "JPEG")[:-600])
+        (verdict,) = hear_verdicts(camera, 1).values()
+        assert (verdict["outcome"], verdict["reason"]) == ("error", "picture-damaged")
+
+
+def test_the_same_picture_again_is_answered_from_the_record(shared_box: Box) -> None:
+    with Camera(shared_box.port, RESULT, STATS) as camera:
+        camera.publish(INFER + "c-e2", picture(55))
+        first = _verdict(camera)
+        camera.publish(INFER + "c-e2", picture(55))
+        assert _verdict(camera) == first
+
+
+def _verdict(camera: Camera) -> bytes:
+    while True:
+        heard = camera.hear()
+        if "/result/" in heard.topic:
+            return heard.payload
+
+
+@pytest.mark.parametrize("kind", ["missing file", "other bytes"])
+def test_an_expert_that_cannot_serve_is_answered_and_the_others_serve(tmp_path: Path, kind: str) -> None:
+    folder = write_catalog(tmp_path / "catalog", 2)
+    model = folder / "e0" / "1" / "model.onnx"
+    model.unlink() if kind == "missing file" else model.write_bytes(model.read_bytes() + b"\0")
+    reason = "catalog" if kind == "missing file" else "digest-mismatch"
+    with Box(tmp_path / "box", folder) as box, Camera(box.port, RESULT, ERROR) as camera:
+        camera.publish(INFER + "c-e0", picture())
+        heard = {message.topic.split("/")[3]: json.loads(message.payload) for message in (camera.hear(), camera.hear())}
+        assert heard["result"]["outcome"] == "error"
+        assert heard["result"]["reason"] == heard["error"]["reason"] == reason
+        assert "model.onnx" in heard["result"]["detail"]
+        camera.publish(INFER + "c-e1", picture())
+        assert json.loads(camera.hear().payload)["outcome"] in ("pass", "fail")
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        ("cyclic graph", "cycle: e0 → e1 → e0"),
+        ("misspelt key", "line 1: mqtt.prot: unknown key"),
+        ("port in use", "port"),
+        ("second service on one state", "in use by process"),
+    ],
+)
+def test_what_cannot_start_says_why_in_one_line(tmp_path: Path, shared_box: Box, damage: str, says: str) -> None:
+    edges = [("e0", "e1"), ("e1", "e0")] if damage == "cyclic graph" else []
+    box = Box(tmp_path / "box", write_catalog(tmp_path / "catalog", 2, edges))
+    text = box.config.read_text()
+    if damage == "misspelt key":
+        box.config.write_text("mqtt.prot = 1\n" + text.split("[mqtt]")[0])
+    elif damage == "port in use":
+        box.config.write_text(text.replace(f"port = {box.port}", f"port = {shared_box.port}"))
+    elif damage == "second service on one state":
+        box.config.write_text(text.replace("state = 'state'", f"state = '{shared_box.folder / 'state'}'"))
+    box.start()
+    assert box.wait_exit() == 1
+    (line,) = [line for line in box.log_text.splitlines() if line.startswith("appliance: ")]
+    assert says in line
+    assert "Traceback" not in box.log_text
+
+
+def test_an_unreachable_broker_is_tried_again_and_said(tmp_path: Path, catalog: Path) -> None:
+    nats = Nats(tmp_path / "nats")
+    box = Box(tmp_path / "box", catalog, nats)
+    with NotifySocket(tmp_path) as systemd:
+        box.start(systemd.environment())
+        until(lambda: "no_link" in box.log_text)
+        assert systemd.wait_for("STATUS=", 5)
+        nats.start()
+        box.wait_online()
+        assert any("Connection refused" in message for message in systemd.messages) or systemd.wait_for("STATUS=", 5)
+        box.stop()
+    nats.stop()
+
+
+def test_a_killed_service_answers_everything_after_it_starts_again(
+    tmp_path: Path, catalog: Path, broker: AnyBroker
+) -> None:
+    """Published at QoS 1 and confirmed: nothing may be lost, whoever held it when the service died."""
+    box = Box(tmp_path / "box", catalog, broker)
+    with box, Camera(broker.port, RESULT, name="publisher", clean=False) as camera:
+        ids = [camera.publish(INFER + f"c-e{number % 4}", picture(number)) for number in range(120)]
+        camera.hear()
+        box.kill()
+        camera.wait_confirmed(*ids)
+        box.start()
+        assert len(hear_verdicts(camera, 119)) >= 119
+        box.wait_online()
+
+
+def test_a_killed_service_with_its_own_broker_loses_nothing(tmp_path: Path, catalog: Path) -> None:
+    box = Box(tmp_path / "box", catalog)
+    pictures = [picture(number) for number in range(60)]
+    with box, client.Camera("127.0.0.1", box.port, line="line1", resend_seconds=2.0) as camera:
+        answers: dict[str, client.Answer] = {}
+        first = Event()
+
+        def answered(answer: client.Answer) -> None:
+            answers[answer.request_id] = answer
+            first.set()
+
+        camera.on_answer(answered)
+        for number, content in enumerate(pictures):
+            camera.publish(part=f"c-e{number % 4}", picture=content)
+        assert first.wait(30)
+        box.kill()
+        box.start()
+        assert camera.wait(60)
+        assert len(answers) == 60
+        assert not any(answer.is_rejected for answer in answers.values())
+
+
+def test_sigterm_ends_cleanly_and_the_next_start_goes_on(tmp_path: Path, catalog: Path, broker: AnyBroker) -> None:
+    box = Box(tmp_path / "box", catalog, broker)
+    with box, Camera(broker.port, RESULT, name="publisher", clean=False) as camera:
+        ids = [camera.publish(INFER + f"c-e{number % 4}", picture(number)) for number in range(100)]
+        camera.hear()
+        assert box.stop() == 0
+        camera.wait_confirmed(*ids)
+        box.start()
+        assert len(hear_verdicts(camera, 99)) >= 99
+
+
+@pytest.mark.mosquitto
+def test_an_mqtt_5_response_topic_gets_the_verdict_with_its_correlation_data(
+    tmp_path: Path, catalog: Path, mosquitto: Mosquitto
+) -> None:
+    with (
+        Box(tmp_path / "box", catalog, mosquitto),
+        Camera(mosquitto.port, "my/answers", protocol=MQTTProtocolVersion.MQTTv5) as camera,
+    ):
+        camera.publish(INFER + "c-e1", picture(), ResponseTopic="my/answers", CorrelationData=b"4711")
+        heard = camera.hear()
+        assert heard.correlation == b"4711"
+        assert json.loads(heard.payload)["outcome"] in ("pass", "fail")
+
+
+@pytest.mark.mosquitto
+def test_ids_with_wildcards_are_refused(tmp_path: Path, catalog: Path, mosquitto: Mosquitto) -> None:
+    with (
+        Box(tmp_path / "box", catalog, mosquitto),
+        Camera(mosquitto.port, ERROR, protocol=MQTTProtocolVersion.MQTTv5) as camera,
+    ):
+        for bad in ("a+b", "#", "a/b", "x" * 129, "a b"):
+            camera.publish(INFER + "c-e1", picture(), user={"request-id": bad})
+            assert json.loads(camera.hear().payload)["reason"] == "request-id"
+
+
+@pytest.mark.mosquitto
+def test_plain_mosquitto_pub_gets_its_verdict(tmp_path: Path, catalog: Path, broker: AnyBroker) -> None:
+    file = tmp_path / "picture.jpg"
+    file.write_bytes(picture(3, 64, "JPEG"))
+    with Box(tmp_path / "box", catalog, broker), Camera(broker.port, RESULT) as camera:
+        command = [
+            "mosquitto_pub",
+            "-V",
+            "311",
+            "-p",
+            str(broker.port),
+            "-q",
+            "1",
+            "-t",
+            INFER + "c-e1",
+            "-f",
+            str(file),
+        ]
+        subprocess.run(command, check=True, timeout=20)
+        assert camera.hear().topic == "coe/v1/plant/result/line1/-/-/c-e1"
+
+
+def test_a_live_journal_replayed_makes_the_same_loads_and_evictions(tmp_path: Path, catalog: Path) -> None:
+    with Box(tmp_path / "box", catalog, settings="[memory]\nweights = 16384\n") as box:
+        with Camera(box.port, RESULT, STATS) as camera:
+            for number in range(60):
+                camera.publish(INFER + f"c-e{number % 4}", picture(number))
+            hear_verdicts(camera, 60)
+            stats = until(lambda: _stats_of(camera, 60))
+        box.stop()
+        found = simulated(box.folder / "journal.jsonl", predict=False)
+    assert (found["loads"], found["evictions"]) == (stats["loads"], stats["evictions"])
+    assert found["evictions"] > 0
+    assert simulated(box.folder / "journal.jsonl", predict=True)["requests"] == 60
+
+
+def _stats_of(camera: Camera, verdicts: int) -> dict[str, Any]:
+    """The next message if it is statistics that count so many verdicts, else nothing."""
+    heard = camera.hear()
+    body: dict[str, Any] = json.loads(heard.payload)
+    return body if heard.topic == STATS and sum(body["verdicts"].values()) == verdicts else {}
+
+
+def test_weights_and_memory_stay_inside_their_budget(tmp_path: Path) -> None:
+    """40 experts of 45 MB under 450 MB: mappings never above the budget, anonymous memory never above it
+    by more than the fixed part that docs/architecture.md states and 4 MB."""
+    catalog = write_catalog(tmp_path / "catalog", {f"big{n}": conv_net(n, width=3350) for n in range(40)})
+    budget = 450_000_000
+    with Box(tmp_path / "box", catalog, settings=f"[memory]\nweights = {budget}\n") as box:
+        with Camera(box.port, RESULT, STATS) as camera:
+            for number in range(160):
+                camera.publish(INFER + f"c-big{number * 7 % 40}", picture(number))
+            hear_verdicts(camera, 160, 120)
+            stats = until(lambda: _stats_of(camera, 160), 30)
+        assert stats["loads"] >= 40
+        assert stats["weights_peak_bytes"] <= budget
+        assert stats["anonymous_peak_bytes"] <= budget + stats["anonymous_at_start_bytes"] + WORKING_BYTES + 4_000_000
