@@ -1,0 +1,172 @@
+"""The commands and their flags. Each calls one function, imported when the command runs, and turns errors into one
+line and an exit code: 1 for what went wrong, 2 for what was asked wrongly."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from appliance.errors import ApplianceError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Serve hundreds of expert networks from one box beside a production line.\n\n"
+    "Begin with [bold]appliance demo[/bold]: real pictures through a real broker and real experts.",
+)
+
+ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="The box's settings; see docs/configuration.md.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines instead of text.")]
+DEFAULT_CONFIG = Path("/etc/appliance/appliance.toml")
+
+
+@app.command()
+def serve(
+    config: ConfigFile = DEFAULT_CONFIG,
+    as_json: Annotated[bool, typer.Option("--json", help="Log JSON lines instead of text.")] = False,
+    debug: Annotated[bool, typer.Option(help="Log every decision, not only what an operator acts on.")] = False,
+) -> None:
+    """Run the service in the foreground; systemd keeps it.
+
+    Connects to the broker of the settings (or starts its own), answers every picture with one verdict, and stops
+    cleanly on SIGTERM. Logs go to standard error.
+    """
+    from appliance import config as settings
+    from appliance import service
+    from appliance.logs import log_to_stderr
+
+    log_to_stderr(as_json=as_json, debug=debug)
+    service.serve(settings.load(config))
+
+
+@app.command()
+def check(config: ConfigFile = DEFAULT_CONFIG, as_json: AsJson = False) -> None:
+    """Check settings, catalogue, graph, digests and compiled experts, without serving.
+
+    Compiles what is new, so that the next start is quick. Exit code 1 when any expert could not serve.
+    """
+    from appliance import config as settings
+    from appliance.report import print_check
+    from appliance.startup import checked
+
+    found = checked(settings.load(config))
+    _print(found) if as_json else print_check(found, Console())
+    raise typer.Exit(0 if not found["unavailable"] else 1)
+
+
+@app.command()
+def publish(
+    pictures: Annotated[list[Path], typer.Argument(help="Picture files: JPEG, PNG, BMP, TIFF, PNM or NPY.")],
+    part: Annotated[str, typer.Option(help="Component type, or the designator when --product is given.")],
+    line: Annotated[str, typer.Option(help="Name of the publishing line.")] = "line1",
+    product: Annotated[str, typer.Option(help="Product whose recipe places the part; - for none.")] = "-",
+    board: Annotated[str, typer.Option(help="Serial number of the board; - for none.")] = "-",
+    host: Annotated[str, typer.Option(help="The broker.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Its port.")] = 1883,
+    site: Annotated[str, typer.Option(help="Site name, as in the box's settings.")] = "plant",
+    root: Annotated[str, typer.Option(help="First topic level, as in the box's settings.")] = "coe",
+    username: Annotated[str | None, typer.Option(help="User name at the broker.")] = None,
+    password_file: Annotated[Path | None, typer.Option(help="File whose first line is the password.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for all verdicts.")] = 60.0,
+    as_json: AsJson = False,
+) -> None:
+    """Send pictures to a box and wait for their verdicts, sending again what is not answered.
+
+    Exit code 0 only if every picture got a verdict. One by hand:
+
+        appliance publish crop.jpg --part moulded-figure
+    """
+    from appliance.client import Camera, publish_files
+    from appliance.report import print_answers
+
+    password = password_file.read_text("utf-8").splitlines()[0] if password_file else None
+    camera = Camera(host, port, line=line, site=site, root=root, username=username, password=password)
+    found = publish_files(camera, pictures, part=part, product=product, board=board, timeout_seconds=timeout)
+    _print(found) if as_json else print_answers(found, Console())
+    raise typer.Exit(0 if not found["unanswered"] else 1)
+
+
+@app.command(
+    name="export",
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+)
+def export_experts(context: typer.Context) -> None:
+    """Turn PyTorch experts, or foreign ONNX files, into verified bundles (the same as python -m export)."""
+    from export.__main__ import app as exporting
+
+    exporting(args=context.args, prog_name="appliance export")
+
+
+@app.command()
+def simulate(
+    journal: Annotated[
+        Path, typer.Argument(help="A journal that a service wrote (paths.journal), such as the demo's.")
+    ],
+    predict: Annotated[
+        bool,
+        typer.Option(help="Take only the arrivals and answers from the journal, and predict all timings from costs."),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a journal through the scheduler in virtual time, without broker, disk or models.
+
+    By default it is replayed event by event: loads and evictions are then exactly those of the live run. With
+    --predict, loads and runs take as long as the costs say, which shows what other circumstances would do.
+    """
+    from appliance.lab.simulate import simulated
+    from appliance.report import print_simulation
+
+    found = simulated(journal, predict=predict)
+    _print(found) if as_json else print_simulation(found, Console())
+
+
+@app.command()
+def demo(
+    pictures: Annotated[int, typer.Option(min=1, help="How many pictures the lines publish.")] = 1200,
+    lines: Annotated[int, typer.Option(min=1, max=16, help="How many lines publish at the same time.")] = 4,
+    budget: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="Share of the experts' bytes that may be resident.")
+    ] = 0.33,
+    keep: Annotated[bool, typer.Option(help="Leave broker and service up, and print how to publish by hand.")] = False,
+    folder: Annotated[Path, typer.Option(help="Where compiled experts, spool and journal go.")] = Path(".appliance"),
+    catalog: Annotated[Path, typer.Option(help="The expert bundles and products.")] = Path("models_onnx"),
+    as_json: AsJson = False,
+) -> None:
+    """Publish real pictures of circuit boards through a real broker to real experts, and watch the verdicts come.
+
+    Starts the embedded broker and the service with a memory budget of a third of the experts. Exit code 0 only if
+    every picture got exactly one verdict.
+    """
+    from appliance.lab.demo import Demo, run_demo
+
+    found = run_demo(Demo(pictures, lines, budget, keep, folder, catalog), Console(stderr=as_json))
+    if as_json:
+        _print(found)
+    raise typer.Exit(0 if found["pictures"] == found["verdicts"] else 1)
+
+
+def main() -> None:
+    """The console script. One of the two borders where every error becomes an answer."""
+    try:
+        app()
+    except ApplianceError as error:
+        print(f"appliance: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _print(value: dict[str, Any]) -> None:
+    print(json.dumps(value, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Commands as people and machines call them: real processes, exit codes, one line for every error."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from appliance.drivers.broker import free_port
+from tests.kit_box import Box, picture, write_catalog
+
+COMMANDS = ("serve", "check", "export", "publish", "simulate", "demo")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A box that published three pictures of its own, and stopped."""
+    home = tmp_path_factory.mktemp("cli")
+    for number in range(3):
+        (home / f"{number}.png").write_bytes(picture(number))
+    (home / "broken.png").write_bytes(picture(9)[:-300])
+    with Box(home / "box", write_catalog(home / "catalog", 2)) as box:
+        pictures = [str(home / f"{number}.png") for number in range(3)]
+        common = ["--port", str(box.port), "--part"]
+        (home / "published").write_text(_run("publish", *pictures, *common, "c-e0", "--json").stdout)
+        (home / "shown").write_text(_run("publish", str(home / "broken.png"), *common, "c-e1").stdout)
+        (home / "refused").write_text(_run("publish", pictures[0], *common, "ghost").stdout)
+    return home
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command: str) -> None:
+    shown = _run(command, "--help")
+    assert shown.returncode == 0
+    assert "--json" in shown.stdout
+
+
+def test_publishing_waits_for_every_verdict(folder: Path) -> None:
+    found: dict[str, Any] = json.loads((folder / "published").read_text())
+    assert (found["pictures"], found["verdicts"], found["unanswered"]) == (3, 3, [])
+    assert {answer["body"]["outcome"] for answer in found["answers"]} <= {"pass", "fail"}
+
+
+def test_a_damaged_and_an_unknown_picture_are_shown_with_their_reason(folder: Path) -> None:
+    assert "picture-damaged" in (folder / "shown").read_text()
+    assert "unknown-component" in (folder / "refused").read_text()
+
+
+def test_publishing_to_no_broker_is_one_line(folder: Path) -> None:
+    port = str(free_port())
+    _fails(_run("publish", str(folder / "0.png"), "--part", "c-e0", "--port", port), f"no broker at 127.0.0.1:{port}")
+
+
+def test_a_check_says_what_serves(folder: Path) -> None:
+    config = str(folder / "box" / "appliance.toml")
+    found = json.loads(_run("check", "--config", config, "--json").stdout)
+    assert (found["experts"], found["unavailable"]) == (2, {})
+    assert "Everything in the catalogue can serve" in _run("check", "--config", config).stdout
+
+
+def test_a_check_fails_when_an_expert_cannot_serve(tmp_path: Path) -> None:
+    box = Box(tmp_path / "box", write_catalog(tmp_path / "catalog", 2))
+    (tmp_path / "catalog" / "e1" / "1" / "model.onnx").write_bytes(b"other")
+    checked = _run("check", "--config", str(box.config), "--json")
+    assert checked.returncode == 1
+    assert json.loads(checked.stdout)["unavailable"]["e1"]["reason"] == "digest-mismatch"
+
+
+def test_a_misspelt_setting_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "appliance.toml"
+    path.write_text("[memory]\nwieghts = 1\n")
+    _fails(_run("check", "--config", str(path)), "line 2: memory.wieghts: unknown key")
+
+
+def test_a_stopped_boxs_journal_is_simulated(folder: Path) -> None:
+    journal = str(folder / "box" / "journal.jsonl")
+    found = json.loads(_run("simulate", journal, "--json").stdout)
+    assert found["requests"] == 4
+    assert found["loads"] == 2
+    assert "images per second" in _run("simulate", journal, "--predict").stdout
+
+
+def test_simulating_what_is_no_journal_is_one_line(folder: Path) -> None:
+    _fails(_run("simulate", str(folder / "0.png")), "0.png cannot be read")
+
+
+def test_a_demo_without_products_says_what_it_needs(folder: Path, tmp_path: Path) -> None:
+    options = ["--catalog", str(folder / "catalog"), "--folder", str(tmp_path)]
+    _fails(_run("demo", *options), "has no product with a sample")
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "appliance.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
+
+
+def _fails(ran: subprocess.CompletedProcess[str], says: str) -> None:
+    assert ran.returncode == 1
+    (line,) = ran.stderr.splitlines()
+    assert line.startswith("appliance: ")
+    assert says in line
