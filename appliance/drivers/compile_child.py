@@ -1,0 +1,241 @@
+"""The child process that compiles: `python -m appliance.drivers.compile_child`, requests in, descriptions out.
+
+The files are foreign, so everything that opens them happens here: it parses, optimises, lifts, proves the template
+against the bundle's golden samples and the plain session, and measures it. It knows neither the store's layout nor
+other experts; what it makes lies in the folder that the request names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from numpy.typing import NDArray
+from onnx import GraphProto, ModelProto, TensorProto
+
+from appliance import sandbox
+from appliance.core import costs
+from appliance.drivers import runtime
+from appliance.drivers.template import dtype_of, layout, lift, packed, views
+from appliance.errors import ModelError
+
+Pixels = NDArray[np.float32]
+"""Prepared pictures (N, C, H, W)."""
+Run = Callable[[Sequence[Pixels]], list[NDArray[Any]]]
+
+_BATCHES = (1, 2, 4, 8)
+_MEASURE_SECONDS = 2.0
+_ROUNDING = 1e-4
+"""Largest difference between template and plain session, relative to the largest output (measured: up to 4e-7)."""
+_EXPORT_AGAIN = "export the expert again"
+_REPORT = "report this model: it cannot be served as a template"
+
+
+def compile_one(request: dict[str, Any]) -> dict[str, Any]:
+    """Compile one expert into `request["folder"]`: `template.onnx` and `segment`; the reply describes them.
+
+    The request names `model`, `inputs` (name, channels, width, height each), `outputs` that must exist, `max_batch`,
+    `golden` (a path or None), `tolerance`, and `known`, the folder of architectures that were measured already.
+    """
+    folder = Path(request["folder"])
+    plain = _optimise(_portable(request), folder)
+    limit = _batch_limit(plain, request["max_batch"])
+    template = lift(_parse(folder / "optimised.onnx"), [spec["name"] for spec in request["inputs"]])
+    (folder / "optimised.onnx").unlink()
+    offsets, size = layout(template.weights)
+    pack = packed(template.weights, offsets, size)
+    (folder / "segment").write_bytes(pack.data)
+    (folder / "template.onnx").write_bytes(template.model)
+    run = _runner(folder / "template.onnx", views(template.weights, offsets, pack))
+    _prove_equal(run, plain, _noise(request, min(2, limit)), request)
+    _prove_golden(run, template.outputs, limit, request)
+    home = Path(request["known"]) / template.signature
+    is_known = (home / "template.onnx").is_file() and (home / "architecture.json").is_file()
+    return {
+        "architecture": template.signature,
+        "segment": hashlib.sha256(pack.data).hexdigest(),
+        "bytes": size,
+        "tensors": [
+            {"name": f"w{i}", "dtype": dtype_of(tensor).name, "shape": list(tensor.dims), "offset": offset}
+            for i, (tensor, offset) in enumerate(zip(template.weights, offsets, strict=True))
+        ],
+        "outputs": list(template.outputs),
+        "costs": None if is_known else _measured(run, limit, request),
+    }
+
+
+def _portable(request: dict[str, Any]) -> ModelProto:
+    """The foreign graph, with weights that are no longer inputs (before IR 4 they had to be listed there)."""
+    path = Path(request["model"])
+    model = _parse(path)
+    if any(tensor.data_location == TensorProto.EXTERNAL for tensor in model.graph.initializer):
+        raise ModelError(f"{path.name} keeps weights in other files", "export it as one file")
+    weights = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in weights]
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
+    _check_interface(model.graph, request)
+    model.ir_version = max(model.ir_version, 8)
+    return model
+
+
+def _parse(path: Path) -> ModelProto:
+    try:
+        return onnx.load_model(path, load_external_data=False)
+    except DecodeError as error:
+        raise ModelError(f"{path.name} is not an ONNX file: {error}", _EXPORT_AGAIN) from error
+
+
+def _check_interface(graph: GraphProto, request: dict[str, Any]) -> None:
+    expected = {spec["name"]: spec for spec in request["inputs"]}
+    found = {value.name: value for value in graph.input}
+    if expected.keys() != found.keys():
+        raise ModelError(
+            f"the graph's inputs are {', '.join(found) or 'none'}; the manifest lists {', '.join(expected)}",
+            "correct [[inputs]] in expert.toml",
+        )
+    for name, spec in expected.items():
+        if found[name].type.tensor_type.elem_type != TensorProto.FLOAT:
+            raise ModelError(f"input {name} is not float32", _EXPORT_AGAIN)
+        shape = [d.dim_value for d in found[name].type.tensor_type.shape.dim]
+        wanted = [0, spec["channels"], spec["height"], spec["width"]]
+        if len(shape) != 4 or any(s not in (0, w) for s, w in zip(shape[1:], wanted[1:], strict=True)):
+            raise ModelError(f"input {name} has shape {shape}, the manifest's is {wanted} (0: free)", _EXPORT_AGAIN)
+    missing = set(request["outputs"]) - {value.name for value in graph.output}
+    if missing:
+        raise ModelError(
+            f"the head wants the output {', '.join(sorted(missing))}; "
+            f"the graph has {', '.join(value.name for value in graph.output)}",
+            "correct [head] in expert.toml",
+        )
+
+
+def _optimise(model: ModelProto, folder: Path) -> Any:
+    """The plain session of a graph, which leaves `optimised.onnx` in the folder."""
+    source = folder / "portable.onnx"
+    source.write_bytes(model.SerializeToString())
+    with _runtime_errors("cannot be opened"):
+        session = runtime.open_session(source, optimise=True, save_as=folder / "optimised.onnx")
+    source.unlink()
+    return session
+
+
+def _runner(path: Path, weights: Mapping[str, NDArray[Any]]) -> Run:
+    """A function from pictures to outputs that feeds the template its weights as serving will."""
+    with _runtime_errors("cannot be opened as a template"):
+        session = runtime.open_session(path)
+
+    def run(pictures: Sequence[Pixels]) -> list[NDArray[Any]]:
+        with _runtime_errors("does not run as a template"):
+            return list(session.run(None, {f"x{i}": picture for i, picture in enumerate(pictures)} | dict(weights)))
+
+    return run
+
+
+@contextmanager
+def _runtime_errors(what: str) -> Iterator[None]:
+    try:
+        yield
+    except runtime.ERRORS as error:
+        if runtime.says_out_of_memory(error):
+            raise MemoryError from error
+        raise ModelError(f"the graph {what}: {str(error)[:400]}", _EXPORT_AGAIN) from error
+
+
+def _batch_limit(plain: Any, max_batch: int) -> int:
+    """The largest batch that the graph takes. Raises ModelError when the manifest promises another."""
+    fixed = {shape[0] for shape in (value.shape for value in plain.get_inputs()) if isinstance(shape[0], int)}
+    if fixed - {1}:
+        raise ModelError(f"the graph takes batches of {max(fixed)} only", "export it with a free or single batch")
+    if fixed and max_batch > 1:
+        raise ModelError(
+            f"the graph takes single pictures, its manifest says max_batch = {max_batch}", "set max_batch = 1"
+        )
+    return max_batch
+
+
+def _noise(request: dict[str, Any], count: int) -> list[Pixels]:
+    """Random pictures of the shape that the manifest gives each input; the same in every run."""
+    generator = np.random.default_rng(count)
+    return [
+        generator.random((count, spec["channels"], spec["height"], spec["width"]), np.float32)
+        for spec in request["inputs"]
+    ]
+
+
+def _prove_equal(run: Run, plain: Any, pictures: list[Pixels], request: dict[str, Any]) -> None:
+    """Template and plain session give the same to rounding."""
+    names = [spec["name"] for spec in request["inputs"]]
+    with _runtime_errors("does not run"):
+        expected = plain.run(None, dict(zip(names, pictures, strict=True)))
+    for output, ours, theirs in zip(plain.get_outputs(), run(pictures), expected, strict=True):
+        scale = max(1.0, float(np.max(np.abs(theirs[np.isfinite(theirs)]), initial=0.0)))
+        if ours.shape != theirs.shape or not np.allclose(ours, theirs, rtol=0, atol=_ROUNDING * scale, equal_nan=True):
+            raise ModelError(f"output {output.name} of the template differs from the plain session's", _REPORT)
+
+
+def _prove_golden(run: Run, outputs: Sequence[str], limit: int, request: dict[str, Any]) -> None:
+    """The template gives what the original framework gave on the bundle's golden samples."""
+    if request["golden"] is None:
+        return
+    golden = _golden_arrays(Path(request["golden"]))
+    missing = [spec["name"] for spec in request["inputs"] if spec["name"] not in golden]
+    if missing:
+        raise ModelError(f"golden.npz has no samples for the input {missing[0]}", _EXPORT_AGAIN)
+    pictures = [np.ascontiguousarray(golden[spec["name"]], np.float32) for spec in request["inputs"]]
+    results = [run([p[i : i + limit] for p in pictures]) for i in range(0, len(pictures[0]), limit)]
+    for number, name in enumerate(outputs):
+        if name in golden and results:
+            _compare(name, np.concatenate([result[number] for result in results]), golden[name], request["tolerance"])
+
+
+def _golden_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ModelError(f"{path.name} cannot be read: {error}", _EXPORT_AGAIN) from error
+
+
+def _compare(name: str, found: NDArray[Any], expected: NDArray[Any], tolerance: float) -> None:
+    if found.shape != expected.shape:
+        raise ModelError(f"output {name} has shape {found.shape}, golden.npz {expected.shape}", _EXPORT_AGAIN)
+    worst = float(np.max(np.abs(found.astype(np.float64) - expected), initial=0.0))
+    if not worst <= tolerance:
+        raise ModelError(f"output {name} is {worst:.3g} off golden.npz, allowed is {tolerance:.3g}", _EXPORT_AGAIN)
+
+
+def _measured(run: Run, limit: int, request: dict[str, Any]) -> list[float]:
+    """K and B in seconds on one thread, from the median of a few runs per batch size."""
+    end = time.perf_counter() + _MEASURE_SECONDS
+    samples: list[tuple[int, float]] = []
+    for count in (size for size in _BATCHES if size <= limit):
+        pictures = _noise(request, count)
+        run(pictures)
+        samples.append((count, statistics.median(list(_timed(run, pictures, end)))))
+        if time.perf_counter() > end:
+            break
+    return list(costs.fit(samples))
+
+
+def _timed(run: Run, pictures: list[Pixels], end: float) -> Iterator[float]:
+    for _ in range(5):
+        begun = time.perf_counter()
+        run(pictures)
+        now = time.perf_counter()
+        yield now - begun
+        if now > end:
+            return
+
+
+if __name__ == "__main__":
+    sandbox.serve(compile_one)

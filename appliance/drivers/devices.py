@@ -1,0 +1,112 @@
+"""What the machine is: cores, memory, instruction set, GPUs, and how much memory this process really holds."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pynvml
+
+_CGROUP = Path("/sys/fs/cgroup")
+_UNLIMITED = 1 << 60
+"""Version 1 cgroups say "no limit" with a number near 2**63."""
+_VECTOR_SETS = (
+    ("amx", ("amx_tile", "amx_int8")),
+    ("avx512bf16", ("avx512f", "avx512bw", "avx512_bf16")),
+    ("avx512vnni", ("avx512f", "avx512bw", "avx512_vnni")),
+    ("avx512", ("avx512f", "avx512bw")),
+    ("avxvnni", ("avx2", "fma", "avx_vnni")),
+    ("avx2", ("avx2", "fma")),
+    ("avx", ("avx",)),
+)
+"""Best first. The block layout of compiled weights follows from it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One NVIDIA device as its driver describes it."""
+
+    index: int
+    name: str
+    memory_bytes: int
+    driver: str
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that no file backs: what it would take to run it without any page cache.
+
+    RSS counts mapped files too and misleads both ways.
+    """
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+        if line.startswith("Anonymous:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("the kernel's smaps_rollup has no line Anonymous")
+
+
+def instruction_set() -> str:
+    """A short name that is the same on boxes whose processors take the same compiled weights, such as `x86_64-avx2`."""
+    return f"{platform.machine()}-{vector_set(_cpu_flags(Path('/proc/cpuinfo').read_text()))}"
+
+
+def vector_set(flags: frozenset[str]) -> str:
+    """The best of the vector extensions that ONNX Runtime's kernels tell apart, of a processor with these flags."""
+    return next((name for name, needed in _VECTOR_SETS if flags.issuperset(needed)), "plain")
+
+
+def cores(cgroup: Path = _CGROUP) -> int:
+    """Whole processors that this process may use: its affinity, or less if its cgroup has a quota."""
+    allowed = len(os.sched_getaffinity(0))
+    quota = _cpu_quota(cgroup)
+    return allowed if quota is None else max(1, min(allowed, int(quota)))
+
+
+def memory_bytes(cgroup: Path = _CGROUP) -> int:
+    """Main memory that this process may use: the box's, or less if its cgroup has a limit."""
+    limits = [_number(cgroup / "memory.max"), _number(cgroup / "memory" / "memory.limit_in_bytes")]
+    return min([int(psutil.virtual_memory().total), *(n for n in limits if n is not None and n < _UNLIMITED)])
+
+
+def gpus() -> list[Gpu]:
+    """The NVIDIA devices of this box; none without a driver."""
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return []
+    try:
+        driver = str(pynvml.nvmlSystemGetDriverVersion())
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        return [
+            Gpu(i, str(pynvml.nvmlDeviceGetName(h)), int(pynvml.nvmlDeviceGetMemoryInfo(h).total), driver)
+            for i, h in enumerate(handles)
+        ]
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _cpu_flags(cpuinfo: str) -> frozenset[str]:
+    for line in cpuinfo.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            return frozenset(value.split())
+    return frozenset()
+
+
+def _cpu_quota(cgroup: Path) -> float | None:
+    """Processors' worth of time per period, if limited (cgroup version 2, then 1)."""
+    try:
+        limit, period = (cgroup / "cpu.max").read_text().split()
+        return None if limit == "max" else int(limit) / int(period)
+    except (OSError, ValueError):
+        pass
+    quota, length = _number(cgroup / "cpu" / "cpu.cfs_quota_us"), _number(cgroup / "cpu" / "cpu.cfs_period_us")
+    return quota / length if quota is not None and quota > 0 and length else None
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,469 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+from appliance.catalog import Bundle
+from appliance.drivers.compile import Compiled, Store, compile_bundles
+from appliance.drivers.sessions import Sessions
+from appliance.drivers.weights import Weights
+from appliance.errors import ApplianceError, CatalogError, DigestMismatch, ModelError, StoreError, UnsafeModel
+from tests import kit_models as kit
+
+ZOO = Path(__file__).parent / "data" / "zoo"
+
+
+@dataclass(frozen=True, slots=True)
+class Workbench:
+    """A catalogue's folder and a store beside it."""
+
+    catalog: Path
+    store: Store
+
+    def bundle(self, name: str, net: ModelProto | Path | None = None, **kwargs: Any) -> Bundle:
+        return kit.write_bundle(self.catalog, name, net or kit.conv_net(), **kwargs)
+
+    def compile(self, *bundles: Bundle, jobs: int = 1) -> dict[str, Compiled | ApplianceError]:
+        return compile_bundles(self.store, bundles, report=lambda name, result: None, jobs=jobs)
+
+    def compiled(self, *bundles: Bundle) -> list[Compiled]:
+        results = self.compile(*bundles)
+        return [sound(results[bundle.manifest.name]) for bundle in bundles]
+
+    def failure(self, bundle: Bundle) -> ApplianceError:
+        result = self.compile(bundle)[bundle.manifest.name]
+        assert isinstance(result, ApplianceError)
+        return result
+
+    def run(self, compiled: Compiled, feeds: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[Any]]:
+        memory = Weights(self.store.segment_path)
+        sessions = Sessions(memory, intra_threads=1)
+        memory.load(compiled.segments)
+        sessions.activate(compiled)
+        with sessions.lease(compiled.expert) as lease:
+            return lease.run(feeds)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Workbench:
+    return Workbench(tmp_path / "models", Store(tmp_path / "store"))
+
+
+def sound(result: Compiled | ApplianceError) -> Compiled:
+    if isinstance(result, ApplianceError):
+        raise result
+    return result
+
+
+def test_a_compiled_expert_gives_what_its_plain_session_gives(bench: Workbench) -> None:
+    bundle = bench.bundle("e", kit.conv_net(width=64))
+    [compiled] = bench.compiled(bundle)
+    feeds = {"image": kit.noise(3)}
+    expected = kit.run_plain(bundle.model_path, feeds)
+    np.testing.assert_allclose(bench.run(compiled, feeds)["logits"], expected["logits"], atol=1e-5)
+
+
+ZOO_CASES: list[tuple[str, str, tuple[int, int], tuple[str, ...], int]] = [
+    ("ultraface-rfb-320", "input", (320, 240), ("scores", "boxes"), 1),
+    ("ppocr-mobile-v2-cls", "x", (192, 48), ("softmax_0.tmp_0",), 4),
+    ("resnet20-12fca82f", "image", (32, 32), ("logits",), 8),
+]
+
+
+@pytest.mark.parametrize(("file", "picture", "size", "outputs", "max_batch"), ZOO_CASES)
+def test_models_that_strangers_made_run_as_templates(
+    bench: Workbench, file: str, picture: str, size: tuple[int, int], outputs: Sequence[str], max_batch: int
+) -> None:
+    path = ZOO / f"{file}.onnx"
+    bundle = bench.bundle(
+        "stranger",
+        path,
+        inputs=[{"name": picture, "size": size}],
+        head={"kind": "classification", "output": outputs[0], "labels": ["a", "b"]},
+        max_batch=max_batch,
+    )
+    [compiled] = bench.compiled(bundle)
+    feeds = {picture: kit.noise(max_batch, 3, size[1], size[0])}
+    expected, found = kit.run_plain(path, feeds), bench.run(compiled, feeds)
+    assert tuple(found) == tuple(outputs)
+    for name in outputs:
+        np.testing.assert_allclose(found[name], expected[name], atol=1e-4)
+    assert weight_bytes(compiled) > 0.8 * sum(a.nbytes for a in constants(path))
+    assert left_inside(compiled) < 200
+
+
+def test_two_exports_of_one_architecture_share_a_template(bench: Workbench) -> None:
+    ours = bench.bundle("ours", kit.conv_net(1))
+    theirs = bench.bundle("theirs", shuffled(kit.conv_net(2, prefix="encoder/block.", batch="batch_size")))
+    as_inputs = bench.bundle("old", weights_as_inputs(kit.conv_net(3)))
+    as_constants = bench.bundle("paddle", weights_as_constants(kit.conv_net(4)))
+    compiled = bench.compiled(ours, theirs, as_inputs, as_constants)
+    assert len({c.architecture for c in compiled}) == 1
+    assert len({c.segments for c in compiled}) == 4
+    assert len(list((bench.store.folder / "architectures").iterdir())) == 1
+
+
+def test_another_architecture_has_another_template(bench: Workbench) -> None:
+    nets = [kit.conv_net(0, 8), kit.conv_net(0, 16), kit.conv_net(0, 8, width=8), kit.conv_net(0, 8, batch=1)]
+    bundles = [bench.bundle(f"e{i}", net, max_batch=1) for i, net in enumerate(nets)]
+    assert len({c.architecture for c in bench.compiled(*bundles)}) == len(nets)
+
+
+def test_no_learned_number_stays_in_a_template(bench: Workbench) -> None:
+    [compiled] = bench.compiled(bench.bundle("e", kit.conv_net(5)))
+    assert left_inside(compiled) == 0
+    bias = [slot for slot in compiled.tensors if slot.shape == (7,)]
+    assert len(bias) == 1
+
+
+def test_numbers_that_stay_inside_make_another_architecture(bench: Workbench) -> None:
+    low, high = (bench.bundle(f"clip{i}", clipped(kit.conv_net(1), limit)) for i, limit in enumerate((3.0, 6.0)))
+    first, second = bench.compiled(low, high)
+    assert first.architecture != second.architecture
+    assert first.segments == second.segments
+
+
+def test_experts_with_equal_weights_share_their_segment(bench: Workbench) -> None:
+    first, second = bench.compiled(bench.bundle("a"), bench.bundle("b"))
+    assert first.segments == second.segments
+    assert len(list((bench.store.folder / "segments").iterdir())) == 1
+
+
+def test_segments_are_whole_pages_with_aligned_tensors_in_order(bench: Workbench) -> None:
+    [compiled] = bench.compiled(bench.bundle("e", kit.conv_net(width=20)))
+    [segment] = compiled.segments
+    path = bench.store.segment_path(segment.id)
+    assert path.stat().st_size == segment.bytes
+    assert segment.bytes % 4096 == 0
+    end = 0
+    for slot in compiled.tensors:
+        assert slot.offset % 256 == 0
+        assert end <= slot.offset < end + 256
+        end = slot.offset + int(np.prod(slot.shape)) * np.dtype(slot.dtype).itemsize
+    assert end <= segment.bytes < end + 4096
+    bench.store.verify(compiled)
+
+
+def test_what_was_compiled_is_found_and_not_compiled_again(bench: Workbench) -> None:
+    bundle = bench.bundle("e")
+    assert bench.store.find(bundle) is None
+    [compiled] = bench.compiled(bundle)
+    before = snapshot(bench.store.folder)
+    assert bench.store.find(bundle) == compiled
+    assert bench.compiled(bundle) == [compiled]
+    assert Store(bench.store.folder.parent).find(bundle) == compiled
+    assert snapshot(bench.store.folder) == before
+
+
+@pytest.mark.parametrize("harm", ["segment-gone", "segment-short", "template-gone", "cost-gone", "entry-cut"])
+def test_an_incomplete_entry_counts_as_absent_and_is_made_again(bench: Workbench, harm: str) -> None:
+    bundle = bench.bundle("e")
+    [compiled] = bench.compiled(bundle)
+    segment = bench.store.segment_path(compiled.segments[0].id)
+    [entry] = (bench.store.folder / "experts" / "e").iterdir()
+    match harm:
+        case "segment-gone":
+            segment.unlink()
+        case "segment-short":
+            os.truncate(segment, 100)
+        case "template-gone":
+            compiled.template_path.unlink()
+        case "cost-gone":
+            (compiled.template_path.parent / "architecture.json").unlink()
+        case _:
+            os.truncate(entry, 100)
+    assert bench.store.find(bundle) is None
+    [again] = bench.compiled(bundle)
+    assert replace(again, item_seconds=0, fixed_seconds=0) == replace(compiled, item_seconds=0, fixed_seconds=0)
+    assert bench.store.find(bundle) == again
+
+
+def test_damage_inside_a_segment_is_found_when_asked(bench: Workbench) -> None:
+    [compiled] = bench.compiled(bench.bundle("e"))
+    path = bench.store.segment_path(compiled.segments[0].id)
+    content = bytearray(path.read_bytes())
+    content[10] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(StoreError, match="is damaged"):
+        bench.store.verify(compiled)
+
+
+def test_another_model_file_of_the_same_version_is_another_entry(bench: Workbench) -> None:
+    first = bench.bundle("e", kit.conv_net(1))
+    bench.compiled(first)
+    second = kit.write_bundle(bench.catalog.parent / "other", "e", kit.conv_net(2))
+    assert bench.store.find(second) is None
+    assert sound(bench.compile(second)["e"]).model_sha256 == second.manifest.model.sha256
+    assert bench.store.find(first) is not None
+
+
+def test_the_cost_of_a_larger_batch_is_known(bench: Workbench) -> None:
+    [compiled] = bench.compiled(bench.bundle("e", kit.conv_net(channels=32), max_batch=8))
+    assert 0 < compiled.item_seconds < 0.1
+    assert 0 <= compiled.fixed_seconds < 0.1
+
+
+def test_golden_samples_are_compared_with_the_template(bench: Workbench, tmp_path: Path) -> None:
+    pictures = kit.noise(5)
+    truth = kit.run_plain(kit.save(kit.conv_net(), tmp_path / "net.onnx"), {"image": pictures})["logits"]
+    good = bench.bundle("good", golden={"image": pictures, "logits": truth}, max_batch=2)
+    off = bench.bundle("off", golden={"image": pictures, "logits": truth + 0.01}, tolerance=1e-3)
+    tolerant = bench.bundle("tolerant", golden={"image": pictures, "logits": truth + 0.01}, tolerance=0.02)
+    short = bench.bundle("short", golden={"image": pictures, "logits": truth[:3]})
+    undefined = bench.bundle("undefined", golden={"image": pictures, "logits": truth * np.nan})
+    inputless = bench.bundle("inputless", golden={"logits": truth})
+    results = bench.compile(good, off, tolerant, short, undefined, inputless)
+    assert {name for name, result in results.items() if isinstance(result, Compiled)} == {"good", "tolerant"}
+    assert "off version 1: output logits is 0.01 off golden.npz, allowed is 0.001" in str(results["off"])
+    assert "shape" in str(results["short"])
+    assert "nan off" in str(results["undefined"])
+    assert "no samples for the input image" in str(results["inputless"])
+    assert all(isinstance(result, Compiled | ModelError) for result in results.values())
+
+
+def test_golden_samples_are_never_unpickled(bench: Workbench) -> None:
+    bundle = bench.bundle("e", golden={"image": kit.noise(1), "logits": np.zeros((1, 7), np.float32)})
+    assert bundle.golden_path is not None
+    np.savez(bundle.golden_path, allow_pickle=True, image=np.array([Path()], dtype=object))
+    assert "cannot be read" in str(bench.failure(kit.with_digests(bundle)))
+
+
+@pytest.mark.parametrize("file", ["model.onnx", "golden.npz"])
+def test_flipped_bytes_are_refused_before_anything_opens_them(bench: Workbench, file: str) -> None:
+    bundle = bench.bundle("e", golden={"image": kit.noise(1), "logits": np.zeros((1, 7), np.float32)})
+    path = bundle.folder / file
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert isinstance(bench.failure(bundle), DigestMismatch)
+
+
+def test_a_missing_model_file_is_an_answer_too(bench: Workbench) -> None:
+    bundle = bench.bundle("e")
+    bundle.model_path.unlink()
+    assert isinstance(bench.failure(bundle), CatalogError)
+
+
+def test_a_model_that_eats_memory_is_unsafe_and_the_others_are_compiled(bench: Workbench) -> None:
+    results = bench.compile(bench.bundle("a"), bench.bundle("greedy", kit.greedy_net()), bench.bundle("z"))
+    assert isinstance(results["greedy"], UnsafeModel)
+    assert str(results["greedy"]).startswith("greedy version 1: it broke the memory limit")
+    assert isinstance(results["a"], Compiled)
+    assert isinstance(results["z"], Compiled)
+
+
+def test_a_model_that_never_ends_is_unsafe_and_a_new_child_goes_on(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("appliance.drivers.compile._COMPILE_SECONDS", 3.0)
+    results = bench.compile(bench.bundle("endless", kit.endless_net()), bench.bundle("z"))
+    assert isinstance(results["endless"], UnsafeModel)
+    assert str(results["endless"]).startswith("endless version 1: it took longer than 3 s")
+    assert isinstance(results["z"], Compiled)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"inputs": [{"name": "picture", "size": (16, 16)}]}, "inputs are image; the manifest lists picture"),
+        ({"inputs": [{"name": "image", "size": (32, 32)}]}, r"shape \[0, 3, 16, 16\]"),
+        ({"inputs": [{"name": "image", "size": (16, 16), "color": "grey"}]}, r"shape \[0, 3, 16, 16\]"),
+        ({"head": {"kind": "classification", "output": "scores", "labels": ["a", "b"]}}, "the graph has logits"),
+    ],
+)
+def test_a_manifest_that_does_not_fit_the_graph_is_named(
+    bench: Workbench, change: dict[str, Any], complaint: str
+) -> None:
+    error = bench.failure(bench.bundle("e", **change))
+    assert type(error) is ModelError
+    with pytest.raises(ModelError, match=complaint):
+        raise error
+
+
+def test_a_graph_for_single_pictures_must_not_promise_more(bench: Workbench) -> None:
+    error = bench.failure(bench.bundle("e", kit.conv_net(batch=1), max_batch=4))
+    assert "takes single pictures" in str(error)
+
+
+@pytest.mark.parametrize("content", [b"not a model", b"\x08\x08" * 400, bytes(range(256)) * 8])
+def test_files_that_are_no_models_are_model_errors(bench: Workbench, tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "junk.onnx"
+    path.write_bytes(content)
+    assert isinstance(bench.failure(bench.bundle("junk", path)), ModelError)
+
+
+def test_an_unknown_operator_is_a_model_error(bench: Workbench) -> None:
+    net = kit.conv_net()
+    net.graph.node[1].op_type = "NoSuchOperator"
+    error = bench.failure(bench.bundle("e", net))
+    assert type(error) is ModelError
+    assert "NoSuchOperator" in str(error)
+
+
+def test_weights_in_other_files_are_refused(bench: Workbench, tmp_path: Path) -> None:
+    onnx.save(kit.conv_net(), tmp_path / "net.onnx", save_as_external_data=True, size_threshold=0, location="w.bin")
+    assert "keeps weights in other files" in str(bench.failure(bench.bundle("e", tmp_path / "net.onnx")))
+
+
+def test_an_output_that_ignores_the_picture_is_refused(bench: Workbench) -> None:
+    weights = [numpy_helper.from_array(np.ones((1, 7), np.float32), "w")]
+    nodes = [helper.make_node("Add", ["w", "w"], ["logits"])]
+    net = kit.model(nodes, weights, {"image": ["n", 3, kit.SIDE, kit.SIDE]}, {"logits": [1, 7]})
+    assert "not computed from the picture" in str(bench.failure(bench.bundle("e", net)))
+
+
+def test_branches_compile_with_their_weights_outside(bench: Workbench) -> None:
+    bundle = bench.bundle("e", branching())
+    [compiled] = bench.compiled(bundle)
+    assert [slot.shape for slot in compiled.tensors] == [(1, 3, 1, 1)]
+    for feeds in ({"image": kit.noise(2)}, {"image": -kit.noise(2)}):
+        expected = kit.run_plain(bundle.model_path, feeds)["logits"]
+        np.testing.assert_allclose(bench.run(compiled, feeds)["logits"], expected, atol=1e-6)
+
+
+def test_two_inputs_keep_their_order_and_their_names(bench: Workbench) -> None:
+    nodes = [helper.make_node("Sub", ["left side", "right/side"], ["d"]), helper.make_node("Relu", ["d"], ["logits"])]
+    shape: list[str | int] = ["n", 3, kit.SIDE, kit.SIDE]
+    net = kit.model(nodes, [], {"right/side": shape, "left side": shape}, {"logits": shape})
+    inputs = [
+        {"name": "left side", "size": (16, 16)},
+        {"name": "right/side", "size": (16, 16), "source": "reference"},
+    ]
+    [compiled] = bench.compiled(bench.bundle("e", net, inputs=inputs))
+    assert compiled.inputs == ("left side", "right/side")
+    left, right = kit.noise(2, seed=1), kit.noise(2, seed=2)
+    found = bench.run(compiled, {"right/side": right, "left side": left})
+    np.testing.assert_array_equal(found["logits"], np.maximum(left - right, 0))
+
+
+def test_several_jobs_and_processes_share_one_store(bench: Workbench) -> None:
+    bundles = [bench.bundle(f"e{i}", kit.conv_net(i)) for i in range(6)]
+    other = subprocess.Popen(
+        [sys.executable, "-c", _COMPILE_ELSEWHERE, str(bench.store.folder.parent), str(bench.catalog)],
+        env=None,
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parent.parent,
+    )
+    results = bench.compile(*bundles, jobs=2)
+    output, _ = other.communicate(timeout=60)
+    assert other.returncode == 0
+    assert json.loads(output) == {b.manifest.name: sound(results[b.manifest.name]).segments[0].id for b in bundles}
+    for bundle in bundles:
+        bench.store.verify(sound(results[bundle.manifest.name]))
+        assert bench.store.find(bundle) is not None
+    assert list(bench.store.making.iterdir()) == []
+
+
+_COMPILE_ELSEWHERE = """
+import json, sys
+from pathlib import Path
+from tests import kit_models as kit
+from appliance.drivers.compile import Store, compile_bundles
+bundles = [kit.write_bundle(Path(sys.argv[2] + "-elsewhere"), f"e{i}", kit.conv_net(i)) for i in range(6)]
+results = compile_bundles(Store(Path(sys.argv[1])), bundles, report=lambda name, result: None)
+print(json.dumps({name: result.segments[0].id for name, result in results.items()}))
+"""
+
+
+def test_a_store_that_cannot_be_written_stops_the_compile(tmp_path: Path) -> None:
+    (tmp_path / "store").write_text("a file")
+    bundle = kit.write_bundle(tmp_path / "models", "e", kit.conv_net())
+    with pytest.raises(StoreError, match="cannot be written"):
+        compile_bundles(Store(tmp_path / "store"), [bundle], report=lambda name, result: None)
+
+
+def test_every_result_is_reported_once(bench: Workbench) -> None:
+    bundles = [bench.bundle("a"), bench.bundle("b", kit.greedy_net())]
+    told: list[tuple[str, bool]] = []
+    for _ in range(2):
+        compile_bundles(bench.store, bundles, report=lambda name, r: told.append((name, isinstance(r, Compiled))))
+    assert told == [("a", True), ("b", False)] * 2
+
+
+def weight_bytes(compiled: Compiled) -> int:
+    return sum(int(np.prod(slot.shape)) * np.dtype(slot.dtype).itemsize for slot in compiled.tensors)
+
+
+def left_inside(compiled: Compiled) -> int:
+    """Bytes of floating-point numbers in a template."""
+    tensors = [numpy_helper.to_array(t) for t in onnx.load(compiled.template_path).graph.initializer]
+    return sum(tensor.nbytes for tensor in tensors if tensor.dtype.kind == "f")
+
+
+def constants(path: Path) -> list[NDArray[Any]]:
+    """Every larger floating-point constant of a portable model, wherever it keeps them."""
+    graph = onnx.load(path).graph
+    tensors = [*graph.initializer]
+    tensors += [a.t for node in graph.node if node.op_type == "Constant" for a in node.attribute if a.name == "value"]
+    arrays = [numpy_helper.to_array(tensor) for tensor in tensors]
+    return [array for array in arrays if array.dtype.kind == "f" and array.size > 64]
+
+
+def snapshot(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def shuffled(net: ModelProto) -> ModelProto:
+    """The same graph with its weights listed backwards, notes everywhere and a producer."""
+    weights = list(net.graph.initializer)[::-1]
+    del net.graph.initializer[:]
+    net.graph.initializer.extend(weights)
+    net.producer_name, net.doc_string, net.graph.name = "another", "made elsewhere", "main_graph"
+    for node in net.graph.node:
+        node.doc_string = "line 7"
+    return net
+
+
+def weights_as_inputs(net: ModelProto) -> ModelProto:
+    net.graph.input.extend(helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in net.graph.initializer)
+    return net
+
+
+def weights_as_constants(net: ModelProto) -> ModelProto:
+    constants = [helper.make_node("Constant", [], [t.name], value=t) for t in net.graph.initializer]
+    nodes = [*constants, *net.graph.node]
+    del net.graph.initializer[:], net.graph.node[:]
+    net.graph.node.extend(nodes)
+    return net
+
+
+def clipped(net: ModelProto, limit: float) -> ModelProto:
+    net.graph.node[-1].output[0] = "unlimited"
+    net.graph.initializer.append(numpy_helper.from_array(np.array(-limit, np.float32), "low"))
+    net.graph.initializer.append(numpy_helper.from_array(np.array(limit, np.float32), "high"))
+    net.graph.node.append(helper.make_node("Clip", ["unlimited", "low", "high"], ["logits"]))
+    return net
+
+
+def branching() -> ModelProto:
+    """Multiplies or adds its weights, depending on the sign of the picture's sum."""
+
+    def branch(operator: str, name: str) -> onnx.GraphProto:
+        result = helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+        return helper.make_graph([helper.make_node(operator, ["image", "w"], [name])], name, [], [result])
+
+    weights = [
+        numpy_helper.from_array(np.array([0.5, 2, -1], np.float32).reshape(1, 3, 1, 1), "w"),
+        numpy_helper.from_array(np.array(0, np.float32), "zero"),
+    ]
+    nodes = [
+        helper.make_node("ReduceSum", ["image"], ["sum"], keepdims=0),
+        helper.make_node("Greater", ["sum", "zero"], ["is_bright"]),
+        helper.make_node(
+            "If", ["is_bright"], ["logits"], then_branch=branch("Mul", "m"), else_branch=branch("Add", "a")
+        ),
+    ]
+    shape: list[str | int] = ["n", 3, kit.SIDE, kit.SIDE]
+    return kit.model(nodes, weights, {"image": shape}, {"logits": shape})
