@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+import ctypes
+import errno
+import gc
+import hashlib
+import mmap
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from appliance.core.types import Segment
+from appliance.drivers.devices import anonymous_bytes
+from appliance.drivers.weights import CHUNK_BYTES, Weights
+from appliance.errors import LoadError
+
+
+class Disk:
+    """Segment files with random content in a folder, and how often each was asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.asked: list[str] = []
+
+    def segment(self, size: int, seed: int = 0) -> Segment:
+        content = np.random.default_rng(seed).bytes(size)
+        name = hashlib.sha256(content).hexdigest()
+        (self.folder / name).write_bytes(content)
+        return Segment(name, size)
+
+    def path(self, name: str) -> Path:
+        self.asked.append(name)
+        return self.folder / name
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Disk:
+    return Disk(tmp_path)
+
+
+@pytest.fixture
+def memory(disk: Disk) -> Weights:
+    return Weights(disk.path)
+
+
+@pytest.mark.parametrize("size", [4096, 100 * 4096, CHUNK_BYTES, CHUNK_BYTES + 4096, 3 * CHUNK_BYTES + 5 * 4096])
+def test_a_segment_in_memory_is_the_file(disk: Disk, memory: Weights, size: int) -> None:
+    segment = disk.segment(size)
+    memory.load([segment])
+    with memory.view(segment.id) as view:
+        assert hashlib.sha256(view).hexdigest() == segment.id
+    assert memory.address(segment.id) % 4096 == 0
+
+
+def test_a_file_of_odd_size_is_read_to_its_last_byte(disk: Disk, memory: Weights) -> None:
+    segment = disk.segment(2 * CHUNK_BYTES + 4096 + 77)
+    memory.load([segment])
+    with memory.view(segment.id) as view:
+        assert hashlib.sha256(view[: segment.bytes]).hexdigest() == segment.id
+
+
+def test_a_file_system_that_refuses_direct_reads_is_read_through_its_cache(
+    disk: Disk, memory: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segment = disk.segment(CHUNK_BYTES + 4096)
+    really_open = os.open
+
+    def refusing(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return really_open(path, flags, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", refusing)
+    memory.load([segment])
+    with memory.view(segment.id) as view:
+        assert hashlib.sha256(view).hexdigest() == segment.id
+
+
+def test_memory_file_systems_serve_too() -> None:
+    path = Path("/dev/shm") / f"appliance-test-{os.getpid()}"
+    path.write_bytes(bytes(range(256)) * 16)
+    try:
+        memory = Weights(lambda name: path)
+        memory.load([Segment("a", 4096)])
+        with memory.view("a") as view:
+            assert view == path.read_bytes()
+    finally:
+        path.unlink()
+
+
+def test_direct_reads_leave_no_page_cache(disk: Disk, memory: Weights) -> None:
+    segment = disk.segment(16 << 20)
+    path = disk.folder / segment.id
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+    before = cached_pages(path)
+    memory.load([segment])
+    assert before == cached_pages(path) == 0
+
+
+def test_the_counters_are_exact_while_segments_come_and_go(disk: Disk, memory: Weights) -> None:
+    small, large = disk.segment(4096, 1), disk.segment(3 << 20, 2)
+    assert (memory.mapped_bytes, memory.peak_bytes) == (0, 0)
+    memory.load([small, large])
+    memory.load([small, large])
+    assert memory.mapped_bytes == small.bytes + large.bytes
+    memory.drop([large])
+    assert memory.mapped_bytes == small.bytes
+    assert memory.peak_bytes == small.bytes + large.bytes
+    assert memory.is_mapped(small)
+    assert not memory.is_mapped(large)
+
+
+def test_two_who_want_one_segment_cause_one_read(disk: Disk, memory: Weights) -> None:
+    segment = disk.segment(24 << 20)
+    start = threading.Barrier(4)
+
+    def load() -> None:
+        start.wait()
+        memory.load([segment])
+        with memory.view(segment.id) as view:
+            assert bytes(view[-16:]) != bytes(16)
+
+    with ThreadPoolExecutor(4) as pool:
+        for waiting in [pool.submit(load) for _ in range(4)]:
+            waiting.result()
+    assert disk.asked == [segment.id]
+    assert memory.peak_bytes == segment.bytes
+
+
+def test_a_segment_in_use_is_not_dropped(disk: Disk, memory: Weights) -> None:
+    segment, other = disk.segment(4096, 1), disk.segment(4096, 2)
+    memory.load([segment, other])
+    memory.hold([segment])
+    memory.hold([other, segment])
+    memory.release([other, segment])
+    with pytest.raises(LoadError, match="in use"):
+        memory.drop([other, segment])
+    assert memory.is_mapped(other)
+    memory.release([segment])
+    memory.drop([other, segment])
+    assert memory.mapped_bytes == 0
+
+
+def test_a_segment_somebody_looks_at_is_not_dropped(disk: Disk, memory: Weights) -> None:
+    segment = disk.segment(4096)
+    memory.load([segment])
+    with memory.view(segment.id) as view:
+        with pytest.raises(LoadError, match="in use"):
+            memory.drop([segment])
+        assert view[0] == (disk.folder / segment.id).read_bytes()[0]
+    memory.drop([segment])
+
+
+def test_absent_segments_can_be_neither_dropped_nor_held_nor_seen(disk: Disk, memory: Weights) -> None:
+    segment = disk.segment(4096)
+    with pytest.raises(LoadError, match="not in memory"):
+        memory.drop([segment])
+    with pytest.raises(LoadError, match="not in memory"):
+        memory.hold([segment])
+    with pytest.raises(LoadError, match="not in memory"):
+        memory.address(segment.id)
+
+
+@pytest.mark.parametrize("left", [0, 1000, 4096, (1 << 20) - 1])
+def test_a_truncated_file_is_named_and_takes_no_memory(disk: Disk, memory: Weights, left: int) -> None:
+    segment = disk.segment(1 << 20)
+    os.truncate(disk.folder / segment.id, left)
+    with pytest.raises(LoadError, match=f"{segment.id} has {left} bytes instead of 1048576"):
+        memory.load([segment])
+    assert memory.mapped_bytes == 0
+
+
+def test_a_missing_file_is_named_and_the_segments_before_it_stay(disk: Disk, memory: Weights) -> None:
+    first, second = disk.segment(4096, 1), disk.segment(4096, 2)
+    (disk.folder / second.id).unlink()
+    with pytest.raises(LoadError, match=f"{second.id} cannot be read: No such file"):
+        memory.load([first, second])
+    assert memory.is_mapped(first)
+    assert not memory.is_mapped(second)
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_an_error_and_not_a_crash(
+    disk: Disk, memory: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segment = disk.segment(3 * CHUNK_BYTES)
+    really_read = os.preadv
+
+    def shrinking(descriptor: int, buffers: Any, offset: int) -> int:
+        os.truncate(disk.folder / segment.id, CHUNK_BYTES)
+        return really_read(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", shrinking)
+    with pytest.raises(LoadError, match="ends at byte"):
+        memory.load([segment])
+    assert memory.mapped_bytes == 0
+
+
+def test_a_failed_load_can_be_repeated_when_the_file_is_back(disk: Disk, memory: Weights) -> None:
+    segment = disk.segment(4096)
+    hidden = disk.folder / "hidden"
+    (disk.folder / segment.id).rename(hidden)
+    with pytest.raises(LoadError):
+        memory.load([segment])
+    hidden.rename(disk.folder / segment.id)
+    memory.load([segment])
+    assert memory.mapped_bytes == 4096
+
+
+def test_twelve_experts_take_turns_in_the_memory_of_three(disk: Disk, memory: Weights) -> None:
+    size, places = 45 << 20, 3
+    segments = [disk.segment(size, seed) for seed in range(12)]
+    gc.collect()
+    before = anonymous_bytes()
+    seen = []
+    for number, segment in enumerate(segments * 2):
+        if number >= places:
+            memory.drop([(segments * 2)[number - places]])
+        memory.load([segment])
+        seen.append(anonymous_bytes() - before)
+    assert memory.peak_bytes == places * size
+    assert max(seen) < places * size + (4 << 20)
+    memory.close()
+    assert anonymous_bytes() - before < 4 << 20
+
+
+def cached_pages(path: Path) -> int:
+    """How many of a file's pages the kernel keeps."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        pages = -(-len(mapped) // mmap.PAGESIZE)
+        present = (ctypes.c_ubyte * pages)()
+        start = np.frombuffer(mapped, np.uint8).ctypes.data
+        assert ctypes.CDLL(None).mincore(ctypes.c_void_p(start), ctypes.c_size_t(len(mapped)), present) == 0
+        return sum(page & 1 for page in present)
