@@ -56,8 +56,9 @@ class _Sent:
 class Camera:
     """One line's publisher.
 
-    `window` pictures may wait for their verdicts; `publish` then waits for room. Raises BrokerError when no broker
-    answers at the start; later it reconnects by itself and sends again what was not answered.
+    `window` pictures may wait for their verdicts; `publish` then waits for room. A picture above `largest_bytes` is
+    refused here: the broker would cut the link, and paho would send it again for ever. Raises BrokerError when no
+    broker answers at the start; later it reconnects by itself and sends again what was not answered.
     """
 
     def __init__(
@@ -70,13 +71,14 @@ class Camera:
         root: str = "coe",
         window: int = 128,
         resend_seconds: float = 15.0,
+        largest_bytes: int = 16_000_000,
         username: str | None = None,
         password: str | None = None,
     ) -> None:
         self._host, self._port, self._line = host, port, line
         self._answered: Callable[[Answer], object] = lambda answer: None
         self._prefix = (root, "v1", site)
-        self._window, self._resend_seconds = window, resend_seconds
+        self._window, self._resend_seconds, self._largest_bytes = window, resend_seconds, largest_bytes
         self._waiting: OrderedDict[str, _Sent] = OrderedDict()
         self._changed = threading.Condition()
         self._subscribed = threading.Event()
@@ -145,7 +147,15 @@ class Camera:
         return self._resent
 
     def publish(self, *, part: str, picture: bytes, product: str = "-", board: str = "-") -> str:
-        """Send a picture (encoded bytes) and keep it; returns its request id. Raises MessageError for a bad name."""
+        """Send a picture (encoded bytes) and keep it; returns its request id.
+
+        Raises MessageError for a name that no topic can have, PictureError for a picture that is too large.
+        """
+        if len(picture) > self._largest_bytes:
+            what = f"a picture of {len(picture)} bytes, at most {self._largest_bytes} are sent"
+            raise PictureError(
+                "picture-too-large", what, "compress it, or raise the limit here, at the broker and the box"
+            )
         topic = self._topic(product, board, part)
         name = request_id(topic, picture, {})
         now = time.monotonic()

@@ -10,7 +10,16 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, StringConstraints, ValidationError
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    SecretStr,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 from appliance.errors import ConfigError
 
@@ -91,6 +100,12 @@ class Limits(Settings):
         ByteSize(2_000_000_000), description="Accepted pictures on disk; a full spool stops acknowledging."
     )
     verdict_days: Annotated[float, Field(gt=0)] = Field(30.0, description="Verdicts are kept this long.")
+
+    @model_validator(mode="after")
+    def _the_spool_takes_a_picture(self) -> Limits:
+        if self.spool < 2 * self.picture_bytes:
+            raise ValueError(f"spool must take two pictures of {self.picture_bytes} bytes, or one waits for ever")
+        return self
 
 
 class Config(Settings):

@@ -81,6 +81,11 @@ def test_an_impossible_name_is_refused_before_it_is_sent(nats: Nats) -> None:
         camera.publish(part="R 1", picture=b"bytes")
 
 
+def test_a_picture_beyond_the_limit_is_refused_before_it_is_sent(nats: Nats) -> None:
+    with _camera(nats) as camera, pytest.raises(PictureError, match="16000001 bytes"):
+        camera.publish(part="R1", picture=bytes(16_000_001))
+
+
 def test_no_broker_is_an_error_that_names_it() -> None:
     port = free_port()
     with pytest.raises(BrokerError, match=f"no broker at 127.0.0.1:{port}"), Camera("127.0.0.1", port, line="line1"):

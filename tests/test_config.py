@@ -37,6 +37,7 @@ def test_sizes_may_be_words(tmp_path: Path) -> None:
         ("[mqtt]\nprotocol = '4'\n", r"line 2: mqtt.protocol: .*'auto'"),
         ("[box]\nname = 'a/b'\n", r"line 2: box.name: "),
         ("[box\n", r"is not TOML"),
+        ("[limits]\nspool = 9\npicture_bytes = 5\n", r"limits: .*spool must take two pictures"),
         ("[limits]\npicture_pixels = 'many'\n", r"line 2: limits.picture_pixels: .*integer"),
     ],
 )

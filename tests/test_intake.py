@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -10,9 +12,12 @@ from appliance import catalog as catalogs
 from appliance.catalog import Catalog
 from appliance.config import Config
 from appliance.contract import Message
-from appliance.drivers.intake import admit
+from appliance.drivers.intake import Intake, admit
+from appliance.drivers.outbox import Outbox
+from appliance.drivers.records import Records
 from appliance.errors import MessageError
 from tests.kit_box import manifest_text, picture, write_catalog
+from tests.kit_brokers import until
 from tests.kit_models import SIDE, conv_net, write_bundle
 
 CONFIG = Config()
@@ -97,6 +102,35 @@ def test_what_a_message_may_not_be_is_refused(catalog: Catalog, changed: dict[st
     with pytest.raises(MessageError) as caught:
         admit(_message("line1/-/-/c-e0", **changed), CONFIG, catalog, 0.0)
     assert caught.value.reason == reason
+
+
+def test_what_finds_the_spool_full_is_acknowledged_when_there_is_room(tmp_path: Path, catalog: Catalog) -> None:
+    acknowledged: list[int] = []
+    with Records.open(tmp_path, spool_bytes=1000, verdict_days=1.0) as records:
+        outbox = Outbox(CONFIG, records)
+        intake = Intake(
+            CONFIG,
+            catalog,
+            records,
+            outbox,
+            acknowledge=lambda message: acknowledged.append(message.packet_id),
+            spooled=lambda: None,
+        )
+        intake.start()
+        first, second = picture(1), picture(2)
+        intake.deliver(_message("line1/-/-/c-e0", payload=first, packet_id=1))
+        until(lambda: acknowledged == [1])
+        for packet_id in (2, 3):  # the broker delivers it again while it is held
+            intake.deliver(_message("line1/-/-/c-e0", payload=second, packet_id=packet_id))
+        until(lambda: intake.counts["spool_full"] >= 2)
+        assert acknowledged == [1]
+        (spooled,) = records.waiting()
+        records.conclude(spooled.picture.id, "pass", b"{}", "coe/v1/plant/result/line1/-/-/c-e0", lambda answer: None)
+        intake.room()
+        until(lambda: len(acknowledged) > 1)
+        assert set(acknowledged) <= {1, 2, 3}
+        assert len(records.waiting()) == 1
+        intake.stop()
 
 
 def _message(topic: str, **changed: object) -> Message:

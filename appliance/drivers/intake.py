@@ -11,7 +11,7 @@ import logging
 import queue
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -105,7 +105,7 @@ class Intake:
         self._config, self._catalog, self._records, self._outbox = config, catalog, records, outbox
         self._acknowledge, self._spooled = acknowledge, spooled
         self._messages: queue.Queue[Message | None] = queue.Queue(QUEUED_MESSAGES)
-        self._held: deque[Message] = deque()
+        self._held: dict[str, Message] = {}
         self._room = threading.Event()
         self._stopping = threading.Event()
         self.counts: Counter[str] = Counter()
@@ -139,8 +139,8 @@ class Intake:
             while self._held and not self._stopping.is_set():
                 self._room.wait(FULL_PAUSE_SECONDS)
                 self._room.clear()
-                for _ in range(len(self._held)):
-                    self._take(self._held.popleft())
+                for name in tuple(self._held):
+                    self._take(self._held.pop(name))
             if message is None or self._stopping.is_set():
                 return
             if message is not AGAIN:
@@ -172,13 +172,13 @@ class Intake:
                 what = f"request-id {picture.id} already stands for another picture"
                 self._refuse(message, MessageError("conflict", what, "give every picture its own request-id"), picture)
             case Full(why):
-                self._hold(message, why)
+                self._hold(message, picture, why)
 
-    def _hold(self, message: Message, why: str) -> None:
-        """Offer it again later; until then it is not acknowledged."""
+    def _hold(self, message: Message, picture: Picture, why: str) -> None:
+        """Offer it again later; until then it is not acknowledged. Delivered again meanwhile, the newer one counts."""
         self.counts["spool_full"] += 1
         log.warning("intake spool_full why=%s: not acknowledging", why)
-        self._held.append(message)
+        self._held[picture.id] = message
         with suppress(queue.Full):  # a full queue is read anyway
             self._messages.put_nowait(AGAIN)
 
