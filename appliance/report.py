@@ -22,7 +22,7 @@ def print_check(found: Mapping[str, Any], console: Console) -> None:
     table.add_row("executors", ", ".join(found["executors"]))
     table.add_row("compiled experts", escape(found["store"]))
     console.print(table)
-    console.print(escape(found["graph"]))
+    console.print(escape(found["graph"]), soft_wrap=True, highlight=False)
     for name in found["too_large"]:
         console.print(f"[red]{name} alone is larger than the budget: raise memory.weights[/red]")
     for name, why in found["unavailable"].items():
