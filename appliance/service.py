@@ -350,7 +350,7 @@ class Service:
             "weights_bytes": self._weights.mapped_bytes,
             "weights_peak_bytes": self._weights.peak_bytes,
             "weights_budget_bytes": ledger.device.budget_bytes,
-            **self._memory.numbers(),
+            **self._memory.numbers(ledger.device.budget_bytes),
         }
         moves = [self._moves.popleft() for _ in range(len(self._moves))]
         cache = {"schema_version": 1, "resident": list(ledger.resident), "moves": moves}
@@ -434,11 +434,12 @@ class _MemoryWatch:
         self._now_bytes = devices.anonymous_bytes()
         self._peak_bytes = max(self._peak_bytes, self._now_bytes)
 
-    def numbers(self) -> dict[str, int]:
+    def numbers(self, budget_bytes: int) -> dict[str, int]:
         return {
             "anonymous_bytes": self._now_bytes,
             "anonymous_peak_bytes": self._peak_bytes,
             "anonymous_at_start_bytes": self._fixed_bytes,
+            "anonymous_promise_bytes": self._fixed_bytes + WORKING_BYTES + budget_bytes,
         }
 
 

@@ -24,6 +24,7 @@ def test_the_demo_answers_every_picture_under_a_third_of_the_memory(tmp_path: Pa
     found = json.loads(ran.stdout)
     assert (found["pictures"], found["verdicts"], found["repeated_verdicts"]) == (300, 300, 0)
     assert found["peak_weights_bytes"] <= found["budget_bytes"]
+    assert found["anonymous_peak_bytes"] <= found["anonymous_promise_bytes"]
     assert 0 < found["experts_resident_max"] <= found["experts"] // 3 + 1
     assert found["evictions"] > 0
     assert found["simulation_agrees"]

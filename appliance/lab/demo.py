@@ -166,7 +166,10 @@ def _service(config_path: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         command = [sys.executable, "-m", "appliance.cli", "serve", "--config", str(config_path)]
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        # A session of its own: Ctrl-C is for the demo, which then stops the service in order.
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
         try:
             yield process
         finally:
@@ -368,6 +371,7 @@ def _closing(demo: Demo, catalog: Catalog, score: Score, watch: Watch, seconds: 
         "peak_weights_bytes": stats.get("weights_peak_bytes"),
         "anonymous_at_start_bytes": stats.get("anonymous_at_start_bytes"),
         "anonymous_peak_bytes": stats.get("anonymous_peak_bytes"),
+        "anonymous_promise_bytes": stats.get("anonymous_promise_bytes"),
     }
 
 
@@ -415,6 +419,8 @@ def _print_closing(found: Mapping[str, Any], console: Console) -> None:
     table.add_row("replayed in the simulator", f"{found['simulated_loads']}, {found['simulated_evictions']} ({agrees})")
     budget = f"{megabytes(found['peak_weights_bytes'] or 0)} of {megabytes(found['budget_bytes'] or 0)} budget"
     table.add_row("peak weights memory", budget)
+    promise = megabytes(found["anonymous_promise_bytes"] or 0)
+    table.add_row("peak process memory", f"{megabytes(found['anonymous_peak_bytes'] or 0)} of {promise} promised")
     console.print()
     console.print(table)
     console.print(
@@ -428,7 +434,7 @@ def _print_hint(demo: Demo, config: settings.Config, console: Console) -> None:
     if not demo.keep:
         return
     picture = Path(__file__).parents[2] / "tests" / "data" / "moulded-figure"
-    example = next(iter(sorted(picture.glob("*.png"))), Path("picture.jpg"))
+    example = _seen_from_here(next(iter(sorted(picture.glob("*.png"))), Path("picture.jpg")))
     topic = config.topic("infer", "line1", "-", "-", "moulded-figure")
     answers = config.topic("result", "line1", "#")
     console.print("\nBroker and service stay up. In another terminal:")
@@ -437,8 +443,14 @@ def _print_hint(demo: Demo, config: settings.Config, console: Console) -> None:
         f"  mosquitto_pub -p {config.mqtt.port} -q 1 -t {topic} -f {example}", highlight=False, soft_wrap=True
     )
     console.print("or", highlight=False)
-    command = f"  .venv/bin/appliance publish --port {config.mqtt.port} --part moulded-figure {example}"
+    program = _seen_from_here(Path(sys.executable).parent / "appliance")
+    command = f"  {program} publish --port {config.mqtt.port} --part moulded-figure {example}"
     console.print(command, highlight=False, soft_wrap=True)
+
+
+def _seen_from_here(path: Path) -> Path:
+    """Short to read and to type where that is possible."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _keep(service: subprocess.Popen[bytes], console: Console) -> None:
