@@ -92,7 +92,9 @@ class Limits(Settings):
     """What the box accepts."""
 
     picture_bytes: ByteSize = Field(ByteSize(16_000_000), description="Largest payload.")
-    picture_pixels: Annotated[int, Field(ge=1)] = Field(40_000_000, description="Largest width x height.")
+    picture_pixels: Annotated[int, Field(ge=1)] = Field(
+        25_000_000, description="Largest width x height; decoding takes 16 bytes of memory per pixel and executor."
+    )
     waiting_pictures: Annotated[int, Field(ge=1)] = Field(
         10_000, description="Pictures scheduled at once; the rest waits on disk."
     )
