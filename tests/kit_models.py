@@ -29,7 +29,7 @@ def conv_net(
     numbers = np.random.default_rng(seed)
 
     def tensor(name: str, *shape: int) -> TensorProto:
-        values = numbers.standard_normal(shape).astype(np.float32) / np.sqrt(np.prod(shape[1:]) or 1)
+        values = numbers.standard_normal(shape, np.float32) / np.sqrt(np.prod(shape[1:]) or 1)
         return numpy_helper.from_array(values.astype(np.float32), prefix + name)
 
     hidden = width or channels
