@@ -71,6 +71,14 @@ class Count:
     sound: int
     false_alarms: int
 
+    def __add__(self, other: Count) -> Count:
+        return Count(
+            self.defective + other.defective,
+            self.missed + other.missed,
+            self.sound + other.sound,
+            self.false_alarms + other.false_alarms,
+        )
+
     @property
     def recall(self) -> float:
         return 1 - self.missed / self.defective if self.defective else 1.0

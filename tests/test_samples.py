@@ -8,23 +8,28 @@ import pytest
 
 from appliance import samples
 from appliance.errors import CatalogError
-from appliance.samples import Defect, Found, Judged
+from appliance.samples import SOUND, Defect, Found, Judged
 
 CELL = (100.0, 100.0, 164.0, 164.0)
 
 
 @pytest.mark.parametrize(
-    ("box", "truth"),
+    ("boxes", "label"),
     [
-        ((110, 110, 130, 130), "open"),
-        ((90, 90, 120, 120), "open"),  # its centre lies inside
-        ((60, 110, 104, 150), "sound"),  # reaches in by less than a quarter
-        ((60, 110, 119, 150), None),  # reaches in by more than a quarter
-        ((200, 200, 220, 220), "sound"),
+        pytest.param([], SOUND, id="nothing there"),
+        pytest.param([((40, 40, 60, 60), "open")], "open", id="in the cell"),
+        pytest.param([((40, 40, 60, 60), "open"), ((60, 60, 90, 90), "spur")], "spur", id="two: the larger one"),
+        pytest.param([((60, 10, 80, 40), "short")], None, id="reaches in by more than a quarter"),
+        pytest.param([((60, 4, 80, 36), "short")], SOUND, id="reaches in by an eighth"),
+        pytest.param([((0, 0, 20, 20), "copper")], SOUND, id="beside"),
+        pytest.param([((22, 40, 42, 60), "copper")], "copper", id="centre on the left edge"),
+        pytest.param([((86, 40, 106, 60), "copper")], None, id="centre on the right edge"),
     ],
 )
-def test_the_truth_of_a_cell(box: tuple[int, int, int, int], truth: str | None) -> None:
-    assert samples.truth_of([Defect(box, "open")], CELL) == truth
+def test_a_cell_is_what_the_boxes_centred_in_it_say(
+    boxes: list[tuple[tuple[int, int, int, int], str]], label: str | None
+) -> None:
+    assert samples.truth_of([Defect(box, kind) for box, kind in boxes], (32, 32, 96, 96)) == label
 
 
 def test_a_cell_is_named_after_its_largest_defect() -> None:
@@ -64,6 +69,12 @@ def test_each_box_is_found_once_with_the_right_type_and_overlap() -> None:
     located = samples.localise(defects, found)
     assert (located.boxes, located.findings, located.right) == (2, 4, 1)
     assert samples.total([located, located]).f == pytest.approx(2 * 2 / (8 + 4))
+
+
+def test_iou_is_the_share_of_the_union() -> None:
+    assert samples.iou((0, 0, 10, 10), (0, 0, 10, 10)) == 1
+    assert samples.iou((0, 0, 10, 10), (5, 0, 15, 10)) == pytest.approx(1 / 3)
+    assert samples.iou((0, 0, 10, 10), (10, 0, 20, 10)) == 0
 
 
 def test_a_label_file_is_read_and_a_faulty_line_named(tmp_path: Path) -> None:
