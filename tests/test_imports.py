@@ -47,6 +47,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "export": (
         "export",
         "appliance.catalog",
+        "appliance.samples",
         "appliance.sandbox",
         "appliance.core.types",
         "appliance.drivers.images",
