@@ -456,7 +456,7 @@ def test_a_refused_publication_comes_back_with_the_reason(tmp_path_factory: pyte
             assert door.publish("coe/v1/plant/result/a", b"{}", token=4)
             assert heard.returned.get(timeout=WAIT_SECONDS) == (4, "broker: Not authorized")
             assert heard.published.empty()
-            assert door.state is DoorState.READY
+            until(lambda: door.state is DoorState.READY)  # 2.0.11 cuts the link after saying no
     finally:
         broker.stop()
 

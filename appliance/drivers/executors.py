@@ -22,7 +22,7 @@ from appliance.catalog import ExpertManifest
 from appliance.core.types import Batch, Event, Finished, Load, Loaded, LoadFailed, Refusal, RunFailed
 from appliance.drivers import heads, images
 from appliance.drivers.sessions import Sessions
-from appliance.errors import ApplianceError, MessageError, RunError
+from appliance.errors import ApplianceError, RunError
 
 _log = logging.getLogger(__name__)
 
@@ -119,8 +119,8 @@ class _Prepared:
 class Inspection:
     """The work on a batch: look at each request's picture, run the expert, read its outputs.
 
-    `look` gives a request's views, decoded already. A request that it refuses (PictureError, MessageError) is
-    answered by that refusal; the others of its batch are inspected.
+    `look` gives a request's views, decoded already. A request that it refuses (a damaged picture, a lost reference, one
+    that became late and left the spool) is answered by that refusal; the others of its batch are inspected.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class Inspection:
     def _prepared(self, manifest: ExpertManifest, request: str) -> _Prepared | Refusal:
         try:
             views = self._look(request)
-        except MessageError as error:
+        except ApplianceError as error:
             return Refusal(error.reason, str(error))
         if manifest.needs_reference and views.reference is None:
             return Refusal(
