@@ -150,13 +150,24 @@ def test_a_late_request_ignores_the_answer_that_comes_after_it() -> None:
 
 
 def test_a_cold_expert_waits_for_residents_with_work_until_its_patience_ends() -> None:
-    controller, _ = box(_experts("a", "b", size=60), inspection_graph(["a", "b"]), 100, executors=1)
+    """`a` is idle for a moment between two batches, with more of them queued: only patience keeps it from leaving."""
+    experts = [*_experts("a", "b", size=60), expert("c", 40)]
+    controller, _ = box(experts, inspection_graph(["a", "b", "c"]), 100, executors=1)
     controller.handle(Arrived(request("a1", "c-a")), 0.0)
     (run,) = controller.handle(Loaded("cpu", "a"), 0.1)
     assert isinstance(run, Run)
-    controller.handle(Arrived(request("a2", "c-a")), 0.1)
-    assert controller.handle(Arrived(request("b1", "c-b")), 0.2) == []
-    assert controller.next_wakeup(0.2) == 0.2 + PATIENCE_SECONDS
+    controller.handle(Arrived(request("c1", "c-c")), 0.1)
+    controller.handle(Loaded("cpu", "c"), 0.2)
+    controller.handle(Arrived(request("a2", "c-a")), 0.3)
+    assert controller.handle(Arrived(request("b1", "c-b")), 0.4) == []
+    (run,) = controller.handle(Finished(run.batch, ((SOUND,),), 0.3), 0.5)[1:]
+    assert isinstance(run, Run)
+    assert run.batch.expert == "c"
+    assert controller.handle(Tick(), 1.0) == []
+    assert controller.next_wakeup(1.0) == 0.4 + PATIENCE_SECONDS
+    moves = controller.handle(Tick(), 0.4 + PATIENCE_SECONDS)
+    assert [type(move) for move in moves] == [Evict, Load]
+    assert (moves[0], moves[1].expert) == (Evict("cpu", "a", (Segment("a-weights", 60),)), "b")  # type: ignore[union-attr]
 
 
 def test_an_expert_loaded_for_waiting_pictures_stays_until_it_has_run() -> None:
@@ -267,6 +278,22 @@ def test_every_request_gets_exactly_one_verdict_whatever_fails(
     assert all(ledger.is_evictable(name) for ledger in controller.ledgers.values() for name in ledger.resident)
     unhurried = {r.id for r in requests if r.deadline_seconds is None}
     assert not [v for v in report.verdicts if v.outcome is Outcome.LATE and v.request in unhurried]
+
+
+@given(workloads(), st.lists(st.integers(5, 120), min_size=1, max_size=3))
+def test_no_verdict_is_lost_whatever_the_devices_hold(
+    workload: tuple[list[Expert], list[Request], int, int, int, dict[str, int]], budgets: list[int]
+) -> None:
+    """Some experts fit nowhere, some on one device only."""
+    experts, requests, _, executors, slots, _ = workload
+    devices = tuple(Device(f"d{n}", budget, slots) for n, budget in enumerate(budgets))
+    experts = [replace(e, costs=dict.fromkeys((d.name for d in devices), e.costs["cpu"])) for e in experts]
+    names = tuple(Executor(f"{d.name}-{n}", d.name) for d in devices for n in range(executors))
+    graph = inspection_graph([e.name for e in experts if e.name != "detector"])
+    controller = Controller(graph, {e.name: e for e in experts}, devices, names)
+    report = simulate(controller, pretend(experts, devices, DOUBTFUL), requests)
+    assert sorted(v.request for v in report.verdicts) == sorted(r.id for r in requests)
+    assert controller.scheduler.is_idle
 
 
 @given(workloads())

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from appliance.core.memory import Ledger
 from appliance.core.scheduler import Scheduler, Task
-from appliance.core.types import Executor
+from appliance.core.types import Device, Executor
 from tests.kit import expert
 
 EXPERTS = {e.name: e for e in (expert("a", item=1.0, fixed=10.0, load=100.0), expert("b", item=2.0, fixed=20.0))}
@@ -14,16 +17,16 @@ EXPERTS = {e.name: e for e in (expert("a", item=1.0, fixed=10.0, load=100.0), ex
 def test_a_task_goes_behind_the_last_one_for_the_same_expert() -> None:
     scheduler = _scheduler(1)
     for number, name in enumerate(["a", "b", "a"]):
-        scheduler.put(Task(str(number), name, number), _resident)
+        scheduler.put(Task(str(number), name, number), RESIDENT)
     queue = scheduler.queues["cpu-0"]
-    assert [[t.request for t in g.tasks] for g in queue.groups.values()] == [["0", "2"], ["1"]]
+    assert [list(group.tasks) for group in queue.groups.values()] == [["0", "2"], ["1"]]
 
 
 def test_a_second_task_for_an_expert_costs_no_second_start_and_no_second_load() -> None:
     scheduler = _scheduler(1)
     totals = []
     for number in range(3):
-        scheduler.put(Task(str(number), "a", 0.0), _absent)
+        scheduler.put(Task(str(number), "a", 0.0), ABSENT)
         totals.append(scheduler.queues["cpu-0"].total_seconds)
     assert totals == [111.0, 112.0, 113.0]
 
@@ -31,21 +34,21 @@ def test_a_second_task_for_an_expert_costs_no_second_start_and_no_second_load() 
 def test_tasks_for_one_expert_meet_where_that_does_not_lengthen_the_backlog() -> None:
     scheduler = _scheduler(2)
     for name in ("b", "a", "a", "a"):
-        scheduler.put(Task(name, name, 0.0), _resident)
+        scheduler.put(Task(name, name, 0.0), RESIDENT)
     assert [list(queue.groups) for queue in scheduler.queues.values()] == [["b"], ["a"]]
 
 
 def test_a_long_group_is_split_over_executors() -> None:
     scheduler = _scheduler(2)
     for number in range(12):
-        scheduler.put(Task(str(number), "a", 0.0), _resident)
+        scheduler.put(Task(str(number), "a", 0.0), RESIDENT)
     assert [len(queue.groups["a"].tasks) for queue in scheduler.queues.values()] == [6, 6]
 
 
 def test_the_backlog_of_a_taken_batch_is_what_its_run_costs() -> None:
     scheduler = _scheduler(1)
-    scheduler.put(Task("0", "a", 0.0), _resident)
-    scheduler.put(Task("1", "b", 0.0), _resident)
+    scheduler.put(Task("0", "a", 0.0), RESIDENT)
+    scheduler.put(Task("1", "b", 0.0), RESIDENT)
     queue = scheduler.queues["cpu-0"]
     batch = scheduler.take(queue, lambda expert: True)
     assert batch is not None
@@ -56,8 +59,8 @@ def test_the_backlog_of_a_taken_batch_is_what_its_run_costs() -> None:
 
 def test_dropping_the_last_task_takes_its_start_and_load_off_the_backlog() -> None:
     scheduler = _scheduler(1)
-    scheduler.put(Task("0", "a", 0.0), _absent)
-    scheduler.put(Task("1", "b", 0.0), _resident)
+    scheduler.put(Task("0", "a", 0.0), ABSENT)
+    scheduler.put(Task("1", "b", 0.0), RESIDENT)
     scheduler.drop("0", "a")
     assert scheduler.queues["cpu-0"].total_seconds == 22.0
     assert scheduler.demand("cpu", "a") == 0
@@ -65,15 +68,15 @@ def test_dropping_the_last_task_takes_its_start_and_load_off_the_backlog() -> No
 
 def test_a_load_that_ended_is_no_longer_in_the_backlog() -> None:
     scheduler = _scheduler(1)
-    scheduler.put(Task("0", "a", 0.0), _absent)
+    scheduler.put(Task("0", "a", 0.0), ABSENT)
     scheduler.loaded("cpu", "a")
     assert scheduler.queues["cpu-0"].total_seconds == 11.0
 
 
 def test_of_the_ready_groups_the_one_that_waited_longest_runs() -> None:
     scheduler = _scheduler(1)
-    scheduler.put(Task("0", "a", 0.0), _resident)
-    scheduler.put(Task("1", "b", 1.0), _resident)
+    scheduler.put(Task("0", "a", 0.0), RESIDENT)
+    scheduler.put(Task("1", "b", 1.0), RESIDENT)
     queue = scheduler.queues["cpu-0"]
     assert scheduler.take(queue, lambda expert: False) is None
     batch = scheduler.take(queue, lambda expert: expert == "b")
@@ -83,7 +86,7 @@ def test_of_the_ready_groups_the_one_that_waited_longest_runs() -> None:
 
 def test_an_executor_that_was_not_running_cannot_finish() -> None:
     scheduler = _scheduler(1)
-    scheduler.put(Task("0", "a", 0.0), _resident)
+    scheduler.put(Task("0", "a", 0.0), RESIDENT)
     batch = scheduler.take(scheduler.queues["cpu-0"], lambda expert: True)
     assert batch is not None
     scheduler.finished(batch)
@@ -91,13 +94,39 @@ def test_an_executor_that_was_not_running_cannot_finish() -> None:
         scheduler.finished(batch)
 
 
+def test_an_executor_whose_device_can_never_hold_the_expert_gets_nothing() -> None:
+    """However idle it is: the task would wait there for ever."""
+    executors = (Executor("gpu-0", "gpu"), Executor("cpu-0", "cpu"))
+    large = expert("large", 50)
+    large = replace(large, costs={"cpu": large.costs["cpu"], "gpu": large.costs["cpu"]})
+    segments = {"large": large.segments}
+    ledgers = {"gpu": Ledger(Device("gpu", 49), segments), "cpu": Ledger(Device("cpu", 50), segments)}
+    scheduler = Scheduler(executors, {"large": large})
+    for number in range(20):
+        scheduler.put(Task(str(number), "large", 0.0), ledgers)
+    assert [len(queue.groups) for queue in scheduler.queues.values()] == [0, 1]
+
+
+def test_a_task_that_runs_alone_neither_takes_nor_joins_others() -> None:
+    scheduler = _scheduler(1)
+    for number, alone in enumerate([False, False, True, False]):
+        scheduler.put(Task(str(number), "a", 0.0, alone), RESIDENT)
+    queue, batches = scheduler.queues["cpu-0"], []
+    while (batch := scheduler.take(queue, lambda expert: True)) is not None:
+        batches.append(batch.requests)
+        scheduler.finished(batch)
+    assert batches == [("0", "1"), ("2",), ("3",)]
+
+
 def _scheduler(executors: int) -> Scheduler:
     return Scheduler(tuple(Executor(f"cpu-{n}", "cpu") for n in range(executors)), EXPERTS)
 
 
-def _resident(device: str, expert: str) -> bool:
-    return False
+def _ledgers(*, loaded: bool) -> dict[str, Ledger]:
+    ledger = Ledger(Device("cpu", 1000), {name: e.segments for name, e in EXPERTS.items()})
+    for name in EXPERTS if loaded else ():
+        ledger.begin_load(name)
+    return {"cpu": ledger}
 
 
-def _absent(device: str, expert: str) -> bool:
-    return True
+RESIDENT, ABSENT = _ledgers(loaded=True), _ledgers(loaded=False)

@@ -171,7 +171,7 @@ class Controller:
                 self._conclude(request, Outcome.ERROR, now, actions, refusal)
             else:
                 self._retried.add((request, batch.expert))
-                self.scheduler.put(Task(request, batch.expert, now, alone=True), self._is_absent)
+                self.scheduler.put(Task(request, batch.expert, now, alone=True), self.ledgers)
 
     # Steps
 
@@ -181,7 +181,7 @@ class Controller:
             if refusal is not None:
                 self._conclude(progress.request.id, Outcome.ERROR, now, actions, refusal)
                 return
-            self.scheduler.put(Task(progress.request.id, expert, now), self._is_absent)
+            self.scheduler.put(Task(progress.request.id, expert, now), self.ledgers)
 
     def _too_large(self, expert: str) -> Refusal | None:
         if any(ledger.ever_fits(expert) for ledger in self.ledgers.values()):
@@ -257,9 +257,6 @@ class Controller:
             for name in ledger.resident
             if ledger.is_evictable(name)
         ]
-
-    def _is_absent(self, device: str, expert: str) -> bool:
-        return self.ledgers[device].is_absent(expert)
 
     def _free(self, batch: Batch) -> None:
         self.scheduler.finished(batch)

@@ -5,10 +5,11 @@ A group is CoServe's arranged queue: a task goes directly behind the last one fo
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from appliance.core.memory import Ledger
 from appliance.core.policies import Offer, assign
 from appliance.core.types import Batch, Executor, Expert
 
@@ -25,15 +26,19 @@ class Task:
 
 @dataclass(slots=True)
 class Group:
-    """Tasks for one expert on one executor, oldest first. `load_seconds` is booked until the expert is ready."""
+    """Tasks for one expert on one executor by request, oldest first. `load_seconds` is booked until it is ready."""
 
     expert: str
-    tasks: deque[Task] = field(default_factory=deque)
+    tasks: OrderedDict[str, Task] = field(default_factory=OrderedDict)
     load_seconds: float = 0.0
 
     @property
     def since_seconds(self) -> float:
-        return self.tasks[0].since_seconds
+        return self.first.since_seconds
+
+    @property
+    def first(self) -> Task:
+        return next(iter(self.tasks.values()))
 
 
 @dataclass(slots=True)
@@ -57,17 +62,17 @@ class Scheduler:
         """Queued tasks, not counting running ones, that need the expert on the device."""
         return self._demand[device][expert]
 
-    def put(self, task: Task, is_absent: Callable[[str, str], bool]) -> None:
-        """Give the task to an executor (CoServe §4.3). `is_absent(device, expert)` tells who would have to load."""
-        offer = assign([self._offer(queue, task.expert, is_absent) for queue in self.queues.values()])
+    def put(self, task: Task, ledgers: Mapping[str, Ledger]) -> None:
+        """Give the task to an executor whose device can hold the expert (CoServe §4.3). One such device must exist."""
+        able = [queue for queue in self.queues.values() if ledgers[queue.executor.device].ever_fits(task.expert)]
+        offer = assign([self._offer(queue, task.expert, ledgers) for queue in able])
         queue = self.queues[offer.executor]
-        expert, device = self._experts[task.expert], queue.executor.device
+        device = queue.executor.device
         group = queue.groups.get(task.expert)
         if group is None:
             group = queue.groups[task.expert] = Group(task.expert)
-            if is_absent(device, task.expert) and not self.demand(device, task.expert):
-                group.load_seconds = expert.costs[device].load_seconds
-        group.tasks.append(task)
+            group.load_seconds = self._load_seconds(device, task.expert, ledgers)
+        group.tasks[task.request] = task
         queue.total_seconds += offer.extra_seconds
         self._demand[device][task.expert] += 1
 
@@ -106,19 +111,14 @@ class Scheduler:
         """Take a request's task out of whichever queue holds it."""
         for queue in self.queues.values():
             group = queue.groups.get(expert)
-            if group is None:
-                continue
-            kept = [task for task in group.tasks if task.request != request]
-            dropped = len(group.tasks) - len(kept)
-            if dropped:
-                group.tasks = deque(kept)
-                self._forget(queue, group, dropped)
+            if group is not None and group.tasks.pop(request, None) is not None:
+                self._forget(queue, group, 1)
                 self._settle(queue)
 
     def waiting(self, device: str, expert: str) -> tuple[str, ...]:
         """The requests queued for the expert on the device, in order."""
         return tuple(
-            task.request for queue in self._on(device) if expert in queue.groups for task in queue.groups[expert].tasks
+            request for queue in self._on(device) if expert in queue.groups for request in queue.groups[expert].tasks
         )
 
     def groups(self, device: str) -> Iterator[Group]:
@@ -133,19 +133,24 @@ class Scheduler:
     def _on(self, device: str) -> Iterator[Queue]:
         return (queue for queue in self.queues.values() if queue.executor.device == device)
 
-    def _offer(self, queue: Queue, expert: str, is_absent: Callable[[str, str], bool]) -> Offer:
+    def _offer(self, queue: Queue, expert: str, ledgers: Mapping[str, Ledger]) -> Offer:
         device = queue.executor.device
         cost = self._experts[expert].costs[device]
         run = cost.item_seconds if expert in queue.groups else cost.run_seconds(1)
-        must_load = is_absent(device, expert) and not self.demand(device, expert)
-        return Offer(queue.executor.name, queue.total_seconds, run + (cost.load_seconds if must_load else 0.0))
+        return Offer(queue.executor.name, queue.total_seconds, run + self._load_seconds(device, expert, ledgers))
+
+    def _load_seconds(self, device: str, expert: str, ledgers: Mapping[str, Ledger]) -> float:
+        """What a task for the expert would cost the device in loading: nothing if it is there or another task waits."""
+        if not ledgers[device].is_absent(expert) or self.demand(device, expert):
+            return 0.0
+        return self._experts[expert].costs[device].load_seconds
 
     def _split(self, group: Group) -> list[Task]:
         """As many of the oldest tasks as one run takes; a task that must run alone does."""
-        tasks = [group.tasks.popleft()]
-        limit = 1 if tasks[0].alone else self._experts[group.expert].max_batch
-        while group.tasks and len(tasks) < limit and not group.tasks[0].alone:
-            tasks.append(group.tasks.popleft())
+        limit = 1 if group.first.alone else self._experts[group.expert].max_batch
+        tasks: list[Task] = []
+        while group.tasks and len(tasks) < limit and not (tasks and group.first.alone):
+            tasks.append(group.tasks.popitem(last=False)[1])
         return tasks
 
     def _forget(self, queue: Queue, group: Group, count: int) -> None:
