@@ -13,8 +13,9 @@ import threading
 import time
 from collections import Counter, deque
 from contextlib import ExitStack
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import assert_never
+from typing import Any, assert_never
 
 from appliance import __version__, contract
 from appliance import config as settings
@@ -29,6 +30,7 @@ from appliance.core.types import (
     Load,
     Outcome,
     Publish,
+    Refusal,
     Request,
     Run,
     RunFailed,
@@ -114,7 +116,7 @@ class Service:
         self._config, self._installation, self._records = config, installation, records
         self._say, self._broker = say, broker
         self._inbox: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
-        self._open: dict[str, Spooled] = {}
+        self._open: dict[str, _Open] = {}
         self._fed_through = 0
         self._more_spooled = True
         self._controller = installation.controller()
@@ -124,6 +126,7 @@ class Service:
         self._outcomes: Counter[str] = Counter()
         self._next_stats = 0.0
         self._memory = _MemoryWatch()
+        self._has_drained = False
 
         self._weights = Weights(installation.store.segment_path)
         sessions = Sessions(self._weights, intra_threads=1)
@@ -173,6 +176,9 @@ class Service:
         self._drain()
 
     def close(self) -> None:
+        """However it ended: what runs is awaited, and whoever watches the box knows that it is gone."""
+        if not self._has_drained:  # a clean goodbye keeps the last will from saying so
+            self._outbox.note(Note(contract.status_topic(self._config), b"offline", retain=True))
         self._executors.stop()
         self._loaders.stop()
         self._intake.stop()
@@ -239,69 +245,65 @@ class Service:
             self._more_spooled = bool(spooled)
             for one in spooled:
                 self._fed_through = one.arrival
-                self._open[one.picture.id] = one
-                self._decide(Arrived(self._request(one)))
+                self._begin(one)
 
-    def _request(self, spooled: Spooled) -> Request:
-        """Waiting counts from acceptance, also across a restart; wall time that runs backwards counts as none."""
-        picture, now = spooled.picture, time.monotonic()
-        arrived = now - max(0.0, time.time() - picture.accepted_at)
-        deadline = None if picture.deadline_seconds is None else arrived + picture.deadline_seconds
-        return Request(picture.id, self._component(picture.id), arrived, deadline)
-
-    def _component(self, request: str) -> str:
+    def _begin(self, spooled: Spooled) -> None:
+        """Hand a picture to the controller. One that the catalogue no longer knows is rejected here."""
+        picture = spooled.picture
+        address = Address(picture.line, picture.product, picture.board, picture.part)
+        arrived = self._arrived_seconds(spooled)
         try:
-            return component_of(self._address(request), self._installation.catalog)
+            component = component_of(address, self._installation.catalog)
         except MessageError as error:  # it was accepted under another catalogue
-            return f"({error.reason})"
+            self._open[picture.id] = _Open(spooled, address, picture.part)
+            refusal = Refusal(error.reason, str(error))
+            self._conclude(Verdict(picture.id, Outcome.REJECTED, (), time.monotonic() - arrived, refusal))
+            return
+        self._open[picture.id] = _Open(spooled, address, component)
+        deadline = None if picture.deadline_seconds is None else arrived + picture.deadline_seconds
+        self._decide(Arrived(Request(picture.id, component, arrived, deadline)))
+
+    def _arrived_seconds(self, spooled: Spooled) -> float:
+        """When it was accepted, in monotonic seconds; wall time that runs backwards counts as none."""
+        return time.monotonic() - max(0.0, time.time() - spooled.picture.accepted_at)
 
     # Verdicts.
 
     def _conclude(self, verdict: Verdict) -> None:
-        spooled = self._open[verdict.request]
-        address, picture = self._address(verdict.request), spooled.picture
+        asked = self._open.pop(verdict.request)
+        picture, topic = asked.spooled.picture, asked.address.result_topic(self._config)
         self._outcomes[verdict.outcome] += 1
         body = contract.verdict_body(
             verdict,
-            address=address,
-            component=self._component(verdict.request),
+            address=asked.address,
+            component=asked.component,
             picture_sha256=picture.picture_sha256,
             versions=self._versions,
             box=self._config.box.name,
             finished_at=datetime.now(UTC),
         )
-        topic = address.result_topic(self._config)
         self._records.conclude(
-            verdict.request,
-            verdict.outcome.value,
-            body,
-            topic,
-            lambda answer: self._recorded(verdict, address, picture.picture_sha256, answer),
+            verdict.request, verdict.outcome.value, body, topic, lambda answer: self._recorded(verdict, asked, answer)
         )
         self._album.forget(verdict.request)
-        del self._open[verdict.request]
 
-    def _recorded(self, verdict: Verdict, address: Address, sha256: str, answer: Conclusion) -> None:
+    def _recorded(self, verdict: Verdict, asked: _Open, answer: Conclusion) -> None:
         """On the writer's thread: the verdict stands, now it may be seen."""
         if isinstance(answer, Recorded):
             self._outbox.post(answer.publications)
         if verdict.refusal is not None and verdict.outcome in (Outcome.ERROR, Outcome.REJECTED):
             error = MessageError(verdict.refusal.reason, verdict.refusal.detail, "see the verdict of this request")
-            topic = address.picture_topic(self._config)
+            topic, sha256 = asked.address.picture_topic(self._config), asked.spooled.picture.picture_sha256
             self._outbox.answer(error, topic, verdict.request, sha256, has_verdict=True)
         self._intake.room()
         self._inbox.put(None)
 
-    def _address(self, request: str) -> Address:
-        picture = self._open[request].picture
-        return Address(picture.line, picture.product, picture.board, picture.part)
-
     def _subject(self, request: str) -> Subject:
         """On an executor's thread; the request is open as long as a batch holds it, unless it became late."""
-        spooled = self._open.get(request)
-        if spooled is None:
+        asked = self._open.get(request)
+        if asked is None:
             raise MessageError("deadline", f"{request} has its verdict already", "nothing to do")
-        return Subject(spooled.picture.product, spooled.picture.part)
+        return Subject(asked.address.product, asked.address.part)
 
     # Telling the world.
 
@@ -319,7 +321,8 @@ class Service:
         serving = f"serving {len(self._versions)} experts"
         broken = f", {len(self._installation.unavailable)} unavailable" if self._installation.unavailable else ""
         link = "" if self._door.state is DoorState.READY else f"; broker: {self._door.state} {self._door.detail}"
-        return serving + broken + link
+        disk = f"; the disk refuses to write: {self._records.trouble}" if self._records.trouble else ""
+        return serving + broken + link + disk
 
     def _info(self) -> bytes:
         config = self._config
@@ -339,6 +342,7 @@ class Service:
 
     def _publish_stats(self) -> None:
         self._memory.look()
+        self._say.status(self._status())
         if self._door.state is not DoorState.READY:
             return
         ledger, counts = self._controller.ledgers[CPU], self._controller.counts
@@ -362,10 +366,18 @@ class Service:
                 self._config, len(self._installation.executors), self._memory.at_start_bytes
             ),
         }
-        moves = [self._moves.popleft() for _ in range(len(self._moves))]
-        cache = {"schema_version": 1, "resident": list(ledger.resident), "moves": moves}
-        for name, value in (("stats", stats), ("cache", cache)):
-            self._door.publish(self._box_topic(name), json.dumps(value).encode(), qos=0)
+        cache = {"schema_version": 1, "resident": list(ledger.resident), "moves": list(self._moves)}
+        self._tell("stats", stats)
+        if self._tell("cache", cache):
+            self._moves.clear()
+
+    def _tell(self, name: str, numbers: dict[str, Any]) -> bool:
+        """Best effort: the next second brings newer ones. A broker that takes no message of this size gets none."""
+        try:
+            return self._door.publish(self._box_topic(name), json.dumps(numbers).encode(), qos=0)
+        except MessageError as error:
+            log.debug("untold topic=%s why=%s", name, error)
+            return False
 
     def _moved(self, what: str, expert: str) -> None:
         self._moves.append({"move": what, "expert": expert})
@@ -387,8 +399,6 @@ class Service:
             raise BrokerError("another client took our client id", "give every box its own box.name")
         if self._broker is not None and not self._broker.is_alive:
             raise BrokerError("the embedded broker ended", f"see {self._config.broker_folder}")
-        if self._records.trouble is not None:
-            self._say.status(f"the disk refuses to write: {self._records.trouble}")
 
     def _drain(self) -> None:
         """Finish what runs; what waits stays in the spool for the next start."""
@@ -403,6 +413,7 @@ class Service:
             if isinstance(event, Finished | RunFailed):
                 self._finish(event)
         self._outbox.note(Note(contract.status_topic(self._config), b"stopped", retain=True))
+        self._has_drained = True
         log.info("stopped open=%d", len(self._open))
 
     def _finish(self, event: Finished | RunFailed) -> None:
@@ -429,6 +440,15 @@ class Service:
             dict(made.unavailable),
         )
         return Journal(path, opening)
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    """A picture between acceptance and verdict."""
+
+    spooled: Spooled
+    address: Address
+    component: str
 
 
 class _MemoryWatch:

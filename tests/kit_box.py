@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 import os
+import queue
 import signal
 import struct
 import subprocess
 import sys
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -156,3 +158,12 @@ def hear_verdicts(camera: Camera, count: int, seconds: float = 60.0) -> dict[str
             known = verdicts.setdefault(body["request_id"], body)
             assert known == body, "two different verdicts for one picture"
     return verdicts
+
+
+def hear_all(camera: Camera, quiet_seconds: float = 1.0) -> list[dict[str, Any]]:
+    """Whatever comes until nothing has come for so long."""
+    bodies = []
+    with suppress(queue.Empty):
+        while True:
+            bodies.append(json.loads(camera.hear(quiet_seconds).payload))
+    return bodies

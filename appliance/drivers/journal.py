@@ -6,6 +6,7 @@ The first line holds what the controller was made of, so that a journal alone ca
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
@@ -28,7 +29,9 @@ from appliance.core.types import (
     RunFailed,
     Tick,
 )
-from appliance.errors import RecordsError
+from appliance.errors import ConfigError, RecordsError
+
+log = logging.getLogger(__name__)
 
 MAX_BYTES = 256 << 20  # then the journal ends; some 500,000 pictures
 EVENTS: dict[str, type[Event]] = {
@@ -49,12 +52,22 @@ class Opening:
 
 
 class Journal:
-    """Appends events to a fresh file. Not a record to rely on after a crash: that is `records`."""
+    """Appends events to a fresh file, and gives up, once and for all, when the disk does not take them.
+
+    Not a record to rely on after a crash: that is `records`.
+    """
 
     def __init__(self, path: Path, opening: Opening) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: TextIO | None = path.open("w", encoding="utf-8", buffering=1 << 16)
-        self._left = MAX_BYTES
+        """Raises ConfigError when the file cannot be made."""
+        self._path, self._left = path, MAX_BYTES
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file: TextIO | None = path.open("w", encoding="utf-8", buffering=1 << 16)
+        except OSError as error:
+            why = error.strerror or error
+            raise ConfigError(
+                f"paths.journal {path} cannot be written: {why}", "choose another place, or none"
+            ) from error
         self._write(_plain(opening))
 
     def note(self, event: Event, now: float) -> None:
@@ -62,8 +75,11 @@ class Journal:
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
-            self._file = None
+            file, self._file = self._file, None
+            try:
+                file.close()
+            except OSError as error:
+                log.error("journal incomplete path=%s why=%s", self._path, error.strerror)
 
     def __enter__(self) -> Journal:
         return self
@@ -79,9 +95,13 @@ class Journal:
         line = json.dumps(value, separators=(",", ":")) + "\n"
         self._left -= len(line)
         if self._left < 0:
+            log.warning("journal full path=%s: it ends here", self._path)
             self.close()
             return
-        self._file.write(line)
+        try:
+            self._file.write(line)
+        except OSError:  # inspecting goes on without a journal; `close` says why
+            self.close()
 
 
 def read(path: Path) -> tuple[Opening, Iterator[tuple[float, Event]]]:

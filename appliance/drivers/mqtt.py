@@ -322,7 +322,15 @@ class Door:
                 case _Acknowledge():
                     self._counts["stale-acknowledgement"] += 1
                 case _Publish():
-                    link.publish(order)
+                    self._send(link, order)
+
+    def _send(self, link: _Link, order: _Publish) -> None:
+        """A token that paho chokes on comes back too; the fault then ends the link."""
+        try:
+            link.publish(order)
+        except Exception:
+            self._settle(order.token, LOST)
+            raise
 
     def _connected(self, link: _Link, session_present: bool, window: int | None, packet_bytes: int | None) -> None:
         self._counts["connected"] += 1
