@@ -22,7 +22,7 @@ from appliance.catalog import ExpertManifest
 from appliance.core.types import Batch, Event, Finished, Load, Loaded, LoadFailed, Refusal, RunFailed
 from appliance.drivers import heads, images
 from appliance.drivers.sessions import Sessions
-from appliance.errors import ApplianceError, RunError
+from appliance.errors import ApplianceError, CatalogError, MessageError, RunError
 
 _log = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ class Inspection:
     def _prepared(self, manifest: ExpertManifest, request: str) -> _Prepared | Refusal:
         try:
             views = self._look(request)
-        except ApplianceError as error:
+        except (MessageError, CatalogError) as error:  # a store that cannot be read fails the run, which is repeated
             return Refusal(error.reason, str(error))
         if manifest.needs_reference and views.reference is None:
             return Refusal(
