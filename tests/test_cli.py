@@ -28,7 +28,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         common = ["--port", str(box.port), "--part"]
         (home / "published").write_text(_run("publish", *pictures, *common, "c-e0", "--json").stdout)
         (home / "shown").write_text(_run("publish", str(home / "broken.png"), *common, "c-e1").stdout)
-        (home / "refused").write_text(_run("publish", pictures[0], *common, "ghost").stdout)
+        refused = _run("publish", pictures[0], *common, "ghost")
+        (home / "refused").write_text(f"{refused.stdout}exit code {refused.returncode}")
     return home
 
 
@@ -48,11 +49,21 @@ def test_publishing_waits_for_every_verdict(folder: Path) -> None:
 def test_a_damaged_and_an_unknown_picture_are_shown_with_their_reason(folder: Path) -> None:
     assert "picture-damaged" in (folder / "shown").read_text()
     assert "unknown-component" in (folder / "refused").read_text()
+    assert (folder / "refused").read_text().endswith("exit code 1")
 
 
 def test_publishing_to_no_broker_is_one_line(folder: Path) -> None:
     port = str(free_port())
     _fails(_run("publish", str(folder / "0.png"), "--part", "c-e0", "--port", port), f"no broker at 127.0.0.1:{port}")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe"])
+def test_a_password_file_without_a_password_is_one_line(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "password"
+    if content is not None:
+        path.write_bytes(content)
+    published = _run("publish", "a.png", "--part", "R1", "--password-file", str(path))
+    _fails(published, f"--password-file {path} has no password (put it on the first line)")
 
 
 def test_a_check_says_what_serves(folder: Path) -> None:

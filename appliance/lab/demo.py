@@ -1,32 +1,25 @@
 """The first minute: embedded broker and service as a process of their own, real boards published by several lines,
 verdicts, loads and evictions as they happen, and what they were worth at the end.
 
-The defective boards are the products' inspected samples. The sound ones are their golden pictures, shifted by a pixel
-and encoded anew, for no real sample is free of defects; they are labelled so.
+`boards.py` makes what the lines publish, `watch.py` hears what the box says, `score.py` judges it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
-import json
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice, zip_longest
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from paho.mqtt.client import Client, MQTTMessage
-from paho.mqtt.enums import CallbackAPIVersion
-from PIL import Image, ImageChops
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -35,19 +28,19 @@ from rich.text import Text
 
 from appliance import catalog as catalogs
 from appliance import config as settings
-from appliance import samples
-from appliance.catalog import Catalog, Product
+from appliance.catalog import Product
 from appliance.client import Answer, Camera
+from appliance.drivers.broker import free_port
 from appliance.errors import BrokerError, CatalogError
+from appliance.lab.boards import Part, mixed, streams
+from appliance.lab.score import Score, broken_promises, closing, compared
 from appliance.lab.simulate import simulated
+from appliance.lab.watch import Watch
 from appliance.report import megabytes, verdict_cells
 from appliance.startup import install, waiting_to_compile
 
-SOUND_EVERY = 4  # one board of so many is a golden picture
-SHIFT_PIXELS = 1
-JPEG_QUALITY = 92
-START_SECONDS = 120.0
 VERDICT_SECONDS = 120.0
+STOP_SECONDS = 30.0
 SHOWN_ROWS = 14
 
 
@@ -63,41 +56,23 @@ class Demo:
     catalog: Path
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One picture to publish, and what is true of it."""
-
-    line: str
-    product: str
-    board: str
-    part: str
-    component: str
-    rect: tuple[int, int, int, int]
-    truth: str | None
-    picture: bytes
-
-
 @dataclass(slots=True)
-class Score:
-    """What came back so far. Filled on the cameras' threads, one call at a time."""
+class Shown:
+    """The last answers, for the live table, and how long each took. Filled on the cameras' threads."""
 
-    parts: dict[str, Part] = field(default_factory=dict)
-    answers: dict[str, Answer] = field(default_factory=dict)
-    repeated: int = 0
     rows: deque[tuple[Part, Answer]] = field(default_factory=lambda: deque(maxlen=SHOWN_ROWS))
+    waits: list[float] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def add(self, answer: Answer) -> None:
+    def add(self, part: Part, answer: Answer) -> None:
         with self.lock:
-            self.repeated += answer.request_id in self.answers
-            self.answers[answer.request_id] = answer
-            part = self.parts.get(answer.request_id)
-            if part is not None:
-                self.rows.append((part, answer))
+            self.rows.append((part, answer))
+            self.waits.append(answer.seconds)
 
 
 def run_demo(demo: Demo, console: Console) -> dict[str, Any]:
-    """Returns the closing numbers. Raises ApplianceError when something does not start."""
+    """Returns the closing numbers; `broken` lists the promises that they break. Raises ApplianceError when something
+    does not start."""
     config_path = _write_config(demo)
     _compile(config_path, console)
     config = settings.load(config_path)
@@ -105,22 +80,27 @@ def run_demo(demo: Demo, console: Console) -> dict[str, Any]:
     boards = [product for product in catalog.products.values() if (product.folder / "sample.txt").is_file()]
     if not boards:
         raise CatalogError(f"{config.paths.catalog} has no product with a sample", "use the shipped models_onnx")
-    score, watch = Score(), Watch(config.mqtt.port, config.topic("box", config.box.name, ""))
-    with _service(config_path, config.paths.state / "service.log") as service:
-        watch.start(service)
-        seconds = _publish(demo, config, boards, score, watch, console)
-        watch.settle(len(score.answers))
-        _print_hint(demo, config, console)
+    score, shown = Score(), Shown()
+
+    def numbers() -> dict[str, Any]:
+        return closing(catalog, score, watch.stats, watch.resident_max, shown.waits, seconds)
+
+    with _service(config_path, config.paths.state / "service.log") as service, Watch(config, score) as watch:
+        watch.start(lambda: service.poll() is None)
+        seconds = _publish(demo, config, boards, shown, watch, console)
         if demo.keep:
-            _keep(service, console)
-    found = _closing(demo, catalog, score, watch, seconds)
-    replayed = simulated(_journal(config), predict=False)
-    found |= {
-        "simulated_loads": replayed["loads"],
-        "simulated_evictions": replayed["evictions"],
-        "simulation_agrees": (replayed["loads"], replayed["evictions"]) == (found["loads"], found["evictions"]),
-    }
-    _print_closing(found, console)
+            _print_closing(numbers(), console)
+            _print_hint(config, console)
+            _keep(service, watch, console)
+        found = numbers()
+    found = compared(found, simulated(_journal(config), predict=False))  # the journal is whole when its writer stopped
+    found["broken"] = broken_promises(found)
+    if demo.keep:
+        console.print(f"\nreplayed in the simulator: {_replay_cell(found)}")
+    else:
+        _print_closing(found, console)
+    for words in found["broken"]:
+        console.print(f"[bold red]broken promise:[/bold red] {words}")
     return found
 
 
@@ -141,7 +121,7 @@ def _write_config(demo: Demo) -> Path:
         f"[box]\nname = 'demo'\n"
         f"[paths]\ncatalog = '{catalog}'\nprofile = '{profile}'\n"
         f"state = 'state'\nstore = '../store'\njournal = 'journal.jsonl'\n"
-        f"[mqtt]\nport = {_free_port()}\n"
+        f"[mqtt]\nport = {free_port()}\n"
         f"[broker]\nembedded = true\n"
         f"[limits]\npicture_pixels = 1_000_000\n"
         f"[memory]\nweights = {max(int(total * demo.budget_share), 1)}\n",
@@ -174,166 +154,68 @@ def _service(config_path: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
         try:
             yield process
         finally:
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-            process.wait(30)
+            _stop(process)
     if process.returncode:
         raise BrokerError(f"the service ended with {process.returncode}", f"see {log}")
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """In order, or else by force: also when Ctrl-C comes again, nothing stays behind."""
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(STOP_SECONDS)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        process.kill()
+        process.wait()
 
 
 # Publishing.
 
 
-def parts_of(product: Product, line: str, board: str, *, sound: bool) -> Iterator[Part]:
-    """The placements of one board, cut out as a camera would and encoded."""
-    defects = () if sound else samples.read_defects(product.folder / "sample.txt")
-    path = product.golden_path if sound else product.folder / "sample.jpg"
-    assert path is not None
-    with Image.open(path) as opened:
-        picture = opened.convert("L")
-    if sound:
-        picture = ImageChops.offset(picture, SHIFT_PIXELS, SHIFT_PIXELS)
-    for placement in product.recipe.placements:
-        x, y, width, height = placement.rect
-        encoded = io.BytesIO()
-        picture.crop((x, y, x + width, y + height)).save(encoded, "JPEG", quality=JPEG_QUALITY)
-        truth = samples.truth_of(defects, samples.centre_cell(placement.rect))
-        yield Part(
-            line,
-            product.recipe.product,
-            board,
-            placement.designator,
-            placement.component,
-            placement.rect,
-            truth,
-            encoded.getvalue(),
-        )
-
-
-def streams(products: Sequence[Product], lines: int) -> Iterator[Part]:
-    """Boards go to the lines in turn; the lines publish at the same time, so that their experts compete."""
-
-    def line_of(number: int) -> Iterator[Part]:
-        for turn, product in enumerate(products[number::lines]):
-            is_sound = (turn + number) % SOUND_EVERY == SOUND_EVERY - 1
-            yield from parts_of(product, f"line{number + 1}", f"SN-{number + 1}-{turn + 1:03d}", sound=is_sound)
-
-    # Products stand in the order of their boards: every line begins at another one.
-    for together in zip_longest(*(line_of(number) for number in range(lines))):
-        yield from (part for part in together if part is not None)
-
-
 def _publish(
-    demo: Demo, config: settings.Config, boards: Sequence[Product], score: Score, watch: Watch, console: Console
+    demo: Demo, config: settings.Config, boards: Sequence[Product], shown: Shown, watch: Watch, console: Console
 ) -> float:
-    """Every picture until its verdict; returns the seconds from the first to the last."""
+    """Every picture until its answer; returns the seconds from the first to the last."""
+    score = watch.score
     with contextlib.ExitStack() as stack:
         cameras = {}
         for number in range(demo.lines):
             camera = Camera("127.0.0.1", config.mqtt.port, line=f"line{number + 1}", site=config.box.site)
-            camera.on_answer(score.add)
+            camera.on_answer(lambda answer: shown.add(score.parts[answer.request_id], answer))
             cameras[f"line{number + 1}"] = stack.enter_context(camera)
         live = stack.enter_context(Live(console=console, refresh_per_second=8, transient=not console.is_terminal))
         started = time.monotonic()
-        shown = 0.0
-        for part in islice(streams(_mixed(boards), demo.lines), demo.pictures):
-            name = cameras[part.line].name_of(part.product, part.board, part.part, part.picture)
-            score.parts[name] = part
-            cameras[part.line].publish(product=part.product, board=part.board, part=part.part, picture=part.picture)
-            if time.monotonic() - shown > 0.12:
-                shown = time.monotonic()
-                live.update(_view(demo, score, watch, shown - started))
+        drawn = 0.0
+        for part in islice(streams(mixed(boards), demo.lines), demo.pictures):
+            camera = cameras[part.line]
+            score.ask(camera.name_of(part.product, part.board, part.part, part.picture), part)
+            camera.publish(product=part.product, board=part.board, part=part.part, picture=part.picture)
+            if time.monotonic() - drawn > 0.12:
+                drawn = time.monotonic()
+                live.update(_view(demo, shown, watch, drawn - started))
         ends = time.monotonic() + VERDICT_SECONDS
         while any(camera.waiting for camera in cameras.values()) and time.monotonic() < ends:
-            next(iter(cameras.values())).wait(0.1)
             for camera in cameras.values():
                 camera.wait(0.05)
-            live.update(_view(demo, score, watch, time.monotonic() - started))
+            live.update(_view(demo, shown, watch, time.monotonic() - started))
         seconds = time.monotonic() - started
-        live.update(_view(demo, score, watch, seconds))
+        watch.settle()
+        live.update(_view(demo, shown, watch, seconds))
     return seconds
 
 
-def _mixed(products: Sequence[Product]) -> list[Product]:
-    """Products of different boards in turn, by the first five digits of their names."""
-    families: dict[str, list[Product]] = {}
-    for product in products:
-        families.setdefault(product.recipe.product[:5], []).append(product)
-    return [p for together in zip_longest(*families.values()) for p in together if p is not None]
-
-
-# Watching.
-
-
-class Watch:
-    """The box's own messages: its statistics, and loads and evictions as they happen."""
-
-    def __init__(self, port: int, prefix: str) -> None:
-        self.stats: dict[str, Any] = {}
-        self.resident_max = 0
-        self.moves: deque[str] = deque(maxlen=6)
-        self._port, self._prefix = port, prefix
-        self._online = threading.Event()
-        self._changed = threading.Condition()
-        self._client = Client(CallbackAPIVersion.VERSION2, client_id="demo-watch")
-        self._client.on_message = self._on_message
-        self._client.on_connect = lambda client, *_: client.subscribe(prefix + "+")
-
-    def start(self, service: subprocess.Popen[bytes]) -> None:
-        """Wait until the box is online. Raises BrokerError when the service ends or does not come up."""
-        ends = time.monotonic() + START_SECONDS
-        while time.monotonic() < ends and service.poll() is None:
-            with contextlib.suppress(OSError):
-                self._client.connect("127.0.0.1", self._port)
-                self._client.loop_start()
-                if self._online.wait(ends - time.monotonic()):
-                    return
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                service.wait(0.1)
-        raise BrokerError("the service did not come up", "see .appliance/demo/state/service.log")
-
-    def settle(self, verdicts: int) -> None:
-        """Wait for statistics that count all verdicts, then stop listening."""
-        with self._changed:
-            self._changed.wait_for(lambda: sum(self.stats.get("verdicts", {}).values()) >= verdicts, 10.0)
-        self._client.disconnect()
-        self._client.loop_stop()
-
-    def _on_message(self, client: Client, userdata: object, message: MQTTMessage) -> None:
-        name = message.topic.removeprefix(self._prefix)
-        if name == "status":
-            if message.payload == b"online":
-                self._online.set()
-            return
-        body = json.loads(message.payload)
-        with self._changed:
-            if name == "stats":
-                self.stats = body
-                self.resident_max = max(self.resident_max, body["resident"])
-            elif name == "cache":
-                self.resident_max = max(self.resident_max, len(body["resident"]))
-                self.moves.extend(f"{move['move']:5} {move['expert']}" for move in body["moves"])
-            self._changed.notify_all()
-
-
-def _view(demo: Demo, score: Score, watch: Watch, seconds: float) -> Group:
+def _view(demo: Demo, shown: Shown, watch: Watch, seconds: float) -> Group:
     """The live table: the last verdicts, and what the box does for them."""
     table = Table("line", "picture", "component", "verdict", "findings", "ms", box=None, pad_edge=False)
-    with score.lock:
-        rows, answered = list(score.rows), len(score.answers)
+    with shown.lock:
+        rows, answered = list(shown.rows), len(shown.waits)
     for part, answer in rows:
         picture = f"{part.product}/{part.part}"
         table.add_row(part.line, picture, part.component, *verdict_cells(answer.body), f"{answer.seconds * 1000:.0f}")
     stats = watch.stats
     memory = f"{megabytes(stats.get('weights_bytes', 0))} of {megabytes(stats.get('weights_budget_bytes', 0))}"
     facts = (
-        f"{answered} of {demo.pictures} verdicts, {answered / seconds if seconds else 0:.0f} images/s   "
+        f"{answered} of {demo.pictures} answered, {answered / seconds if seconds else 0:.0f} images/s   "
         f"weights {memory}, {stats.get('resident', 0)} experts resident   "
         f"{stats.get('loads', 0)} loads, {stats.get('evictions', 0)} evictions"
     )
@@ -341,65 +223,6 @@ def _view(demo: Demo, score: Score, watch: Watch, seconds: float) -> Group:
 
 
 # Closing.
-
-
-def _closing(demo: Demo, catalog: Catalog, score: Score, watch: Watch, seconds: float) -> dict[str, Any]:
-    answered = [(part, score.answers[name]) for name, part in score.parts.items() if name in score.answers]
-    count = samples.count(samples.Judged(part.truth, a.body.get("outcome") == "fail") for part, a in answered)
-    located = _localised(catalog, score)
-    stats = watch.stats
-    waits = sorted(answer.seconds for answer in score.answers.values())
-    return {
-        "pictures": len(score.parts),
-        "verdicts": len(score.answers),
-        "repeated_verdicts": score.repeated,
-        "outcomes": dict(Counter(str(a.body.get("outcome", "refused")) for a in score.answers.values())),
-        "defective": count.defective,
-        "missed_defects": count.missed,
-        "recall": round(count.recall, 4),
-        "sound": count.sound,
-        "false_alarms": count.false_alarms,
-        "false_alarm_rate": round(count.false_alarm_rate, 4),
-        "localisation_f": round(located.f, 4),
-        "images_per_second": round(len(score.answers) / seconds, 1) if seconds else 0.0,
-        "wait_p50_seconds": round(waits[len(waits) // 2], 4) if waits else None,
-        "experts": len(catalog.bundles),
-        "experts_used": len({part.component for part in score.parts.values()}),
-        "experts_resident_max": watch.resident_max,
-        "loads": stats.get("loads"),
-        "evictions": stats.get("evictions"),
-        "budget_bytes": stats.get("weights_budget_bytes"),
-        "peak_weights_bytes": stats.get("weights_peak_bytes"),
-        "anonymous_at_start_bytes": stats.get("anonymous_at_start_bytes"),
-        "anonymous_peak_bytes": stats.get("anonymous_peak_bytes"),
-        "anonymous_promise_bytes": stats.get("anonymous_promise_bytes"),
-    }
-
-
-def _localised(catalog: Catalog, score: Score) -> samples.Localisation:
-    """Findings with a box against the labelled boxes, board by board, over boards whose every picture was answered."""
-    boards: dict[tuple[str, str, str], list[tuple[Part, Mapping[str, Any]]]] = {}
-    for name, part in score.parts.items():
-        if name in score.answers:
-            boards.setdefault((part.line, part.board, part.product), []).append((part, score.answers[name].body))
-    results = []
-    for (_, _, product), members in boards.items():
-        if all(part.truth == samples.SOUND for part, _ in members):
-            defects: Sequence[samples.Defect] = ()
-        else:
-            defects = samples.read_defects(catalog.products[product].folder / "sample.txt")
-        cells = [samples.centre_cell(part.rect) for part, _ in members]
-        seen = [d for d in defects if any(samples.contains(cell, d.centre) for cell in cells)]
-        results.append(samples.localise(seen, [found for part, body in members for found in _found(part, body)]))
-    return samples.total(results)
-
-
-def _found(part: Part, body: Mapping[str, Any]) -> Iterator[samples.Found]:
-    x, y, *_ = part.rect
-    for finding in body.get("findings", ()):
-        if finding["box"] is not None:
-            x1, y1, x2, y2 = finding["box"]
-            yield samples.Found((x + x1, y + y1, x + x2, y + y2), finding["label"], finding["score"])
 
 
 def _print_closing(found: Mapping[str, Any], console: Console) -> None:
@@ -416,8 +239,8 @@ def _print_closing(found: Mapping[str, Any], console: Console) -> None:
     resident = f"{found['experts_resident_max']} of {found['experts']} at most"
     table.add_row("experts resident", resident)
     table.add_row("loads, evictions", f"{found['loads']}, {found['evictions']}")
-    agrees = "the same" if found["simulation_agrees"] else "DIFFERENT"
-    table.add_row("replayed in the simulator", f"{found['simulated_loads']}, {found['simulated_evictions']} ({agrees})")
+    if "simulated_loads" in found:
+        table.add_row("replayed in the simulator", _replay_cell(found))
     budget = f"{megabytes(found['peak_weights_bytes'] or 0)} of {megabytes(found['budget_bytes'] or 0)} budget"
     table.add_row("peak weights memory", budget)
     promise = megabytes(found["anonymous_promise_bytes"] or 0)
@@ -431,9 +254,12 @@ def _print_closing(found: Mapping[str, Any], console: Console) -> None:
     )
 
 
-def _print_hint(demo: Demo, config: settings.Config, console: Console) -> None:
-    if not demo.keep:
-        return
+def _replay_cell(found: Mapping[str, Any]) -> str:
+    agrees = "the same" if found["simulation_agrees"] else "DIFFERENT"
+    return f"{found['simulated_loads']} loads, {found['simulated_evictions']} evictions ({agrees})"
+
+
+def _print_hint(config: settings.Config, console: Console) -> None:
     picture = Path(__file__).parents[2] / "tests" / "data" / "moulded-figure"
     example = _seen_from_here(next(iter(sorted(picture.glob("*.png"))), Path("picture.jpg")))
     topic = config.topic("infer", "line1", "-", "-", "moulded-figure")
@@ -454,10 +280,13 @@ def _seen_from_here(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def _keep(service: subprocess.Popen[bytes], console: Console) -> None:
+def _keep(service: subprocess.Popen[bytes], watch: Watch, console: Console) -> None:
+    """Until Ctrl-C; then for the box's numbers about what was published by hand."""
     console.print("Ctrl-C ends them.")
     with contextlib.suppress(KeyboardInterrupt):
         service.wait()
+        return
+    watch.refresh()
 
 
 def _journal(config: settings.Config) -> Path:
