@@ -13,6 +13,7 @@ again asks the same question and gets the same answer.
 from __future__ import annotations
 
 import json
+import logging
 import socket
 import threading
 import time
@@ -24,8 +25,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from paho.mqtt.client import Client, ConnectFlags, MQTTMessage
-from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
+from paho.mqtt.client import Client, ConnectFlags, DisconnectFlags, MQTTMessage, MQTTMessageInfo
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
@@ -33,6 +34,9 @@ from appliance.contract import Address, request_id
 from appliance.errors import BrokerError, PictureError
 
 CONNECT_SECONDS = 10.0
+ROOM_SECONDS = 60.0
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +54,14 @@ class _Sent:
     topic: str
     picture: bytes
     first_seconds: float
-    last_seconds: float
+    due_seconds: float
+    handed: MQTTMessageInfo | None = None
+
+    @property
+    def is_held(self) -> bool:
+        """Whether paho keeps a copy until the broker confirms it, and sends that again by itself after a lost link."""
+        handed = self.handed
+        return handed is not None and handed.rc == MQTTErrorCode.MQTT_ERR_SUCCESS and not handed.is_published()
 
 
 class Camera:
@@ -58,7 +69,8 @@ class Camera:
 
     `window` pictures may wait for their verdicts; `publish` then waits for room. A picture above `largest_bytes` is
     refused here: the broker would cut the link, and paho would send it again for ever. Raises BrokerError when no
-    broker answers at the start; later it reconnects by itself and sends again what was not answered.
+    broker answers at the start, or one that does not let us in or subscribe; later it reconnects by itself and sends
+    again what was not answered.
     """
 
     def __init__(
@@ -78,10 +90,11 @@ class Camera:
         self._host, self._port, self._line = host, port, line
         self._answered: Callable[[Answer], object] = lambda answer: None
         self._prefix = (root, "v1", site)
+        self._results = "/".join((*self._prefix, "result", line, "+", "+", "+"))
         self._window, self._resend_seconds, self._largest_bytes = window, resend_seconds, largest_bytes
         self._waiting: OrderedDict[str, _Sent] = OrderedDict()
         self._changed = threading.Condition()
-        self._subscribed = threading.Event()
+        self._is_online = False
         self._refused: str | None = None
         self._closing = False
         self._resent = 0
@@ -90,6 +103,8 @@ class Camera:
             client_id=f"camera-{line}-{uuid.uuid4().hex[:8]}",
             protocol=MQTTProtocolVersion.MQTTv311,
         )
+        # Twice, because an answer may come before the broker has confirmed its picture.
+        self._client.max_queued_messages_set(2 * window)
         if username is not None:
             self._client.username_pw_set(username, password)
         self._client.on_socket_open = _no_delay
@@ -97,6 +112,7 @@ class Camera:
 
     def __enter__(self) -> Camera:
         self._client.on_connect = self._on_connect
+        self._client.on_disconnect = self._on_disconnect
         self._client.on_subscribe = self._on_subscribe
         self._client.on_message = self._on_message
         try:
@@ -123,14 +139,17 @@ class Camera:
             why = error.strerror or error
             raise BrokerError(f"no broker at {where}: {why}", "start it, or correct --host and --port") from error
         self._client.loop_start()
-        if not self._subscribed.wait(CONNECT_SECONDS):
-            why = self._refused or "it does not answer"
-            raise BrokerError(f"the broker at {where} refuses us: {why}", "check user, password and rights")
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_online or self._refused, CONNECT_SECONDS)
+            if not self._is_online:
+                why = self._refused or "it does not answer"
+                raise BrokerError(f"the broker at {where} refuses us: {why}", "check user, password and rights")
 
     def _hang_up(self) -> None:
         """paho closes its last sockets when nobody holds it any more: so its callbacks must not hold us."""
         self._client.loop_stop()
-        self._client.on_connect = self._client.on_subscribe = self._client.on_message = None
+        self._client.on_connect = self._client.on_disconnect = None
+        self._client.on_subscribe = self._client.on_message = None
 
     def on_answer(self, answered: Callable[[Answer], object]) -> None:
         """`answered` is called once for each picture, on the camera's network thread: it must not wait."""
@@ -146,10 +165,19 @@ class Camera:
         """How often a picture was sent again."""
         return self._resent
 
-    def publish(self, *, part: str, picture: bytes, product: str = "-", board: str = "-") -> str:
-        """Send a picture (encoded bytes) and keep it; returns its request id.
+    def publish(
+        self,
+        *,
+        part: str,
+        picture: bytes,
+        product: str = "-",
+        board: str = "-",
+        timeout_seconds: float = ROOM_SECONDS,
+    ) -> str:
+        """Send a picture (encoded bytes) and keep it; returns its request id. While the broker is away it is only kept.
 
-        Raises MessageError for a name that no topic can have, PictureError for a picture that is too large.
+        Raises MessageError for a name that no topic can have, PictureError for a picture that is too large, and
+        BrokerError when `window` pictures wait and none is answered within `timeout_seconds`.
         """
         if len(picture) > self._largest_bytes:
             what = f"a picture of {len(picture)} bytes, at most {self._largest_bytes} are sent"
@@ -158,12 +186,30 @@ class Camera:
             )
         topic = self._topic(product, board, part)
         name = request_id(topic, picture, {})
-        now = time.monotonic()
         with self._changed:
-            self._changed.wait_for(lambda: len(self._waiting) < self._window or self._closing)
-            self._waiting[name] = _Sent(topic, picture, now, now)
-        self._client.publish(topic, picture, qos=1)
+            self._wait_for_room(timeout_seconds)
+            now = time.monotonic()
+            is_online = self._is_online
+            sent = _Sent(topic, picture, now, now + self._resend_seconds if is_online else now)
+            self._waiting[name] = sent
+        if is_online:
+            self._hand(sent)
         return name
+
+    def _wait_for_room(self, seconds: float) -> None:
+        if not self._changed.wait_for(lambda: len(self._waiting) < self._window or self._closing, seconds):
+            oldest = time.monotonic() - next(iter(self._waiting.values())).first_seconds
+            raise BrokerError(
+                f"no room for another picture: {len(self._waiting)} wait for their verdicts, the first since "
+                f"{oldest:.1f} s",
+                "is a box serving this site and root?",
+            )
+        if self._closing:
+            raise BrokerError("this camera is closed", "publish inside its `with` block")
+
+    def _hand(self, sent: _Sent) -> None:
+        """Without our lock: paho calls us back while it holds its own."""
+        sent.handed = self._client.publish(sent.topic, sent.picture, qos=1)
 
     def name_of(self, product: str, board: str, part: str, picture: bytes) -> str:
         """The request id that publishing this would have."""
@@ -183,18 +229,37 @@ class Camera:
         self, client: Client, userdata: object, flags: ConnectFlags, reason: ReasonCode, properties: Properties | None
     ) -> None:
         if reason.is_failure:
-            self._refused = str(reason)
+            self._refuse(str(reason))
             return
-        results = "/".join((*self._prefix, "result", self._line, "+", "+", "+"))
-        client.subscribe([(results, 1), ("/".join((*self._prefix, "error", "+")), 1)])
+        client.subscribe([(self._results, 1), ("/".join((*self._prefix, "error", "+")), 1)])
+
+    def _on_disconnect(
+        self,
+        client: Client,
+        userdata: object,
+        flags: DisconnectFlags,
+        reason: ReasonCode,
+        properties: Properties | None,
+    ) -> None:
+        with self._changed:
+            self._is_online = False
 
     def _on_subscribe(
         self, client: Client, userdata: object, mid: int, reasons: list[ReasonCode], properties: Properties | None
     ) -> None:
-        self._subscribed.set()
+        if any(reason.is_failure for reason in reasons):
+            self._refuse(f"we may not subscribe to {self._results}")
+            return
         with self._changed:  # a new connection: what was on its way is sent again at once
+            self._is_online, self._refused = True, None
             for sent in self._waiting.values():
-                sent.last_seconds = 0.0 if sent.last_seconds < time.monotonic() - 1.0 else sent.last_seconds
+                sent.due_seconds = time.monotonic()
+            self._changed.notify_all()
+
+    def _refuse(self, why: str) -> None:
+        log.warning("camera refused line=%s why=%s", self._line, why)
+        with self._changed:
+            self._refused = why
             self._changed.notify_all()
 
     def _on_message(self, client: Client, userdata: object, message: MQTTMessage) -> None:
@@ -210,24 +275,37 @@ class Camera:
             self._changed.notify_all()
         if sent is not None:
             is_rejected = message.topic.split("/")[len(self._prefix)] == "error"
-            self._answered(Answer(name, body, time.monotonic() - sent.first_seconds, is_rejected))
+            self._tell(Answer(name, body, time.monotonic() - sent.first_seconds, is_rejected))
+
+    def _tell(self, answer: Answer) -> None:
+        try:
+            self._answered(answer)
+        except Exception:  # the border to foreign code: raised here it would end paho's thread, and all answers with it
+            log.exception("camera callback failed request=%s", answer.request_id)
 
     # On the re-sender's thread.
 
     def _resend(self) -> None:
         while True:
             with self._changed:
+                due = self._due(time.monotonic())
+                while not due and not self._closing:
+                    self._changed.wait(min(1.0, self._resend_seconds))
+                    due = self._due(time.monotonic())
                 if self._closing:
                     return
-                now = time.monotonic()
-                due = [sent for sent in self._waiting.values() if now - sent.last_seconds >= self._resend_seconds]
-                for sent in due:
-                    sent.last_seconds = now
-                self._resent += len(due)
-                if not due:
-                    self._changed.wait(min(1.0, self._resend_seconds))
             for sent in due:
-                self._client.publish(sent.topic, sent.picture, qos=1)
+                self._hand(sent)
+
+    def _due(self, now: float) -> list[_Sent]:
+        """What has to be sent now. Nothing while the broker is away, and no second copy of what paho still holds."""
+        if not self._is_online:
+            return []
+        due = [sent for sent in self._waiting.values() if now >= sent.due_seconds and not sent.is_held]
+        for sent in due:
+            sent.due_seconds = now + self._resend_seconds
+        self._resent += sum(sent.handed is not None for sent in due)
+        return due
 
 
 def _no_delay(client: Client, userdata: object, connection: Any) -> None:
@@ -238,19 +316,32 @@ def _no_delay(client: Client, userdata: object, connection: Any) -> None:
 def publish_files(
     camera: Camera, files: Sequence[Path], *, part: str, product: str, board: str, timeout_seconds: float
 ) -> dict[str, Any]:
-    """Publish files and wait for their verdicts. Raises PictureError for one that cannot be read."""
+    """Publish files and wait for their verdicts, all within `timeout_seconds`: what could not be sent is `unanswered`.
+
+    Raises PictureError for one that cannot be read.
+    """
+    ends = time.monotonic() + timeout_seconds
     names: dict[str, str] = {}
+    unsent: Sequence[Path] = ()
     answers: dict[str, Answer] = {}
     camera.on_answer(lambda answer: answers.setdefault(answer.request_id, answer))
     with camera:
-        for path in files:
-            names[camera.publish(part=part, picture=_bytes_of(path), product=product, board=board)] = str(path)
-        camera.wait(timeout_seconds)
+        for number, path in enumerate(files):
+            picture, left = _bytes_of(path), max(ends - time.monotonic(), 0.0)
+            try:
+                name = camera.publish(part=part, picture=picture, product=product, board=board, timeout_seconds=left)
+            except BrokerError:
+                unsent = files[number:]
+                break
+            names[name] = str(path)
+        camera.wait(max(ends - time.monotonic(), 0.0))
+    unanswered = [name for request, name in names.items() if request not in answers]
     return {
-        "pictures": len(names),
-        "verdicts": len(answers),
+        "pictures": len(names) + len(unsent),
+        "verdicts": sum(not answer.is_rejected for answer in answers.values()),
         "resent": camera.resent,
-        "unanswered": sorted(name for request, name in names.items() if request not in answers),
+        "refused": sorted(names[request] for request, answer in answers.items() if answer.is_rejected),
+        "unanswered": sorted([*unanswered, *map(str, unsent)]),
         "answers": [
             {"file": names[request], "seconds": answer.seconds, "body": dict(answer.body)}
             for request, answer in answers.items()
