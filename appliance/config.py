@@ -25,6 +25,8 @@ from appliance.errors import ConfigError
 
 Level = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
+Topic = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*$", max_length=200)]
+
 
 class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -56,6 +58,10 @@ class Mqtt(Settings):
     port: Annotated[int, Field(ge=1, le=65535)] = Field(1883, description="Broker's port.")
     protocol: Literal["auto", "5", "3.1.1"] = Field("auto", description="MQTT version; auto tries 5, then 3.1.1.")
     root: Level = Field("coe", description="First topic level.")
+    reply_prefix: Topic | None = Field(
+        None,
+        description="Response topics must lie below this; by default any plain topic outside `<root>/v1/` is allowed.",
+    )
     username: str | None = Field(None, description="User name at the broker.")
     password_file: Path | None = Field(None, description="File whose first line is the password.")
     keepalive_seconds: Annotated[int, Field(ge=2, le=600)] = Field(

@@ -23,7 +23,9 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 TOPIC_CHARACTERS = 512
 REPLY_CHARACTERS = 256
 CORRELATION_BYTES = 1024
-USER_PROPERTIES = ("request-id", "captured-at", "deadline-ms", "priority")
+USER_PROPERTIES = ("request-id", "captured-at", "deadline-ms")
+OUR_TREES = ("infer", "result", "board", "error", "box")
+"""Below `<root>/v1/<site>`: nobody else may have us publish there, where it would be taken for our own word."""
 
 
 # Topics.
@@ -150,17 +152,19 @@ class Reply:
     def wanted(cls, message: Message, config: Config) -> Reply | None:
         """The reply that a message asks for, None when it asks for none.
 
-        Both fields are the sender's and untrusted. Allowed is any plain topic outside `$…` and outside our own
-        `<root>/v1/` tree, where it would be taken for a picture, a verdict or a command.
+        Both fields are the sender's and untrusted. Allowed is what lies below the setting `mqtt.reply_prefix`; without
+        one, any plain topic outside `$…` that is not below `<root>/v1/`, and what lies below `<root>/v1/<site>/reply`.
+        Never one of our own trees, of any site, where it would be taken for a picture, a verdict or a command.
         Raises MessageError `response-topic` or `correlation-data`; the verdict's own topic is not affected.
         """
         topic, correlation = message.response_topic, message.correlation
         if topic is None:
             return None
-        own = f"{config.mqtt.root}/v1"
-        if len(topic) > REPLY_CHARACTERS or topic == own or topic.startswith(own + "/") or not _is_publishable(topic):
+        if len(topic) > REPLY_CHARACTERS or not _is_publishable(topic) or not _is_reply_topic(topic, config):
             what = f"response topic {shortened(topic)} is not allowed"
-            raise MessageError("response-topic", what, f"use at most 256 plain ASCII characters, outside {own}/")
+            where = config.mqtt.reply_prefix or config.topic("reply")
+            remedy = f"use at most {REPLY_CHARACTERS} plain ASCII characters, such as {where}/<line>/<name>"
+            raise MessageError("response-topic", what, remedy)
         if correlation is not None and len(correlation) > CORRELATION_BYTES:
             what = f"correlation data of {len(correlation)} bytes"
             raise MessageError("correlation-data", what, f"send at most {CORRELATION_BYTES} bytes")
@@ -205,6 +209,16 @@ def deadline_seconds(user: Mapping[str, str]) -> float | None:
         what = f"deadline-ms {shortened(given)} is not a number of milliseconds"
         raise MessageError("deadline-ms", what, "write a whole number from 1 to 999999999")
     return int(given) / 1000
+
+
+def _is_reply_topic(topic: str, config: Config) -> bool:
+    root, version, site, tree, *below = [*topic.split("/"), "", "", "", ""]
+    is_inside = (root, version) == (config.mqtt.root, "v1")
+    if is_inside and (not tree or tree in OUR_TREES):
+        return False
+    if config.mqtt.reply_prefix is not None:
+        return topic.startswith(config.mqtt.reply_prefix + "/")
+    return not is_inside or ((site, tree) == (config.box.site, "reply") and any(below))
 
 
 def _is_publishable(topic: str) -> bool:
@@ -283,7 +297,7 @@ class ErrorBody(Body):
     request_id: str | None
     picture_sha256: str | None
     has_verdict: bool
-    """The picture had been accepted: its verdict says the same."""
+    """The request of this id was accepted: it has its verdict, or will have, and this error does not end it."""
     at: AwareDatetime
 
 

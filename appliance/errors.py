@@ -16,6 +16,7 @@
     ├── NoRoom                   the memory budget cannot hold what was asked
     ├── BrokerError              no broker, or one that refuses us
     └── RecordsError             the spool or the verdict record cannot be trusted
+        └── NotSpooled           that picture is not in the spool; the spool is well
 
 They are raised where the fact is known and become an answer at two borders only: a worker (an event, then a verdict
 or an error message with a reason) and the command line (one line and an exit code).
@@ -107,3 +108,9 @@ class BrokerError(ApplianceError):
 
 class RecordsError(ApplianceError):
     reason = "records"
+
+
+class NotSpooled(RecordsError):
+    def __init__(self, id: str) -> None:
+        super().__init__(f"no picture {id} in the spool", "it has its verdict already")
+        self.id = id

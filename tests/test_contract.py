@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from appliance.config import Config
 from appliance.contract import (
@@ -133,7 +134,10 @@ def message(**given: object) -> Message:
     return Message(**{**fields, "generation": 1, **given})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("topic", ["my/answers", "coe/v2/answers", "coe/v1x", "answers", "camera-7/verdicts/2"])
+@pytest.mark.parametrize(
+    "topic",
+    ["my/answers", "coe/v2/answers", "coe/v1x", "answers", "camera-7/verdicts/2", "coe/v1/plant/reply/line1/job-7"],
+)
 def test_a_sender_may_choose_any_topic_of_its_own_for_the_reply(topic: str) -> None:
     assert Reply.wanted(message(response_topic=topic, correlation=b"7"), CONFIG) == Reply(topic, b"7")
 
@@ -146,6 +150,11 @@ def test_a_sender_may_choose_any_topic_of_its_own_for_the_reply(topic: str) -> N
         "coe/v1/plant/result/line1/-/-/R1",
         "coe/v1/plant/error/x",
         "coe/v1/plant/box/box1/cmd/evict",
+        "coe/v1/plant/board/line1/-/-",
+        "coe/v1/plant/something/else",
+        "coe/v1/plant",
+        "coe/v1/plant/reply",
+        "coe/v1/other/reply/line1",
         "coe/v1/other/infer/a/-/-/b",
         "$SYS/broker/log",
         "$share/group/topic",
@@ -163,6 +172,38 @@ def test_a_hostile_response_topic_is_refused(topic: str) -> None:
     with pytest.raises(MessageError) as caught:
         Reply.wanted(message(response_topic=topic), CONFIG)
     assert caught.value.reason == "response-topic"
+
+
+REPLIES = Config.model_validate({"mqtt": {"reply_prefix": "coe/v1/plant/reply"}})
+
+
+def test_with_a_reply_prefix_a_sender_chooses_below_it() -> None:
+    topic = "coe/v1/plant/reply/line1/job-7"
+    assert Reply.wanted(message(response_topic=topic), REPLIES) == Reply(topic, None)
+
+
+@pytest.mark.parametrize(
+    "topic", ["my/answers", "coe/v1/plant/reply", "coe/v1/plant/replyx/a", "coe/v1/plant/reply/+", TOPIC]
+)
+def test_with_a_reply_prefix_every_other_topic_is_refused(topic: str) -> None:
+    with pytest.raises(MessageError, match="coe/v1/plant/reply/") as caught:
+        Reply.wanted(message(response_topic=topic), REPLIES)
+    assert caught.value.reason == "response-topic"
+
+
+@pytest.mark.parametrize("prefix", ["coe", "coe/v1", "coe/v1/plant", "coe/v1/plant/result"])
+@pytest.mark.parametrize(
+    "topic", ["coe/v1/plant/result/line1/-/-/R1", "coe/v1/plant/box/box1/status", "coe/v1/other/infer/a/-/-/b"]
+)
+def test_no_reply_prefix_opens_the_trees_of_the_boxes(prefix: str, topic: str) -> None:
+    with pytest.raises(MessageError, match="is not allowed"):
+        Reply.wanted(message(response_topic=topic), Config.model_validate({"mqtt": {"reply_prefix": prefix}}))
+
+
+@pytest.mark.parametrize("prefix", ["", "/a", "a/", "a//b", "a/+", "#", "$SYS", "a b", "\u00e4"])
+def test_a_reply_prefix_that_is_no_topic_is_refused(prefix: str) -> None:
+    with pytest.raises(ValidationError):
+        Config.model_validate({"mqtt": {"reply_prefix": prefix}})
 
 
 def test_too_much_correlation_data_is_refused() -> None:

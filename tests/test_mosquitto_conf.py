@@ -85,6 +85,17 @@ def test_a_line_hears_its_own_verdicts_only(port: int) -> None:
         assert line.topics == ["coe/v1/plant/result/line2/-/-/resistor-0603"]
 
 
+def test_a_line_hears_the_replies_that_the_box_publishes_below_its_name(port: int) -> None:
+    prefix = config.load(FOLDER / "appliance.toml").mqtt.reply_prefix
+    assert prefix is not None
+    with _listening(port, "line2", f"{prefix}/#") as line:
+        _says(port, "line1", f"{prefix}/line2/forged")
+        _says(port, "box1", f"{prefix}/line1/job-6")
+        _says(port, "box1", f"{prefix}/line2/job-7")
+        assert line.heard.wait(WAIT_SECONDS)
+        assert line.topics == [f"{prefix}/line2/job-7"]
+
+
 def test_only_the_operator_commands_the_box(port: int) -> None:
     with _listening(port, "box1", "coe/v1/plant/box/box1/cmd/+") as box:
         _says(port, "line1", "coe/v1/plant/box/box1/cmd/evict")

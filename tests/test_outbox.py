@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
 
+import pytest
+
 from appliance.contract import Address
 from appliance.drivers.mqtt import Door, DoorState
-from appliance.drivers.outbox import Note, Outbox
-from appliance.drivers.records import Acceptance, Conclusion, Picture, Recorded, Records
+from appliance.drivers.outbox import KEPT_NOTES, READ_ROWS, Note, Outbox
+from appliance.drivers.records import Acceptance, Conclusion, Picture, Publication, Recorded, Records
 from appliance.errors import MessageError
-from tests.kit_brokers import AnyBroker, Camera, Nats, broker, config_for, nats, until
+from tests.kit_brokers import AnyBroker, Camera, Mosquitto, Nats, broker, config_for, mosquitto, nats, until
 
-__all__ = ["broker", "nats"]  # fixtures
-
-ADDRESS = Address("line1", "-", "-", "R1")
+__all__ = ["broker", "mosquitto", "nats"]  # fixtures
 
 
 def test_verdicts_recorded_without_a_link_go_out_when_it_comes(tmp_path: Path, broker: AnyBroker) -> None:
@@ -60,6 +61,106 @@ def test_error_answers_wait_for_the_link(tmp_path: Path, nats: Nats) -> None:
             assert camera.hear().topic == "coe/v1/plant/error/picture-empty"
 
 
+@pytest.mark.mosquitto
+def test_a_reply_topic_that_the_broker_refuses_stops_nobody(tmp_path: Path) -> None:
+    with _strict(tmp_path, "topic readwrite coe/#") as broker, _office(tmp_path, broker) as (records, outbox, door):
+        for number in range(70):  # more than the link takes at once
+            _conclude(records, outbox, broker, f"r{number}", response_topic="camera/replies")
+        _conclude(records, outbox, broker, "innocent")
+        with Camera(broker.port, "coe/v1/plant/result/#") as camera:
+            door.start()
+            heard = {camera.hear().payload}
+            while b"verdict of innocent" not in heard:
+                heard.add(camera.hear().payload)
+        until(lambda: not records.unpublished())
+        assert outbox.counts["unpublishable"] >= 70
+        assert outbox.counts["refused"] <= 64  # a window; those behind it are not even sent
+
+
+@pytest.mark.mosquitto
+def test_a_result_topic_that_the_broker_refuses_waits_alone_until_it_is_allowed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (
+        _strict(tmp_path, "topic read coe/#", "topic readwrite coe/v1/plant/result/line1/#") as broker,
+        _office(tmp_path, broker) as (records, outbox, door),
+    ):
+        for number in range(70):
+            _conclude(records, outbox, broker, f"denied{number}", line="line2")
+        for number in range(70):
+            _conclude(records, outbox, broker, f"r{number}")
+        with Camera(broker.port, "coe/v1/plant/result/line1/#") as camera:
+            door.start()
+            wanted = {b"verdict of r%d" % n for n in range(70)}
+            while wanted:
+                wanted.discard(camera.hear(30).payload)
+        until(lambda: {row.id[:6] for row in records.unpublished()} == {"denied"})
+        assert len(records.unpublished()) == 70
+        assert caplog.text.count("outbox refused") >= 1
+        broker.stop()
+        (tmp_path / "acl").write_text("topic readwrite coe/#\n")
+        broker.start()
+        until(lambda: not records.unpublished(), 60)
+
+
+@pytest.mark.mosquitto
+def test_how_the_box_is_goes_before_a_backlog_and_is_not_pushed_out(tmp_path: Path, mosquitto: Mosquitto) -> None:
+    status = "coe/v1/plant/box/box1/status"
+    with _office(tmp_path, mosquitto) as (records, outbox, door):
+        for number in range(100):
+            _conclude(records, outbox, mosquitto, f"r{number}")
+        for state in (b"draining", b"online"):
+            outbox.note(Note(status, state, retain=True))
+        for _ in range(KEPT_NOTES + 1):
+            outbox.answer(MessageError("picture-empty", "nothing", "send something"), "a/topic", None, None)
+        with Camera(mosquitto.port, "coe/v1/plant/#") as camera:
+            door.start()
+            first, *verdicts, error = [camera.hear() for _ in range(102)]
+        assert (first.topic, first.payload) == (status, b"online")
+        assert all(heard.topic.startswith("coe/v1/plant/result/") for heard in verdicts)
+        assert error.topic == "coe/v1/plant/error/picture-empty"
+
+
+def test_error_answers_that_are_too_many_are_counted_and_said_once(
+    tmp_path: Path, nats: Nats, caplog: pytest.LogCaptureFixture
+) -> None:
+    with _office(tmp_path, nats) as (_, outbox, _door):
+        for _ in range(KEPT_NOTES + 3):
+            outbox.answer(MessageError("picture-empty", "nothing", "send something"), "a/topic", None, None)
+        assert outbox.counts["dropped_notes"] == 3
+        assert caplog.text.count("outbox drops") == 1
+
+
+def test_a_backlog_is_read_once(tmp_path: Path, nats: Nats, monkeypatch: pytest.MonkeyPatch) -> None:
+    with _office(tmp_path, nats) as (records, outbox, door):
+        for number in range(300):
+            _conclude(records, outbox, nats, f"r{number}")
+        read, rows = records.unpublished, Counter[str]()
+
+        def counted(after: int = 0, limit: int = 1000) -> list[Publication]:
+            found = read(after, limit)
+            rows["read"] += len(found)
+            return found
+
+        monkeypatch.setattr(records, "unpublished", counted)
+        door.start()
+        until(lambda: not records.counts.unpublished)
+        assert 300 <= rows["read"] <= 300 + 2 * READ_ROWS
+
+
+@contextmanager
+def _strict(folder: Path, *rules: str) -> Iterator[Mosquitto]:
+    """A broker that allows this and no more."""
+    (folder / "acl").write_text("".join(f"{rule}\n" for rule in rules))
+    (folder / "acl").chmod(0o644)
+    broker = Mosquitto(folder / "mosquitto", f"acl_file {folder / 'acl'}")
+    broker.start()
+    try:
+        yield broker
+    finally:
+        broker.stop()
+
+
 @contextmanager
 def _office(folder: Path, broker: AnyBroker) -> Iterator[tuple[Records, Outbox, Door]]:
     config = config_for(broker)
@@ -84,10 +185,20 @@ def _office(folder: Path, broker: AnyBroker) -> Iterator[tuple[Records, Outbox, 
             door.disconnect()
 
 
-def _conclude(records: Records, outbox: Outbox, broker: AnyBroker, name: str, body: bytes = b"") -> None:
+def _conclude(
+    records: Records,
+    outbox: Outbox,
+    broker: AnyBroker,
+    name: str,
+    body: bytes = b"",
+    *,
+    line: str = "line1",
+    response_topic: str | None = None,
+) -> None:
     """Accept a picture and record its verdict, as the service does."""
     accepted, concluded = Event(), Event()
-    picture = Picture(name, ADDRESS.line, ADDRESS.product, ADDRESS.board, ADDRESS.part, "00", 0.0)
+    address = Address(line, "-", "-", "R1")
+    picture = Picture(name, line, "-", "-", "R1", "00", 0.0, response_topic=response_topic)
 
     def done(answer: Acceptance) -> None:
         accepted.set()
@@ -99,6 +210,6 @@ def _conclude(records: Records, outbox: Outbox, broker: AnyBroker, name: str, bo
 
     records.accept(picture, b"picture", done)
     assert accepted.wait(10)
-    topic = ADDRESS.result_topic(config_for(broker))
+    topic = address.result_topic(config_for(broker))
     records.conclude(name, "pass", body or f"verdict of {name}".encode(), topic, recorded)
     assert concluded.wait(10)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -24,6 +25,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from appliance.drivers.records import (
     PRAGMAS,
+    QUEUED_BYTES,
     Acceptance,
     Answered,
     Conclusion,
@@ -39,7 +41,7 @@ from appliance.drivers.records import (
     Unowed,
     Waiting,
 )
-from appliance.errors import RecordsError
+from appliance.errors import NotSpooled, RecordsError
 from tests.kit_brokers import until
 
 WAIT_SECONDS = 15.0
@@ -194,8 +196,53 @@ def test_a_payload_can_be_read_by_many_threads(records: Records) -> None:
 
 
 def test_a_payload_that_is_gone_is_named(records: Records) -> None:
-    with pytest.raises(RecordsError, match="no picture a in the spool"):
+    with pytest.raises(NotSpooled, match="no picture a in the spool"):
         records.payload("a")
+
+
+def test_a_store_that_cannot_be_read_is_another_matter_than_a_payload_that_is_gone(
+    records: Records, tmp_path: Path
+) -> None:
+    with closing(sqlite3.connect(tmp_path / "records.db")) as db:
+        db.execute("ALTER TABLE pictures RENAME TO lost")
+    with pytest.raises(RecordsError) as caught:
+        records.payload("a")
+    assert not isinstance(caught.value, NotSpooled)
+
+
+def test_pictures_on_their_way_to_the_disk_are_held_to_32_mib(records: Records) -> None:
+    gate, answers = threading.Event(), queue.Queue[Acceptance]()
+    records.accept(picture("a"), b"x", lambda _: _ignore(gate.wait(WAIT_SECONDS)))
+    until(lambda: records.counts.spooled == 1)
+    third = bytes(QUEUED_BYTES // 3)
+    for name in "bcde":
+        records.accept(picture(name, b"x"), third, answers.put)
+    assert answers.get(timeout=WAIT_SECONDS) == Full("more pictures come than the disk can take")
+    assert answers.empty()
+    assert QUEUED_BYTES == 32 * 1024 * 1024
+    gate.set()
+
+
+def test_the_writer_turns_while_nobody_asks_for_anything(records: Records) -> None:
+    for _ in range(2):
+        last = records.turned_seconds
+        until(lambda last=last: records.turned_seconds > last, 2.0)  # type: ignore[misc]
+
+
+def test_a_writer_that_hangs_is_seen(records: Records) -> None:
+    gate, hangs = threading.Event(), threading.Event()
+
+    def hang(_: Acceptance) -> None:
+        hangs.set()
+        gate.wait(WAIT_SECONDS)
+
+    records.accept(picture("a"), b"x", hang)
+    assert hangs.wait(WAIT_SECONDS)
+    last = records.turned_seconds
+    until(lambda: time.monotonic() > last + 1.0)
+    assert records.turned_seconds == last
+    gate.set()
+    until(lambda: records.turned_seconds > last)
 
 
 # Concluding and publishing.
@@ -699,3 +746,7 @@ def check_integrity(folder: Path) -> None:
     with closing(sqlite3.connect(folder / "records.db")) as db:
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         assert db.execute("PRAGMA foreign_key_check").fetchall() == []
+
+
+def _ignore(_: object) -> None:
+    pass

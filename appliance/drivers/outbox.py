@@ -1,21 +1,21 @@
 """Verdicts from their record to the broker: each until its PUBACK, however often the link breaks.
 
-The record is the queue: what the link does not take now is read from there again. Error answers and status messages
-are kept in memory only, bounded; their senders keep what they sent.
+The record is the queue: what the link does not take now is read from there again. What the broker refuses stops nobody
+else. Error answers and status messages are kept in memory only, bounded; their senders keep what they sent.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from appliance import contract
 from appliance.config import Config
-from appliance.drivers.mqtt import Door
+from appliance.drivers.mqtt import LOST, Door
 from appliance.drivers.records import Publication, Records
 from appliance.errors import MessageError
 
@@ -23,11 +23,16 @@ log = logging.getLogger(__name__)
 
 KEPT_NOTES = 1000
 READ_ROWS = 64
+REFUSED_TOPICS = 1000
+"""Reply topics that the broker refused are remembered, the latest ones: senders choose them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """A message that is not a verdict: kept until the link takes it, and forgotten when too many wait."""
+    """A message that is not a verdict: kept until the link takes it.
+
+    Of retained ones the latest of each topic is kept, of others the latest KEPT_NOTES.
+    """
 
     topic: str
     payload: bytes
@@ -37,17 +42,28 @@ class Note:
 class Outbox:
     """Safe from several threads. `connect` it to the door before the door starts.
 
-    Tokens grow: what was sent on this link ends at `_sent_through`, and a broken link begins again at the oldest.
+    Tokens grow. While it is behind, rows are read from the record in steps and wait in `_rows`; those up to
+    `_read_through` were read. A broken link begins again at the oldest.
+
+    mosquitto 2.0.11 ends the link with each refusal, and what it says of it is lost when more was on the way. So after
+    a broken link the oldest goes alone: either it passes, or its topic is known for the next link.
     """
 
     def __init__(self, config: Config, records: Records) -> None:
         self._config, self._records = config, records
+        self._results = config.topic("result", "")
         self._door: Door | None = None
         self._lock = threading.RLock()  # door.publish calls nothing back on the calling thread
-        self._in_flight: set[int] = set()
+        self._in_flight: dict[int, str] = {}
         self._is_behind = True  # what a former process left
-        self._sent_through = 0
-        self._notes: deque[Note] = deque(maxlen=KEPT_NOTES)
+        self._rows: deque[Publication] = deque()
+        self._read_through = 0
+        self._refused: OrderedDict[str, None] = OrderedDict()
+        self._tries_again = False
+        self._is_cautious = False
+        self._retained: dict[str, Note] = {}
+        self._notes: deque[Note] = deque()
+        self._is_dropping = False
         self.counts: Counter[str] = Counter()
 
     def connect(self, door: Door) -> None:
@@ -56,14 +72,13 @@ class Outbox:
     def post(self, publications: Iterable[Publication]) -> None:
         """These are recorded: publish them, in turn with those that wait already."""
         with self._lock:
-            if self._is_behind:
+            if not self._is_behind:
+                for publication in publications:
+                    self._rows.append(publication)
+                    self._read_through = max(self._read_through, publication.token)
+                self._is_behind = not self._send_rows()
+            else:
                 self._pump()
-                return
-            for publication in publications:
-                if not self._send(publication):
-                    self._is_behind = True
-                    return
-                self._sent_through = publication.token
 
     def answer(
         self,
@@ -87,63 +102,134 @@ class Outbox:
 
     def note(self, note: Note) -> None:
         with self._lock:
-            self._notes.append(note)
+            if note.retain:
+                self._retained[note.topic] = note
+            else:
+                self._keep(note)
             self._pump()
 
     def published(self, token: int) -> None:
         """The broker has it (on the link's thread)."""
         self._records.published(token)
         with self._lock:
-            self._in_flight.discard(token)
+            self._in_flight.pop(token, None)
+            self._is_cautious = False
             self.counts["published"] += 1
             self._pump()
 
     def returned(self, token: int, why: str) -> None:
-        """The broker did not take it, or the link broke first: it is read again when the link is ready."""
-        log.warning("outbox returned token=%d why=%s", token, why)
+        """The broker did not take it: its topic is left out. Or the link broke: all is read again when it is ready."""
         with self._lock:
-            self._in_flight.discard(token)
-            self._is_behind, self._sent_through = True, 0
-            self.counts["returned"] += 1
+            topic = self._in_flight.pop(token, None)
+            if why == LOST:
+                self.counts["returned"] += 1
+                self._is_cautious = True
+                self._rewind()
+            elif topic is not None:
+                self.counts["refused"] += 1
+                self._leave_out(topic, why)
+                if not self._is_result(topic):
+                    self._give_up(token)
+                self._pump()
 
     def ready(self) -> None:
         """The link is up: everything that is unpublished goes out."""
         with self._lock:
-            self._is_behind, self._sent_through = True, 0
+            self._tries_again = True
+            self._rewind()
             self._pump()
 
+    def _rewind(self) -> None:
+        self._rows.clear()
+        self._is_behind, self._read_through = True, 0
+
     def _pump(self) -> None:
-        """Verdicts first: an error answer about a picture follows its verdict."""
+        """How the box is, then verdicts, then error answers: one about a picture follows its verdict."""
+        for topic in [topic for topic, note in self._retained.items() if self._publish_note(note)]:
+            del self._retained[topic]
         if self._is_behind:
             self._catch_up()
-        while self._notes and self._publish_note(self._notes[0]):
+        while not self._is_behind and self._notes and self._publish_note(self._notes[0]):
             self._notes.popleft()
+            self._is_dropping = False
+        if self._tries_again and not self._is_behind and not self._in_flight:
+            self._try_again()
+
+    def _try_again(self) -> None:
+        """Once per connection the result topics that the broker refused: it may allow them by now. After all others."""
+        self._tries_again = False
+        if results := [topic for topic in self._refused if self._is_result(topic)]:
+            for topic in results:
+                del self._refused[topic]
+            self._is_cautious = True
+            self._rewind()
+            self._pump()
 
     def _catch_up(self) -> None:
-        while rows := self._records.unpublished(self._sent_through, READ_ROWS):
-            for publication in rows:
-                if not self._send(publication):
-                    return
-                self._sent_through = publication.token
-        self._is_behind = False
+        while self._send_rows():
+            self._rows.extend(self._records.unpublished(self._read_through, READ_ROWS))
+            if not self._rows:
+                self._is_behind = False
+                return
+            self._read_through = self._rows[-1].token
+
+    def _send_rows(self) -> bool:
+        """False when the link cannot take them all now."""
+        while self._rows:
+            if not self._send(self._rows[0]):
+                return False
+            self._rows.popleft()
+        return True
 
     def _send(self, publication: Publication) -> bool:
         """False when the link cannot take it now."""
         assert self._door is not None
-        if publication.token in self._in_flight:
+        token, topic = publication.token, publication.topic
+        if token in self._in_flight:
+            return True
+        if self._is_cautious and self._in_flight:
+            return False
+        if topic in self._refused:
+            if not self._is_result(topic):
+                self._give_up(token)
             return True
         try:
-            taken = self._door.publish(
-                publication.topic, publication.body, token=publication.token, correlation=publication.correlation
-            )
+            taken = self._door.publish(topic, publication.body, token=token, correlation=publication.correlation)
         except MessageError as error:  # offering it again would never help
             log.error("outbox unpublishable request=%s why=%s", publication.id, error)
-            self.counts["unpublishable"] += 1
-            self._records.published(publication.token)
+            self._give_up(token)
             return True
         if taken:
-            self._in_flight.add(publication.token)
+            self._in_flight[token] = topic
         return taken
+
+    def _is_result(self, topic: str) -> bool:
+        """Ours, which the operator can have allowed; any other is a reply topic, which its sender chose."""
+        return topic.startswith(self._results)
+
+    def _leave_out(self, topic: str, why: str) -> None:
+        """Remember it, and say so once. A reply topic stays refused: the verdict is on the result topic as well."""
+        if topic not in self._refused:
+            what = "its verdicts wait for the next connection" if self._is_result(topic) else "nothing goes there"
+            log.error("outbox refused topic=%s why=%s: %s", contract.shortened(topic), why, what)
+        self._refused[topic] = None
+        self._refused.move_to_end(topic)
+        if len(self._refused) > REFUSED_TOPICS:
+            self._refused.popitem(last=False)
+
+    def _give_up(self, token: int) -> None:
+        self.counts["unpublishable"] += 1
+        self._records.published(token)
+
+    def _keep(self, note: Note) -> None:
+        """The latest: a sender that waited long has sent again by now."""
+        if len(self._notes) >= KEPT_NOTES:
+            self._notes.popleft()
+            self.counts["dropped_notes"] += 1
+            if not self._is_dropping:
+                log.warning("outbox drops error answers: more than %d wait for the link", KEPT_NOTES)
+            self._is_dropping = True
+        self._notes.append(note)
 
     def _publish_note(self, note: Note) -> bool:
         assert self._door is not None

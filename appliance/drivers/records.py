@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar, assert_never
 
-from appliance.errors import RecordsError
+from appliance.errors import NotSpooled, RecordsError
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ GROUP_REQUESTS = 512
 GROUP_BYTES = 8 * 1024 * 1024
 """A transaction takes no more than this, so that the first of a burst does not wait for the last."""
 
-QUEUED_BYTES = 256 * 1024 * 1024
+QUEUED_BYTES = 32 * 1024 * 1024
 """Pictures on their way to the writer; beyond it `accept` answers Full at once."""
 
 MARK_SECONDS = 0.05
@@ -44,6 +44,7 @@ BALLAST_BYTES = 32 * 1024 * 1024
 """A file that is deleted when the disk is full. Deleting pictures needs room too: without it a full disk would keep
 verdicts from being recorded, and so the spool from ever emptying. It exceeds what the log holds between checkpoints."""
 
+TURN_SECONDS = 0.5
 VACUUM_PAGES = 64
 RETRY_SECONDS = 0.5
 CLEAN_SECONDS = 600.0
@@ -295,10 +296,10 @@ class Records:
         return [Spooled(arrival, Picture(*known), size) for arrival, size, *known in rows]
 
     def payload(self, id: str) -> bytes:
-        """A spooled picture's bytes. Raises RecordsError when it is not in the spool."""
+        """A spooled picture's bytes. Raises NotSpooled when it is not in the spool."""
         for (payload,) in self._readers.query("SELECT payload FROM pictures WHERE id = ?", (id,)):
             return bytes(payload)
-        raise RecordsError(f"no picture {id} in the spool", "it has its verdict already")
+        raise NotSpooled(id)
 
     def unpublished(self, after: int = 0, limit: int = 1000) -> list[Publication]:
         """The outbox in order, from behind the token `after`."""
@@ -318,6 +319,11 @@ class Records:
     @property
     def counts(self) -> Counts:
         return self._writer.counts
+
+    @property
+    def turned_seconds(self) -> float:
+        """Monotonic time of the writer's last turn: it is older than a few seconds only if it hangs, say in fsync."""
+        return self._writer.turned_seconds
 
     @property
     def trouble(self) -> str | None:
@@ -382,6 +388,7 @@ class _Writer:
         self._queued_bytes = 0
         self._clean_at_seconds = 0.0
         self._is_closing = False
+        self.turned_seconds = time.monotonic()
         self.trouble: str | None = None
         self.broken: RecordsError | None = None
         self._ballast = path.with_name("ballast")
@@ -417,13 +424,14 @@ class _Writer:
             log.error("records gave_up=%d why=%s: made again from their pictures", len(kept), self.trouble)
 
     def _patience_seconds(self, kept: Sequence[_Request]) -> float:
-        return RETRY_SECONDS if kept or self.trouble or self.broken else self._idle_seconds()
+        return RETRY_SECONDS if kept or self.trouble or self.broken else min(self._idle_seconds(), TURN_SECONDS)
 
     def _collect(self, wait_seconds: float) -> list[_Request]:
         """Whatever is asked for by now; if nothing is, the first to come within `wait_seconds`."""
         group: list[_Request] = []
         size, only_marks = 0, True
         while len(group) < GROUP_REQUESTS and size < GROUP_BYTES:
+            self.turned_seconds = time.monotonic()
             patience = wait_seconds if not group else MARK_SECONDS if only_marks else 0.0
             try:
                 request = self._queue.get(timeout=patience)
