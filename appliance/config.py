@@ -28,6 +28,11 @@ Level = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,
 Topic = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*$", max_length=200)]
 
 
+INBOX_BYTES = 64 * 1024 * 1024
+"""Pictures that have arrived and wait for their turn to be checked, in memory."""
+SMALLEST_WINDOW = 4
+
+
 class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -68,7 +73,8 @@ class Mqtt(Settings):
         15, description="A silent link is dropped after 1.5 of these."
     )
     receive_maximum: Annotated[int, Field(ge=1, le=1000)] = Field(
-        64, description="Pictures that the broker may send ahead of our acknowledgement."
+        64,
+        description="Most pictures that the broker may send ahead; fewer when they may be large.",
     )
 
 
@@ -126,6 +132,12 @@ class Config(Settings):
     memory: Memory = Memory()
     executors: Executors = Executors()
     limits: Limits = Limits()
+
+    @property
+    def receive_window(self) -> int:
+        """How many pictures the broker may send ahead: fewer than mqtt.receive_maximum when they may be large, so
+        that the inbox holds them. Group commit needs no more than a handful to keep the disk busy."""
+        return min(self.mqtt.receive_maximum, max(SMALLEST_WINDOW, INBOX_BYTES // int(self.limits.picture_bytes)))
 
     @property
     def broker_folder(self) -> Path:

@@ -135,8 +135,6 @@ class Message:
     generation: int
     response_topic: str | None = None
     correlation: bytes | None = None
-    content_type: str | None = None
-    expiry_seconds: int | None = None
     user: Mapping[str, str] = field(default_factory=dict)
     """Those of USER_PROPERTIES that came with it; none on MQTT 3.1.1."""
 

@@ -40,16 +40,17 @@ from appliance.core.types import (
 from appliance.drivers import devices, systemd
 from appliance.drivers.album import Album, Subject
 from appliance.drivers.broker import Broker
+from appliance.drivers.compile import Compiled
 from appliance.drivers.executors import Executors, Inspection, LoaderLane
 from appliance.drivers.intake import Intake, component_of
 from appliance.drivers.journal import Journal, Opening
 from appliance.drivers.mqtt import Door, DoorState
 from appliance.drivers.outbox import Note, Outbox
-from appliance.drivers.records import Conclusion, Recorded, Records, Spooled
+from appliance.drivers.records import GROUP_BYTES, QUEUED_BYTES, Conclusion, Recorded, Records, Spooled
 from appliance.drivers.residents import Residents
 from appliance.drivers.sessions import Sessions
 from appliance.drivers.weights import Weights
-from appliance.errors import BrokerError, MessageError
+from appliance.errors import ApplianceError, BrokerError, MessageError
 from appliance.startup import CPU, Installation, install
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ TURN_SECONDS = 0.5  # the loop turns at least this often: a watchdog that is fed
 STATS_SECONDS = 1.0
 STUCK_SECONDS = 60.0  # a batch or a network thread without a sign for this long is no progress
 DRAIN_SECONDS = 10.0
+LONGEST_WAIT_SECONDS = 3600.0
 RECENT_MOVES = 64
 WORKING_BYTES = 64_000_000
 """Beside weights and what the process has when it starts: decoded and golden pictures (2 x 16 MB), activations of the
@@ -69,7 +71,8 @@ DECODING_BYTES_PER_PIXEL = 16
 def promised_bytes(config: Config, executors: int, at_start_bytes: int) -> int:
     """The most anonymous memory that the process ever has: the promise of docs/architecture.md, held by tests."""
     decoding = DECODING_BYTES_PER_PIXEL * config.limits.picture_pixels * executors
-    return int(config.memory.weights) + at_start_bytes + WORKING_BYTES + decoding
+    on_their_way = settings.INBOX_BYTES + QUEUED_BYTES + GROUP_BYTES + 2 * int(config.limits.picture_bytes)
+    return int(config.memory.weights) + at_start_bytes + WORKING_BYTES + decoding + on_their_way
 
 
 def serve(config: Config, *, stopping: threading.Event | None = None) -> None:
@@ -86,13 +89,18 @@ def serve(config: Config, *, stopping: threading.Event | None = None) -> None:
                 config.paths.state, spool_bytes=int(config.limits.spool), verdict_days=config.limits.verdict_days
             )
         )
-        installation = install(config, lambda expert, result: log.info("compiled expert=%s result=%s", expert, result))
+        installation = install(config, _note_compiled)
         for expert, refusal in installation.unavailable.items():
             log.error("expert_unavailable expert=%s reason=%s detail=%s", expert, refusal.reason, refusal.detail)
         broker = stack.enter_context(_broker(config)) if config.broker.embedded else None
         service = Service(installation, records, say, broker)
         stack.callback(service.close)
         service.run(stop)
+
+
+def _note_compiled(expert: str, result: Compiled | ApplianceError) -> None:
+    if isinstance(result, Compiled):
+        log.info("compiled expert=%s version=%d architecture=%s", expert, result.version, result.architecture[:12])
 
 
 def _broker(config: Config) -> Broker:
@@ -102,7 +110,7 @@ def _broker(config: Config) -> Broker:
         config.mqtt.port,
         host=config.mqtt.host,
         picture_bytes=int(config.limits.picture_bytes),
-        max_ack_pending=config.mqtt.receive_maximum,
+        max_ack_pending=config.receive_window,
         username=config.mqtt.username,
         password=password.get_secret_value() if password else None,
     )
@@ -117,6 +125,7 @@ class Service:
         self._say, self._broker = say, broker
         self._inbox: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._open: dict[str, _Open] = {}
+        self._accepted_seconds: dict[int, float] = {}
         self._fed_through = 0
         self._more_spooled = True
         self._controller = installation.controller()
@@ -151,7 +160,7 @@ class Service:
             records,
             self._outbox,
             acknowledge=lambda message: self._door.acknowledge(message),
-            spooled=lambda: self._inbox.put(None),
+            spooled=self._spooled,
         )
         self._door = Door(
             config,
@@ -263,9 +272,20 @@ class Service:
         deadline = None if picture.deadline_seconds is None else arrived + picture.deadline_seconds
         self._decide(Arrived(Request(picture.id, component, arrived, deadline)))
 
+    def _spooled(self, arrival: int) -> None:
+        """On the writer's thread: a picture was committed."""
+        self._accepted_seconds[arrival] = time.monotonic()
+        self._inbox.put(None)
+
     def _arrived_seconds(self, spooled: Spooled) -> float:
-        """When it was accepted, in monotonic seconds; wall time that runs backwards counts as none."""
-        return time.monotonic() - max(0.0, time.time() - spooled.picture.accepted_at)
+        """When it was accepted, in monotonic seconds.
+
+        Only for pictures of a former process wall time must do; where it ran backwards they have not waited, and
+        where it leapt they have waited for an hour.
+        """
+        now = time.monotonic()
+        waited = min(max(0.0, time.time() - spooled.picture.accepted_at), LONGEST_WAIT_SECONDS)
+        return self._accepted_seconds.pop(spooled.arrival, now - waited)
 
     # Verdicts.
 
@@ -388,9 +408,10 @@ class Service:
     # Health.
 
     def _is_progressing(self, now: float) -> bool:
-        """The loop turns, no batch hangs, and the network thread turns."""
+        """The loop turns, no batch hangs, and neither do the threads that every picture passes."""
         oldest = min(self._running.values(), default=now)
-        return now - oldest < STUCK_SECONDS and now - self._door.turned_seconds < STUCK_SECONDS
+        turns = (self._door.turned_seconds, self._intake.turned_seconds, self._records.turned_seconds)
+        return now - min(oldest, *turns) < STUCK_SECONDS
 
     def _check_health(self) -> None:
         if self._records.broken is not None:

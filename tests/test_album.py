@@ -12,7 +12,7 @@ from PIL import Image
 from appliance.catalog import Placement, Product, Recipe
 from appliance.drivers import album as albums
 from appliance.drivers.album import Album, Subject
-from appliance.errors import CatalogError, MessageError, PictureError
+from appliance.errors import CatalogError, MessageError, NotSpooled, PictureError, RecordsError
 from tests.kit_box import picture
 
 PLACED = Subject("p1", "R1")
@@ -56,6 +56,17 @@ def test_a_golden_picture_that_was_lost_is_named(tmp_path: Path) -> None:
     (tmp_path / "golden.png").unlink()
     with pytest.raises(CatalogError, match=r"golden\.png is unusable"):
         _album({"r": picture(1)}, products, PLACED).look("r")
+
+
+def test_a_picture_that_became_late_is_refused_and_an_unreadable_store_is_not() -> None:
+    for error, expected in ((NotSpooled("gone"), MessageError), (RecordsError("disk"), RecordsError)):
+
+        def payload(request: str, error: Exception = error) -> bytes:
+            raise error
+
+        album = Album(payload, lambda request: Subject("-", "c"), {}, 1000, 1000)
+        with pytest.raises(expected):
+            album.look("r")
 
 
 def test_what_was_looked_at_longest_ago_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,15 @@ def test_a_password_file_without_a_password_is_an_error(tmp_path: Path) -> None:
         _load(tmp_path, "[mqtt]\npassword_file = 'secret'\n").password()
 
 
+@pytest.mark.parametrize(
+    ("limits", "window"),
+    [("picture_bytes = '1MB'", 64), ("picture_bytes = '4MB'", 16), ("", 4)],
+)
+def test_the_broker_sends_ahead_what_the_inbox_holds(tmp_path: Path, limits: str, window: int) -> None:
+    assert _load(tmp_path, f"[limits]\n{limits}\n").receive_window == window
+    assert _load(tmp_path, f"[mqtt]\nreceive_maximum = 2\n[limits]\n{limits}\n").receive_window == 2
+
+
 def test_a_watchdog_meant_for_another_process_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WATCHDOG_USEC", "30000000")
     assert settings.watchdog_seconds() == 30.0

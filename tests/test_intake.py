@@ -20,12 +20,11 @@ from PIL import Image
 
 from appliance import catalog as catalogs
 from appliance.catalog import Catalog
-from appliance.config import Config
+from appliance.config import INBOX_BYTES, Config
 from appliance.contract import Message, check_publishable
 from appliance.drivers import images
 from appliance.drivers.intake import (
     FULL_PAUSE_SECONDS,
-    QUEUED_BYTES,
     QUEUED_MESSAGES,
     TURN_SECONDS,
     Intake,
@@ -184,7 +183,7 @@ def _desk(folder: Path, catalog: Catalog, *, spool_bytes: int = 1_000_000, start
             records,
             outbox,
             acknowledge=lambda message: acknowledged.append(message.packet_id),
-            spooled=lambda: None,
+            spooled=lambda arrival: None,
         )
         if starts:
             intake.start()
@@ -313,7 +312,7 @@ def test_a_picture_at_qos_0_is_told_that_the_spool_is_full(tmp_path: Path, catal
 
 def test_the_inbox_is_bounded_in_bytes(tmp_path: Path, catalog: Catalog) -> None:
     with _desk(tmp_path, catalog, starts=False) as desk:
-        third = bytes(QUEUED_BYTES // 3)
+        third = bytes(INBOX_BYTES // 3)
         for packet_id in range(1, 5):
             desk.deliver(packet_id, payload=third)
         assert desk.intake.counts["overflow"] == 1
@@ -323,13 +322,13 @@ def test_the_inbox_is_bounded_in_bytes(tmp_path: Path, catalog: Catalog) -> None
 
 def test_a_single_picture_always_fits_the_inbox(tmp_path: Path, catalog: Catalog) -> None:
     with _desk(tmp_path, catalog, starts=False) as desk:
-        desk.deliver(1, payload=bytes(QUEUED_BYTES + 1))
+        desk.deliver(1, payload=bytes(INBOX_BYTES + 1))
         assert desk.intake.counts["overflow"] == 0
 
 
 def test_what_nobody_waits_for_makes_room_in_the_inbox(tmp_path: Path, catalog: Catalog) -> None:
     with _desk(tmp_path, catalog, starts=False) as desk:
-        third = bytes(QUEUED_BYTES // 3)
+        third = bytes(INBOX_BYTES // 3)
         for _ in range(4):
             desk.deliver(0, payload=third, qos=0)
         assert desk.intake.counts["dropped"] == 1

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from appliance.catalog import Product
 from appliance.drivers import images
 from appliance.drivers.executors import Views
-from appliance.errors import CatalogError, MessageError, PictureError
+from appliance.errors import CatalogError, MessageError, NotSpooled, PictureError
 
 CACHE_BYTES = 16 << 20  # decoded pictures kept for a second expert, and golden pictures, each this much
 
@@ -47,7 +47,7 @@ class Album:
 
     def look(self, request: str) -> Views:
         """The request's picture and reference. Raises PictureError when they cannot be decoded or do not match."""
-        picture = self._pictures.get(request, lambda: self._decoded(self._payload(request)))
+        picture = self._pictures.get(request, lambda: self._decoded(self._read(request)))
         reference = self._reference(self._subject(request))
         if reference is not None and reference.shape[:2] != picture.shape[:2]:
             height, width = reference.shape[:2]
@@ -75,6 +75,12 @@ class Album:
         except (OSError, PictureError) as error:
             raise CatalogError(f"the golden picture {path} is unusable: {error}", "restore it") from error
         return images.crop(golden, placement.rect)
+
+    def _read(self, request: str) -> bytes:
+        try:
+            return self._payload(request)
+        except NotSpooled as error:
+            raise MessageError("deadline", f"{request} has its verdict already", "nothing to do") from error
 
     def _decoded(self, payload: bytes) -> Picture:
         return images.decode(payload, max_bytes=self._max_bytes, max_pixels=self._max_pixels)

@@ -19,7 +19,7 @@ from enum import Enum
 
 from appliance import contract
 from appliance.catalog import Catalog
-from appliance.config import Config
+from appliance.config import INBOX_BYTES, Config
 from appliance.contract import Address, Message, Reply
 from appliance.drivers import images
 from appliance.drivers.outbox import Outbox
@@ -29,9 +29,6 @@ from appliance.errors import MessageError
 log = logging.getLogger(__name__)
 
 QUEUED_MESSAGES = 4096  # many times any broker's window: reaching it means that the broker ignores its window
-QUEUED_BYTES = 32 * 1024 * 1024
-"""Payloads in the inbox. Those that were taken out of it are bounded by what the writer of the records holds."""
-
 TURN_SECONDS = 0.5
 FULL_PAUSE_SECONDS = 0.25
 CALM_SECONDS = 5.0
@@ -140,7 +137,7 @@ class Intake:
         outbox: Outbox,
         *,
         acknowledge: Callable[[Message], None],
-        spooled: Callable[[], None],
+        spooled: Callable[[int], None],
     ) -> None:
         self._config, self._catalog, self._records, self._outbox = config, catalog, records, outbox
         self._acknowledge, self._spooled = acknowledge, spooled
@@ -216,7 +213,7 @@ class Intake:
 
     def _fits(self, message: Message) -> bool:
         """One alone always does: a bound below the largest picture would keep it out for ever."""
-        is_small = self._inbox_bytes + len(message.payload) <= QUEUED_BYTES
+        is_small = self._inbox_bytes + len(message.payload) <= INBOX_BYTES
         return not self._inbox or (is_small and len(self._inbox) < QUEUED_MESSAGES)
 
     def _overflow(self, message: Message) -> None:
@@ -306,9 +303,9 @@ class Intake:
         """On the writer's thread, after the commit."""
         with self._border(owed):
             match answer:
-                case New():
+                case New(arrival):
                     self._settle(owed)
-                    self._spooled()
+                    self._spooled(arrival)
                 case Waiting():
                     self.counts["repeated"] += 1
                     self._settle(owed)

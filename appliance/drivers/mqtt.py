@@ -491,7 +491,7 @@ class _Link:
             return
         wishes = _properties(PacketTypes.CONNECT)
         wishes.SessionExpiryInterval = NEVER_EXPIRES
-        wishes.ReceiveMaximum = mqtt.receive_maximum
+        wishes.ReceiveMaximum = self._config.receive_window
         # Somewhat too large must still arrive, to be answered with an error; absurd must not be held in memory.
         wishes.MaximumPacketSize = 2 * int(self._config.limits.picture_bytes) + HEADROOM_BYTES
         self.client.connect(mqtt.host, mqtt.port, mqtt.keepalive_seconds, clean_start=False, properties=wishes)
@@ -610,8 +610,6 @@ class _Link:
                 generation=self.generation,
                 response_topic=getattr(properties, "ResponseTopic", None),
                 correlation=getattr(properties, "CorrelationData", None),
-                content_type=getattr(properties, "ContentType", None),
-                expiry_seconds=getattr(properties, "MessageExpiryInterval", None),
                 user={k: v for k, v in reversed(getattr(properties, "UserProperty", ())) if k in USER_PROPERTIES},
             )
         )

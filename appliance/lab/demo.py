@@ -123,7 +123,7 @@ def _write_config(demo: Demo) -> Path:
         f"state = 'state'\nstore = '../store'\njournal = 'journal.jsonl'\n"
         f"[mqtt]\nport = {free_port()}\n"
         f"[broker]\nembedded = true\n"
-        f"[limits]\npicture_pixels = 1_000_000\n"
+        f"[limits]\npicture_pixels = 1_000_000\npicture_bytes = 1_000_000\n"
         f"[memory]\nweights = {max(int(total * demo.budget_share), 1)}\n",
         "utf-8",
     )
