@@ -81,7 +81,7 @@ def serve(config: Config, *, stopping: threading.Event | None = None) -> None:
     if stopping is None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
-    say = _Systemd()
+    say = systemd.Supervisor(settings.notify_socket(), settings.watchdog_seconds())
     say.status("reading and compiling experts")
     with ExitStack() as stack:
         records = stack.enter_context(
@@ -119,7 +119,9 @@ def _broker(config: Config) -> Broker:
 class Service:
     """Built in one go, run once. Everything that decides or counts happens on the thread that calls `run`."""
 
-    def __init__(self, installation: Installation, records: Records, say: _Systemd, broker: Broker | None) -> None:
+    def __init__(
+        self, installation: Installation, records: Records, say: systemd.Supervisor, broker: Broker | None
+    ) -> None:
         config = installation.config
         self._config, self._installation, self._records = config, installation, records
         self._say, self._broker = say, broker
@@ -134,7 +136,7 @@ class Service:
         self._running: dict[int, float] = {}
         self._outcomes: Counter[str] = Counter()
         self._next_stats = 0.0
-        self._memory = _MemoryWatch()
+        self._memory = devices.MemoryWatch()
         self._has_drained = False
 
         self._weights = Weights(installation.store.segment_path)
@@ -470,53 +472,3 @@ class _Open:
     spooled: Spooled
     address: Address
     component: str
-
-
-class _MemoryWatch:
-    """This process's anonymous memory: what it was before the first load, and the most it ever was when looked at."""
-
-    def __init__(self) -> None:
-        self.at_start_bytes = self._now_bytes = self._peak_bytes = 0
-
-    def begin(self) -> None:
-        self.at_start_bytes = devices.anonymous_bytes()
-
-    def look(self) -> None:
-        self._now_bytes = devices.anonymous_bytes()
-        self._peak_bytes = max(self._peak_bytes, self._now_bytes)
-
-    def numbers(self) -> dict[str, int]:
-        return {
-            "anonymous_bytes": self._now_bytes,
-            "anonymous_peak_bytes": self._peak_bytes,
-            "anonymous_at_start_bytes": self.at_start_bytes,
-        }
-
-
-class _Systemd:
-    """Notifications, if systemd started us. The watchdog is fed at most four times per period."""
-
-    def __init__(self) -> None:
-        self._address = settings.notify_socket()
-        period = settings.watchdog_seconds()
-        self._pause_seconds = None if period is None else period / 4
-        self._next_seconds = 0.0
-        self._said = ""
-
-    def ready(self) -> None:
-        """Able to answer: connected and subscribed. Said again after every reconnect, which systemd ignores."""
-        systemd.notify(self._address, systemd.READY)
-
-    def stopping(self) -> None:
-        systemd.notify(self._address, systemd.STOPPING, systemd.status("draining"))
-
-    def status(self, text: str) -> None:
-        if text != self._said:
-            self._said = text
-            systemd.notify(self._address, systemd.status(text))
-
-    def alive(self) -> None:
-        now = time.monotonic()
-        if self._pause_seconds is not None and now >= self._next_seconds:
-            self._next_seconds = now + self._pause_seconds
-            systemd.notify(self._address, systemd.WATCHDOG)

@@ -110,3 +110,24 @@ def _number(path: Path) -> int | None:
         return int(path.read_text())
     except (OSError, ValueError):
         return None
+
+
+class MemoryWatch:
+    """This process's anonymous memory: what it was before the first load, and the most it ever was when looked at."""
+
+    def __init__(self) -> None:
+        self.at_start_bytes = self._now_bytes = self._peak_bytes = 0
+
+    def begin(self) -> None:
+        self.at_start_bytes = anonymous_bytes()
+
+    def look(self) -> None:
+        self._now_bytes = anonymous_bytes()
+        self._peak_bytes = max(self._peak_bytes, self._now_bytes)
+
+    def numbers(self) -> dict[str, int]:
+        return {
+            "anonymous_bytes": self._now_bytes,
+            "anonymous_peak_bytes": self._peak_bytes,
+            "anonymous_at_start_bytes": self.at_start_bytes,
+        }
