@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import queue
 import signal
 import threading
 import time
@@ -42,6 +41,7 @@ from appliance.drivers.album import Album, Subject
 from appliance.drivers.broker import Broker
 from appliance.drivers.compile import Compiled
 from appliance.drivers.executors import Executors, Inspection, LoaderLane
+from appliance.drivers.inbox import Inbox
 from appliance.drivers.intake import Intake, component_of
 from appliance.drivers.journal import Journal, Opening
 from appliance.drivers.mqtt import Door, DoorState
@@ -125,7 +125,7 @@ class Service:
         config = installation.config
         self._config, self._installation, self._records = config, installation, records
         self._say, self._broker = say, broker
-        self._inbox: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._inbox = Inbox()
         self._open: dict[str, _Open] = {}
         self._accepted_seconds: dict[int, float] = {}
         self._fed_through = 0
@@ -152,8 +152,8 @@ class Service:
         manifests = {name: bundle.manifest for name, bundle in installation.catalog.bundles.items()}
         work = Inspection(sessions, manifests, self._album.look)
         names = {executor.name: executor.device for executor in installation.executors}
-        self._executors = Executors(names, work, self._inbox.put)
-        self._loaders = LoaderLane(CPU, config.executors.load_slots, self._residents.bring, self._inbox.put)
+        self._executors = Executors(names, work, self._inbox.tell)
+        self._loaders = LoaderLane(CPU, config.executors.load_slots, self._residents.bring, self._inbox.tell)
 
         self._outbox = Outbox(config, records)
         self._intake = Intake(
@@ -217,8 +217,8 @@ class Service:
         wakeup = self._controller.next_wakeup(now)
         seconds = TURN_SECONDS if wakeup is None else min(max(wakeup - now, 0.0), TURN_SECONDS)
         try:
-            event = self._inbox.get(timeout=seconds)
-        except queue.Empty:
+            event = self._inbox.wait(seconds)
+        except TimeoutError:
             return Tick() if wakeup is not None and wakeup <= time.monotonic() else None
         if event is None:
             self._more_spooled = True
@@ -277,7 +277,7 @@ class Service:
     def _spooled(self, arrival: int) -> None:
         """On the writer's thread: a picture was committed."""
         self._accepted_seconds[arrival] = time.monotonic()
-        self._inbox.put(None)
+        self._inbox.wake()
 
     def _arrived_seconds(self, spooled: Spooled) -> float:
         """When it was accepted, in monotonic seconds.
@@ -318,7 +318,7 @@ class Service:
             topic, sha256 = asked.address.picture_topic(self._config), asked.spooled.picture.picture_sha256
             self._outbox.answer(error, topic, verdict.request, sha256, has_verdict=True)
         self._intake.room()
-        self._inbox.put(None)
+        self._inbox.wake()
 
     def _subject(self, request: str) -> Subject:
         """On an executor's thread; the request is open as long as a batch holds it, unless it became late."""
@@ -430,8 +430,8 @@ class Service:
         ends = time.monotonic() + DRAIN_SECONDS
         while self._running and time.monotonic() < ends:
             try:
-                event = self._inbox.get(timeout=TURN_SECONDS)
-            except queue.Empty:
+                event = self._inbox.wait(TURN_SECONDS)
+            except TimeoutError:
                 continue
             if isinstance(event, Finished | RunFailed):
                 self._finish(event)
