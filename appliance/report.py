@@ -27,6 +27,8 @@ def print_check(found: Mapping[str, Any], console: Console) -> None:
         console.print(f"[red]{name} alone is larger than the budget: raise memory.weights[/red]")
     for name, why in found["unavailable"].items():
         console.print(f"[red]{name} cannot serve[/red] ({why['reason']}): {escape(why['detail'])}")
+    for path, reason in found["damaged"].items():
+        console.print(f"[yellow]put into quarantine:[/yellow] {escape(path)} {escape(reason)}")
     if not found["unavailable"]:
         console.print("[green]Everything in the catalogue can serve.[/green]")
 

@@ -9,7 +9,7 @@ import pytest
 from appliance import catalog as catalogs
 from appliance import profile as profiles
 from appliance.config import Config, Memory, Paths
-from appliance.drivers.compile import Compiled
+from appliance.drivers.store import Compiled
 from appliance.errors import ApplianceError, ConfigError
 from appliance.startup import checked, install, probabilities, waiting_to_compile
 from tests.kit_box import write_catalog

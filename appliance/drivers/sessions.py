@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from appliance import catalog
 from appliance.drivers import runtime
-from appliance.drivers.compile import Compiled, TensorSlot
+from appliance.drivers.store import Compiled, TensorSlot
 from appliance.drivers.weights import Weights
 from appliance.errors import ModelError, RunError, StoreError
 
