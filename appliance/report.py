@@ -50,6 +50,51 @@ def print_simulation(found: Mapping[str, Any], console: Console) -> None:
     console.print(table)
 
 
+def print_switching(found: Mapping[str, Any], console: Console) -> None:
+    for shape in found["shapes"]:
+        goals = {target["name"]: target for target in shape["targets"]}
+        table = Table(
+            "", shape["shape"], "target", title=f"{shape['shape']}, like {shape['like']}", title_justify="left"
+        )
+        for name, value in shape.items():
+            if isinstance(value, float | int) and not isinstance(value, bool):
+                table.add_row(name.replace("_", " "), quantity(name, value), _goal(goals.pop(name, None)))
+        for name, target in goals.items():
+            table.add_row(name.replace("_", " "), quantity(name, target["value"]), _goal(target))
+        console.print(table)
+
+
+def print_soak(found: Mapping[str, Any], console: Console) -> None:
+    table = Table("cycles", "memory beside the weights", "weights", "files", "threads")
+    for sample in found["samples"]:
+        sizes = megabytes(sample["other_bytes"]), megabytes(sample["booked_bytes"])
+        table.add_row(str(sample["cycles"]), *sizes, str(sample["descriptors"]), str(sample["threads"]))
+    console.print(table)
+    colour, word = ("green", "flat") if found["flat"] else ("red", "not flat")
+    console.print(
+        f"[{colour}]{word}[/]: memory {found['anonymous_growth']:+.2%}, "
+        f"files {found['descriptor_growth']:+}, threads {found['thread_growth']:+}"
+    )
+
+
+def quantity(name: str, value: float) -> str:
+    """A number in the unit that people read, by the unit that its name ends in."""
+    if name.endswith("bytes_per_second"):
+        return f"{value / 1e9:.2f} GB/s"
+    if name.endswith("_seconds"):
+        return f"{value * 1e3:.2f} ms"
+    if name.endswith("_bytes"):
+        return megabytes(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
+
+
+def _goal(target: Mapping[str, Any] | None) -> str:
+    if target is None:
+        return ""
+    verdict = "[green]met[/green]" if target["met"] else "[red]missed[/red]"
+    return f"{target['relation']} {quantity(target['name'], target['bound'])}: {verdict}"
+
+
 def verdict_cells(body: Mapping[str, Any]) -> tuple[str, str]:
     """A verdict's outcome in its colour, and its findings in a few words."""
     if "outcome" not in body:
