@@ -427,6 +427,26 @@ def test_one_more_fine_tune_of_a_known_trunk_divides_what_is_there(bench: Workbe
     assert len(list((bench.store.folder / "segments").iterdir())) == 1 + 3
 
 
+def test_fine_tunes_with_heads_of_another_size_share_the_trunk_too(bench: Workbench) -> None:
+    bundles = [bench.bundle(f"e{n}", with_labels(kit.fine_tune(n, width=200), n)) for n in (2, 3, 9)]
+    compiled = bench.compiled(*bundles)
+    assert len({c.architecture for c in compiled}) == 3
+    assert len({c.segments[1] for c in compiled}) == 1
+    for bundle, expert in zip(bundles, compiled, strict=True):
+        feeds = {"image": kit.noise(2)}
+        expected = kit.run_plain(bundle.model_path, feeds)["logits"]
+        np.testing.assert_allclose(bench.run(expert, feeds)["logits"], expected, atol=1e-5)
+
+
+def with_labels(net: ModelProto, count: int) -> ModelProto:
+    for tensor in net.graph.initializer:
+        if tensor.name in ("head", "bias"):
+            shape = (*tensor.dims[:-1], count)
+            tensor.CopyFrom(numpy_helper.from_array(np.full(shape, 1 / count, np.float32), tensor.name))
+    net.graph.output[0].type.tensor_type.shape.dim[1].dim_value = count
+    return net
+
+
 def assert_runs_like_plain(sessions: Sessions, bundle: Bundle) -> None:
     feeds = {"image": kit.noise(2)}
     with sessions.lease(bundle.manifest.name) as lease:

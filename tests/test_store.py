@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import json
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 from appliance.catalog import Bundle
 from appliance.drivers import sharing
 from appliance.drivers.store import Compiled, Store
+from appliance.drivers.storecheck import StoreCheck
 from appliance.errors import StoreError
 from tests import kit_models as kit
 
@@ -265,6 +267,23 @@ def test_an_offset_that_somebody_edited_is_noticed(shelf: Shelf) -> None:
     assert shelf.store.find(bundle) is None
 
 
+def test_a_file_that_nobody_may_read_now_is_not_called_damaged(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = shelf.put("e", [b"a" * 500])
+    opened = Path.open
+
+    def too_many(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.parent.name == "segments":
+            raise OSError(errno.EMFILE, "Too many open files")
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", too_many)
+    with pytest.raises(StoreError, match="Too many open files"):
+        shelf.store.check()
+    monkeypatch.undo()
+    shelf.store.verify(shelf.found(bundle))
+    assert not shelf.store.quarantine.exists()
+
+
 def test_a_check_can_be_ended(shelf: Shelf) -> None:
     fine_tunes(shelf, 2)
     told: list[float] = []
@@ -275,6 +294,28 @@ def test_a_check_can_be_ended(shelf: Shelf) -> None:
 
     assert shelf.store.check(rest) == []
     assert len(told) == 2
+
+
+def test_a_store_is_checked_beside_the_service(shelf: Shelf, caplog: pytest.LogCaptureFixture) -> None:
+    experts = fine_tunes(shelf, 2)
+    bundle = experts["e1"][0]
+    flip_bit(shelf.store.segment_path(shelf.found(bundle).segments[0].id))
+    check = StoreCheck(shelf.store, share=1.0)
+    with caplog.at_level(logging.INFO):
+        check.start()
+        check.wait()
+        check.stop()
+    assert "store_checked damaged=1" in caplog.text
+    assert shelf.store.find(bundle) is None
+
+
+def test_a_check_that_goes_on_for_days_is_stopped_at_once(shelf: Shelf, caplog: pytest.LogCaptureFixture) -> None:
+    fine_tunes(shelf, 2)
+    check = StoreCheck(shelf.store, share=1e-9)
+    with caplog.at_level(logging.INFO):
+        check.start()
+        check.stop()
+    assert "store_checked" not in caplog.text
 
 
 def test_what_was_not_written_as_it_was_made_is_not_kept(shelf: Shelf) -> None:

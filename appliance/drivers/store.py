@@ -14,6 +14,7 @@ nobody else uses the store, for a service loads what it read about when it start
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -331,10 +332,13 @@ class Store:
     def _set_aside(self, path: Path, reason: str) -> Damage:
         experts = tuple(sorted({c.expert for c in self._entries().values() if path in self._digests(c)}))
         name = f"{path.parent.name}.onnx" if path.name == "template.onnx" else path.name
-        self.quarantine.mkdir(parents=True, exist_ok=True)
-        (self.quarantine / f"{name}.reason").write_text(f"{reason}\n", "utf-8")
-        with suppress(FileNotFoundError):  # another process was quicker
-            path.replace(self.quarantine / name)
+        try:
+            self.quarantine.mkdir(parents=True, exist_ok=True)
+            (self.quarantine / f"{name}.reason").write_text(f"{reason}\n", "utf-8")
+            with suppress(FileNotFoundError):  # another process was quicker
+                path.replace(self.quarantine / name)
+        except OSError as error:
+            raise StoreError(f"{path} {reason}, and cannot be put away: {error.strerror}", "delete it") from error
         _log.error("quarantined file=%s reason=%s experts=%s", path, reason, ",".join(experts))
         return Damage(path, reason, experts)
 
@@ -443,7 +447,9 @@ def _slice(path: Path, slot: TensorSlot) -> bytes:
 
 
 def _damage(path: Path, expected: str, rest: Callable[[float], bool] = lambda seconds: False) -> str | None:
-    """Why the file's content is not what its name says, or None. Raises InterruptedError when `rest` says so.
+    """Why the file's content is not what its name says, or None.
+
+    Raises InterruptedError when `rest` says so, and StoreError when that cannot be known.
 
     What was read of a large file is not kept in the page cache, which a limited box needs for other things.
     """
@@ -461,7 +467,10 @@ def _damage(path: Path, expected: str, rest: Callable[[float], bool] = lambda se
     except InterruptedError:
         raise
     except OSError as error:
-        return f"cannot be read: {error.strerror}"
+        if error.errno in (errno.ENOENT, errno.EIO):
+            return f"cannot be read: {error.strerror}"
+        # Too few descriptors, or no right to read: that says nothing about the file.
+        raise StoreError(f"{path} cannot be read: {error.strerror}", "correct that, and start again") from error
     return None if digest.hexdigest() == expected else "is damaged: its content has another SHA-256"
 
 
