@@ -356,7 +356,7 @@ def test_two_inputs_keep_their_order_and_their_names(bench: Workbench) -> None:
 
 
 def test_several_jobs_and_processes_share_one_store(bench: Workbench) -> None:
-    bundles = [bench.bundle(f"e{i}", kit.conv_net(i)) for i in range(6)]
+    bundles = [bench.bundle(f"e{i}", kit.fine_tune(i, width=200)) for i in range(6)]
     other = subprocess.Popen(
         [sys.executable, "-c", _COMPILE_ELSEWHERE, str(bench.store.folder.parent), str(bench.catalog)],
         env=None,
@@ -367,6 +367,7 @@ def test_several_jobs_and_processes_share_one_store(bench: Workbench) -> None:
     output, _ = other.communicate(timeout=60)
     assert other.returncode == 0
     assert json.loads(output) == {b.manifest.name: sound(results[b.manifest.name]).segments[0].id for b in bundles}
+    assert len({sound(result).segments[1] for result in results.values()}) == 1
     for bundle in bundles:
         bench.store.verify(sound(results[bundle.manifest.name]))
         assert bench.store.find(bundle) is not None
@@ -378,7 +379,7 @@ import json, sys
 from pathlib import Path
 from tests import kit_models as kit
 from appliance.drivers.compile import Store, compile_bundles
-bundles = [kit.write_bundle(Path(sys.argv[2] + "-elsewhere"), f"e{i}", kit.conv_net(i)) for i in range(6)]
+bundles = [kit.write_bundle(Path(sys.argv[2] + "-elsewhere"), f"e{i}", kit.fine_tune(i, width=200)) for i in range(6)]
 results = compile_bundles(Store(Path(sys.argv[1])), bundles, report=lambda name, result: None)
 print(json.dumps({name: result.segments[0].id for name, result in results.items()}))
 """

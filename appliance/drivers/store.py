@@ -4,7 +4,7 @@
                                                  segments/<sha256>
                                                  experts/<name>/<version>-<model sha256, 12 digits>.json
                                                  quarantine/<what was damaged>, <the same>.reason
-                                                 making/, in-use, untidy
+                                                 making/, in-use, changing, untidy
 
 All is written beside its place and renamed into it, and everything but an expert's file is named by its content: two
 processes may write into one store, and what a crash leaves behind is found incomplete and made again. An expert's file
@@ -202,8 +202,7 @@ class Store:
             raise StoreError(
                 f"{folder / 'segment'} is not what was written", "check the disk and the memory of this box"
             )
-        with self._changing:
-            self.join()
+        with self._change():
             self._untidy.touch()
             self._keep_architecture(made, folder)
             self._keep_segment(Segment(made["segment"], made["bytes"]), folder / "segment")
@@ -226,8 +225,7 @@ class Store:
         Nothing is removed while another process uses the store: whoever is alone next does it. Does nothing when
         nothing was kept since. Damage that comes to light on the way is put into quarantine and returned.
         """
-        with self._changing:
-            self.join()
+        with self._change():
             if not self._untidy.exists():
                 return []
             found = self._share()
@@ -343,6 +341,18 @@ class Store:
         return Damage(path, reason, experts)
 
     # Sharing.
+
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        """Within, nobody else changes experts' files, in whatever process."""
+        with self._changing:
+            self.join()
+            descriptor = os.open(self.folder / "changing", os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                yield
+            finally:
+                os.close(descriptor)
 
     def _share(self) -> list[Damage]:
         """Give every expert the segments that `sharing` wants for it. Its new ones are whole before it names them."""
