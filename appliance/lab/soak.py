@@ -41,7 +41,10 @@ _FLAT = 0.02
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
-    """The process after so many cycles, the residents' weights (exactly known) taken off its memory."""
+    """The process after so many cycles, the residents' weights (exactly known) taken off its memory.
+
+    The readers of weights, at most as many as there are, begin when first needed and are not counted.
+    """
 
     cycles: int
     other_bytes: int
@@ -134,7 +137,9 @@ def _sample(cycles: int, weights: Weights) -> _Sample:
     runtime.trim()
     booked = weights.mapped_bytes
     descriptors = len(os.listdir("/proc/self/fd"))
-    return _Sample(cycles, anonymous_bytes() - booked, booked, descriptors, threading.active_count())
+    readers = sum(thread.name.startswith("weights-reader") for thread in threading.enumerate())
+    threads = len(os.listdir("/proc/self/task")) - readers
+    return _Sample(cycles, anonymous_bytes() - booked, booked, descriptors, threads)
 
 
 def _check_empty(weights: Weights) -> None:
