@@ -27,6 +27,8 @@ def print_check(found: Mapping[str, Any], console: Console) -> None:
         console.print(f"[red]{name} alone is larger than the budget: raise memory.weights[/red]")
     for name, why in found["unavailable"].items():
         console.print(f"[red]{name} cannot serve[/red] ({why['reason']}): {escape(why['detail'])}")
+    for path, reason in found["damaged"].items():
+        console.print(f"[yellow]put into quarantine:[/yellow] {escape(path)} {escape(reason)}")
     if not found["unavailable"]:
         console.print("[green]Everything in the catalogue can serve.[/green]")
 
@@ -46,6 +48,51 @@ def print_simulation(found: Mapping[str, Any], console: Console) -> None:
         shown = f"{value:,.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
         table.add_row(name.replace("_", " "), escape(shown))
     console.print(table)
+
+
+def print_switching(found: Mapping[str, Any], console: Console) -> None:
+    for shape in found["shapes"]:
+        goals = {target["name"]: target for target in shape["targets"]}
+        table = Table(
+            "", shape["shape"], "target", title=f"{shape['shape']}, like {shape['like']}", title_justify="left"
+        )
+        for name, value in shape.items():
+            if isinstance(value, float | int) and not isinstance(value, bool):
+                table.add_row(name.replace("_", " "), quantity(name, value), _goal(goals.pop(name, None)))
+        for name, target in goals.items():
+            table.add_row(name.replace("_", " "), quantity(name, target["value"]), _goal(target))
+        console.print(table)
+
+
+def print_soak(found: Mapping[str, Any], console: Console) -> None:
+    table = Table("cycles", "memory beside the weights", "weights", "files", "threads")
+    for sample in found["samples"]:
+        sizes = megabytes(sample["other_bytes"]), megabytes(sample["booked_bytes"])
+        table.add_row(str(sample["cycles"]), *sizes, str(sample["descriptors"]), str(sample["threads"]))
+    console.print(table)
+    colour, word = ("green", "flat") if found["flat"] else ("red", "not flat")
+    console.print(
+        f"[{colour}]{word}[/]: memory {found['anonymous_growth']:+.2%}, "
+        f"files {found['descriptor_growth']:+}, threads {found['thread_growth']:+}"
+    )
+
+
+def quantity(name: str, value: float) -> str:
+    """A number in the unit that people read, by the unit that its name ends in."""
+    if name.endswith("bytes_per_second"):
+        return f"{value / 1e9:.2f} GB/s"
+    if name.endswith("_seconds"):
+        return f"{value * 1e3:.2f} ms"
+    if name.endswith("_bytes"):
+        return megabytes(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
+
+
+def _goal(target: Mapping[str, Any] | None) -> str:
+    if target is None:
+        return ""
+    verdict = "[green]met[/green]" if target["met"] else "[red]missed[/red]"
+    return f"{target['relation']} {quantity(target['name'], target['bound'])}: {verdict}"
 
 
 def verdict_cells(body: Mapping[str, Any]) -> tuple[str, str]:

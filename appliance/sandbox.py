@@ -21,7 +21,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
-from appliance.errors import ApplianceError, ModelError, UnsafeModel
+from appliance.errors import ApplianceError, ModelError, StoreError, UnsafeModel
 
 MAX_REQUEST_BYTES = 60_000
 """A request must fit a pipe's buffer (64 KiB), so that writing it to a child that never reads cannot block."""
@@ -33,7 +33,7 @@ _BREATH_SECONDS = 5  # for a child that closed its pipe to end by itself
 def run_limited(module: str, request: dict[str, Any], *, memory_bytes: int, seconds: float) -> dict[str, Any]:
     """Answer one request by `python -m module` in a process of its own.
 
-    Raises UnsafeModel naming the signal or limit when the child dies, and ModelError when it reports an error.
+    Raises UnsafeModel naming the signal or limit when the child dies, and ModelError or StoreError when it reports one.
     """
     with Child(module, memory_bytes=memory_bytes) as child:
         return child.ask(request, seconds=seconds)
@@ -60,7 +60,11 @@ class Child:
         return self._process.poll() is None
 
     def ask(self, request: dict[str, Any], *, seconds: float) -> dict[str, Any]:
-        """The child's reply. Raises UnsafeModel when the child died or was killed for it, ModelError for its own."""
+        """The child's reply.
+
+        Raises UnsafeModel when the child died or was killed for it, ModelError for its own, StoreError when it could
+        not write.
+        """
         line = json.dumps(request).encode() + b"\n"
         if len(line) > MAX_REQUEST_BYTES:
             raise ValueError(f"a request of {len(line)} bytes; at most {MAX_REQUEST_BYTES}")
@@ -113,7 +117,8 @@ class Child:
         if "limit" in answer:
             raise UnsafeModel(f"it broke the {answer['limit']} limit of {self.memory_bytes} bytes", _DISTRUST)
         if "error" in answer:
-            raise ModelError(str(answer["error"]), str(answer.get("remedy", "")))
+            kind = StoreError if answer.get("reason") == StoreError.reason else ModelError
+            raise kind(str(answer["error"]), str(answer.get("remedy", "")))
         return answer
 
     def _cause_of_death(self) -> str:
@@ -153,7 +158,7 @@ def _answered(answer: Callable[[dict[str, Any]], dict[str, Any]], request: dict[
     except MemoryError:
         return {"limit": "memory"}
     except ApplianceError as error:
-        return {"error": error.what, "remedy": error.remedy}
+        return {"error": error.what, "remedy": error.remedy, "reason": error.reason}
 
 
 def _settings() -> list[str]:

@@ -49,6 +49,7 @@ from appliance.drivers.outbox import Note, Outbox
 from appliance.drivers.records import GROUP_BYTES, QUEUED_BYTES, Conclusion, Recorded, Records, Spooled
 from appliance.drivers.residents import Residents
 from appliance.drivers.sessions import Sessions
+from appliance.drivers.storecheck import StoreCheck
 from appliance.drivers.weights import Weights
 from appliance.errors import ApplianceError, BrokerError, MessageError
 from appliance.startup import CPU, Installation, install
@@ -139,6 +140,7 @@ class Service:
         self._memory = devices.MemoryWatch()
         self._has_drained = False
 
+        self._store_check = StoreCheck(installation.store)
         self._weights = Weights(installation.store.segment_path)
         sessions = Sessions(self._weights, intra_threads=1)
         self._residents = Residents(installation.compiled, self._weights, sessions)
@@ -179,6 +181,7 @@ class Service:
         self._intake.start()
         self._door.start()
         self._memory.begin()
+        self._store_check.start()
         self._say.status(self._status())
         log.info("serving experts=%d unavailable=%d", len(self._versions), len(self._installation.unavailable))
         while not stop.is_set():
@@ -190,6 +193,7 @@ class Service:
         """However it ended: what runs is awaited, and whoever watches the box knows that it is gone."""
         if not self._has_drained:  # a clean goodbye keeps the last will from saying so
             self._outbox.note(Note(contract.status_topic(self._config), b"offline", retain=True))
+        self._store_check.stop()
         self._executors.stop()
         self._loaders.stop()
         self._intake.stop()

@@ -17,11 +17,14 @@ from appliance.core.controller import Controller
 from appliance.core.graph import draw
 from appliance.core.types import Device, Executor, Expert, Refusal
 from appliance.drivers import devices
-from appliance.drivers.compile import Compiled, Store, compile_bundles
+from appliance.drivers.compile import compile_bundles
+from appliance.drivers.store import Compiled, Store
 from appliance.errors import ApplianceError
 from appliance.profile import Profile
 
 CPU = "cpu"
+COMPILE_JOBS = 2
+"""Children that compile at the same time, where there are cores for them: each takes gigabytes for a large model."""
 
 Report = Callable[[str, Compiled | ApplianceError], None]
 
@@ -76,7 +79,7 @@ def install(config: Config, report: Report = lambda expert, result: None) -> Ins
     unavailable = {name: refusal_of(error) for name, error in catalog.broken.items()}
     for name, error in catalog.broken.items():
         report(name, error)
-    sound, found = [], dict[str, Compiled]()
+    sound, waiting = [], set[str]()
     for name, bundle in catalog.bundles.items():
         try:
             catalogs.verify(bundle)
@@ -84,12 +87,16 @@ def install(config: Config, report: Report = lambda expert, result: None) -> Ins
             unavailable[name] = refusal_of(error)
             report(name, error)
             continue
-        compiled = store.find(bundle)
-        if compiled is None:
-            sound.append(bundle)
-        else:
-            found[name] = compiled
-    for name, result in compile_bundles(store, sound, report=report).items():
+        sound.append(bundle)
+        if store.find(bundle) is None:
+            waiting.add(name)
+
+    def tell(name: str, result: Compiled | ApplianceError) -> None:
+        if name in waiting:
+            report(name, result)
+
+    found = dict[str, Compiled]()
+    for name, result in compile_bundles(store, sound, report=tell, jobs=min(devices.cores(), COMPILE_JOBS)).items():
         if isinstance(result, ApplianceError):
             unavailable[name] = refusal_of(result)
         else:
@@ -125,7 +132,11 @@ def refusal_of(error: ApplianceError) -> Refusal:
 
 
 def checked(config: Config) -> dict[str, Any]:
-    """What `appliance check` tells: the catalogue, what is unavailable and why, and whether the budget holds it."""
+    """What `appliance check` tells: the catalogue, what is unavailable and why, and whether the budget holds it.
+
+    Reads every byte of the store first; what was damaged has been compiled again when this returns.
+    """
+    damaged = Store(config.paths.store).check()
     made = install(config)
     experts, budget = made.experts, int(config.memory.weights)
     total = sum({s.id: s.bytes for e in experts.values() for s in e.segments}.values())
@@ -145,6 +156,7 @@ def checked(config: Config) -> dict[str, Any]:
         "too_large": sorted(e.name for e in experts.values() if e.bytes > budget),
         "largest_expert": largest.name if largest else None,
         "executors": [executor.name for executor in made.executors],
+        "damaged": {str(damage.path): damage.reason for damage in damaged},
         "unavailable": {name: {"reason": r.reason, "detail": r.detail} for name, r in made.unavailable.items()},
         "graph": draw(made.catalog.graph),
     }

@@ -17,6 +17,8 @@ from appliance.catalog import Bundle, ExpertManifest
 
 SIDE = 16
 LABELS = ("sound", "missing", "turned", "bridged", "lifted", "cracked", "foreign")
+FROZEN = ("k1", "b1", "k2", "b2", "square")
+"""A trunk: most of the bytes of a wide `conv_net`."""
 
 
 def conv_net(
@@ -61,6 +63,16 @@ def conv_net(
         helper.make_node("Gemm", [p + ("h" if width else "f"), p + "head", p + "bias"], ["logits"], p + "gemm"),
     ]
     return model(nodes, weights, {"image": [batch, 3, SIDE, SIDE]}, {"logits": [batch, len(LABELS)]})
+
+
+def fine_tune(seed: int, frozen: Sequence[str] = FROZEN, *, channels: int = 8, width: int) -> ModelProto:
+    """A `conv_net` in which these tensors are those of seed 0, as after training the rest of it."""
+    trunk = {tensor.name: tensor for tensor in conv_net(0, channels, width=width).graph.initializer}
+    net = conv_net(seed, channels, width=width)
+    for tensor in net.graph.initializer:
+        if tensor.name in frozen:
+            tensor.CopyFrom(trunk[tensor.name])
+    return net
 
 
 def model(

@@ -12,9 +12,10 @@ from onnx import ModelProto, helper, numpy_helper
 from appliance.catalog import Bundle
 from appliance.core.types import Batch, Event, Finished, Load, Loaded, LoadFailed, Refusal, RunFailed
 from appliance.drivers import heads, images
-from appliance.drivers.compile import Compiled, Store, compile_bundles
+from appliance.drivers.compile import compile_bundles
 from appliance.drivers.executors import Executors, Inspection, LoaderLane, Views
 from appliance.drivers.sessions import Sessions
+from appliance.drivers.store import Compiled, Store
 from appliance.drivers.weights import Weights
 from appliance.errors import LoadError, MessageError, PictureError, RunError
 from tests import kit_models as kit

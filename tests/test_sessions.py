@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from appliance.catalog import Bundle
 from appliance.drivers import runtime
-from appliance.drivers.compile import Compiled, Store, compile_bundles
+from appliance.drivers.compile import compile_bundles
 from appliance.drivers.devices import anonymous_bytes
 from appliance.drivers.sessions import Sessions
+from appliance.drivers.store import Compiled, Store
 from appliance.drivers.weights import Weights
 from appliance.errors import LoadError, RunError, StoreError
 from tests import kit_models as kit

@@ -9,11 +9,11 @@ import pytest
 from appliance import catalog as catalogs
 from appliance import profile as profiles
 from appliance.config import Config, Memory, Paths
-from appliance.drivers.compile import Compiled
+from appliance.drivers.store import Compiled
 from appliance.errors import ApplianceError, ConfigError
 from appliance.startup import checked, install, probabilities, waiting_to_compile
 from tests.kit_box import write_catalog
-from tests.kit_models import greedy_net
+from tests.kit_models import fine_tune, greedy_net
 
 PROFILE = Path(__file__).parents[1] / "profiles" / "default.json"
 
@@ -55,6 +55,32 @@ def test_a_check_tells_what_fits(tmp_path: Path) -> None:
     assert "flowchart" in found["graph"]
 
 
+def test_a_check_reads_every_byte_and_compiles_again_what_is_damaged(tmp_path: Path) -> None:
+    config = _config(tmp_path, 2)
+    made = install(config)
+    path = made.store.segment_path(made.compiled["e1"].segments[0].id)
+    path.write_bytes(bytes(path.stat().st_size))
+    assert waiting_to_compile(config) == []
+    found = checked(config)
+    assert list(found["damaged"]) == [str(path)]
+    assert found["unavailable"] == {}
+    assert checked(config)["damaged"] == {}
+
+
+def test_an_expert_that_was_there_before_shares_with_one_that_is_new(tmp_path: Path) -> None:
+    folder = write_catalog(tmp_path / "catalog", {"old": fine_tune(1, width=200)})
+    config = _with_catalog(folder, tmp_path)
+    reported = list[str]()
+    install(config)
+    write_catalog(tmp_path / "more", {"new": fine_tune(2, width=200)})
+    (tmp_path / "more" / "new").rename(folder / "new")
+    made = install(config, lambda expert, result: reported.append(expert))
+    assert reported == ["new"]
+    assert made.compiled["old"].segments[1] == made.compiled["new"].segments[1]
+    for compiled in made.compiled.values():
+        made.store.verify(compiled)
+
+
 def test_probabilities_follow_usage_and_reach_subsequent_experts(tmp_path: Path) -> None:
     folder = write_catalog(tmp_path, 3, [("e0", "e2"), ("e1", "e2")])
     graph = folder / "graph.toml"
@@ -84,6 +110,9 @@ def test_a_missing_profile_says_which_setting_names_it(tmp_path: Path) -> None:
 
 
 def _config(folder: Path, experts: int, weights: int = 1_000_000) -> Config:
-    catalog = write_catalog(folder / "catalog", experts)
+    return _with_catalog(write_catalog(folder / "catalog", experts), folder, weights)
+
+
+def _with_catalog(catalog: Path, folder: Path, weights: int = 1_000_000) -> Config:
     paths = Paths(catalog=catalog, state=folder / "state", store=folder / "store", profile=PROFILE)
     return Config(paths=paths, memory=Memory.model_validate({"weights": weights}))

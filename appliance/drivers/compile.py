@@ -1,26 +1,15 @@
-"""Portable ONNX experts to this box's templates and weight segments, kept in a store on disk.
+"""Portable ONNX experts to this box's templates and weight segments, in a store that is made complete and left tidy.
 
-    <store>/<runtime, instruction set, provider>/architectures/<signature>/template.onnx, architecture.json
-                                                 segments/<sha256>
-                                                 experts/<name>/<version>-<model sha256, 12 digits>.json
-
-Foreign files are opened in a child process only (`compile_child.py`). All is written beside its place and renamed
-into it, and everything but the last file is named by its content: two processes may compile into one store, and what
-a crash leaves behind is found incomplete and made again.
+Foreign files are opened in a child process only (`compile_child.py`). How the store lies on disk is known to
+`store.py`; what here decides is who is compiled, by how many children, and what becomes of those that fail.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Lock
@@ -28,170 +17,21 @@ from typing import Any
 
 from appliance import catalog
 from appliance.catalog import Bundle, DetectionHead
-from appliance.core.types import Segment
-from appliance.drivers import devices
+from appliance.drivers.store import Compiled, Store
 from appliance.errors import ApplianceError, CatalogError, ModelError, StoreError
 from appliance.sandbox import Child
 
 Report = Callable[[str, "Compiled | ApplianceError"], None]
 
-_LAYOUT = 1
-"""Part of the store's key: raise it when templates, segments or these files change their form."""
 _COMPILER = "appliance.drivers.compile_child"
 _COMPILE_SECONDS = 120.0
 _COMPILE_BYTES = 3 << 30
 _COPIES_AT_COMPILE = 12
 """Address space per byte of model: parsed, serialised, optimised, packed and run, partly at the same time."""
-_STALE_SECONDS = 3600.0
-_COMPILE_AGAIN = "delete it; the next start compiles it again"
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSlot:
-    """Where one of the template's weight inputs lies: segment number and offset in bytes."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    segment: int
-    offset: int
-
-
-@dataclass(frozen=True, slots=True)
-class Compiled:
-    """An expert as this box runs it.
-
-    The template calls its pictures `x0`, `x1`, … in the order of `inputs` and its results `y0`, … in the order of
-    `outputs`; both tuples hold the names of the portable graph. The seconds are K and B of the architecture on one
-    thread.
-    """
-
-    expert: str
-    version: int
-    model_sha256: str
-    architecture: str
-    template_path: Path
-    segments: tuple[Segment, ...]
-    tensors: tuple[TensorSlot, ...]
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    item_seconds: float
-    fixed_seconds: float
-
-    @property
-    def bytes(self) -> int:
-        """What its weights take in memory."""
-        return sum({segment.id: segment.bytes for segment in self.segments}.values())
-
-
-class Store:
-    """The compiled experts of one box. Nothing in it is precious: it may be deleted and is made again."""
-
-    def __init__(self, folder: Path) -> None:
-        self.key = f"onnxruntime-{_runtime_version()}-{devices.instruction_set()}-cpu-{_LAYOUT}"
-        self.folder = folder / self.key
-        self.making = self.folder / "making"
-
-    def segment_path(self, segment_id: str) -> Path:
-        return self.folder / "segments" / segment_id
-
-    def template_path(self, architecture: str) -> Path:
-        return self.folder / "architectures" / architecture / "template.onnx"
-
-    def find(self, bundle: Bundle) -> Compiled | None:
-        """The compiled form of exactly this model file, or None if it is absent or any of its files is."""
-        manifest = bundle.manifest
-        try:
-            compiled = self._read(self._expert_path(bundle))
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        if (compiled.expert, compiled.version, compiled.model_sha256) != (
-            manifest.name,
-            manifest.version,
-            manifest.model.sha256,
-        ):
-            return None
-        is_same = compiled.inputs == tuple(spec.name for spec in manifest.inputs)
-        return compiled if is_same and self._is_complete(compiled) else None
-
-    def verify(self, compiled: Compiled) -> None:
-        """Read every byte. Raises StoreError naming the file whose content is not what its name says."""
-        for path, expected in [
-            (compiled.template_path, compiled.architecture),
-            *((self.segment_path(segment.id), segment.id) for segment in compiled.segments),
-        ]:
-            try:
-                is_sound = catalog.sha256_of(path) == expected
-            except OSError as error:
-                raise StoreError(f"{path} cannot be read: {error.strerror}", _COMPILE_AGAIN) from error
-            if not is_sound:
-                raise StoreError(f"{path} is damaged", _COMPILE_AGAIN)
-
-    def _read(self, path: Path) -> Compiled:
-        entry = json.loads(path.read_text("utf-8"))
-        template = self.template_path(entry["architecture"])
-        cost = json.loads((template.parent / "architecture.json").read_text("utf-8"))
-        return Compiled(
-            expert=entry["expert"],
-            version=entry["version"],
-            model_sha256=entry["model_sha256"],
-            architecture=entry["architecture"],
-            template_path=template,
-            segments=tuple(Segment(s["id"], s["bytes"]) for s in entry["segments"]),
-            tensors=tuple(
-                TensorSlot(t["name"], t["dtype"], tuple(t["shape"]), t["segment"], t["offset"])
-                for t in entry["tensors"]
-            ),
-            inputs=tuple(entry["inputs"]),
-            outputs=tuple(entry["outputs"]),
-            item_seconds=cost["item_seconds"],
-            fixed_seconds=cost["fixed_seconds"],
-        )
-
-    def _is_complete(self, compiled: Compiled) -> bool:
-        try:
-            sizes = [self.segment_path(segment.id).stat().st_size for segment in compiled.segments]
-        except OSError:
-            return False
-        return compiled.template_path.is_file() and sizes == [segment.bytes for segment in compiled.segments]
-
-    def _expert_path(self, bundle: Bundle) -> Path:
-        manifest = bundle.manifest
-        return self.folder / "experts" / manifest.name / f"{manifest.version}-{manifest.model.sha256[:12]}.json"
-
-    def keep(self, bundle: Bundle, made: Mapping[str, Any], folder: Path) -> Compiled:
-        """Move what a child made in `folder` to its places; the expert's own file comes last."""
-        self._keep_architecture(made, folder)
-        self._keep_segment(made, folder / "segment")
-        manifest = bundle.manifest
-        entry = {
-            "expert": manifest.name,
-            "version": manifest.version,
-            "model_sha256": manifest.model.sha256,
-            "architecture": made["architecture"],
-            "segments": [{"id": made["segment"], "bytes": made["bytes"]}],
-            "tensors": [{**tensor, "segment": 0} for tensor in made["tensors"]],
-            "inputs": [spec.name for spec in manifest.inputs],
-            "outputs": made["outputs"],
-        }
-        (folder / "expert.json").write_text(json.dumps(entry), "utf-8")
-        _place(folder / "expert.json", self._expert_path(bundle))
-        return self._read(self._expert_path(bundle))
-
-    def _keep_architecture(self, made: Mapping[str, Any], folder: Path) -> None:
-        if made["costs"] is None:  # the child found it here
-            return
-        item_seconds, fixed_seconds = made["costs"]
-        cost = json.dumps({"item_seconds": item_seconds, "fixed_seconds": fixed_seconds})
-        (folder / "architecture.json").write_text(cost, "utf-8")
-        home = self.template_path(made["architecture"]).parent
-        for name in ("template.onnx", "architecture.json"):
-            _place(folder / name, home / name)
-
-    def _keep_segment(self, made: Mapping[str, Any], source: Path) -> None:
-        place = self.segment_path(made["segment"])
-        if not (place.is_file() and place.stat().st_size == made["bytes"]):
-            _place(source, place)
+_FILES_PER_MODEL = 5
+"""Free disk per byte of model: the portable graph, the optimised one, template, segment, and a segment to be shared."""
+_TIDY_EVERY = 16
+"""Experts compiled between two looks for what they share: until then each lies whole on the disk."""
 
 
 def compile_bundles(
@@ -211,6 +51,24 @@ def compile_bundles(
             results[name] = result
             report(name, result)
 
+    with _store_errors(store):
+        store.join()
+        _complete(store, bundles, tell, jobs)
+        if store.tidy():  # what shares a damaged segment was sound only at first sight
+            broken = {name for name, result in results.items() if isinstance(result, ApplianceError)}
+            _complete(store, [b for b in bundles if b.manifest.name not in broken], lambda *_: None, jobs)
+            store.tidy()
+    return {bundle.manifest.name: _final(store, bundle, results[bundle.manifest.name]) for bundle in bundles}
+
+
+def _final(store: Store, bundle: Bundle, result: Compiled | ApplianceError) -> Compiled | ApplianceError:
+    """The expert as it lies in the store now that everybody shares what is equal."""
+    if isinstance(result, ApplianceError):
+        return result
+    return store.find(bundle) or StoreError(f"{bundle.manifest.name} is damaged", "restart: it is compiled again")
+
+
+def _complete(store: Store, bundles: Sequence[Bundle], tell: Report, jobs: int) -> None:
     missing = []
     for bundle in bundles:
         found = store.find(bundle)
@@ -219,9 +77,10 @@ def compile_bundles(
         else:
             tell(bundle.manifest.name, found)
     if missing:
-        _sweep(store.making)
+        store.sweep()
+        for bundle in missing:
+            store.repair(bundle)
         _share_out(store, missing, tell, min(jobs, len(missing)))
-    return results
 
 
 def _share_out(store: Store, missing: Sequence[Bundle], tell: Report, jobs: int) -> None:
@@ -234,6 +93,8 @@ def _share_out(store: Store, missing: Sequence[Bundle], tell: Report, jobs: int)
         with _Compiler(store, memory_bytes) as compiler:
             for bundle in _drained(waiting):
                 tell(bundle.manifest.name, compiler.attempt(bundle))
+                if waiting.qsize() % _TIDY_EVERY == _TIDY_EVERY - 1:
+                    store.tidy()
 
     if jobs == 1:
         work()
@@ -274,14 +135,11 @@ class _Compiler:
             return type(error)(f"{name}: {error.what}", error.remedy)
         except CatalogError as error:
             return error
-        except OSError as error:
-            raise StoreError(
-                f"{self._store.folder} cannot be written: {error}", "make room there, or correct paths.store"
-            ) from error
 
     def _compile(self, bundle: Bundle) -> Compiled:
         catalog.verify(bundle)
-        with _workshop(self._store.making) as folder:
+        with _store_errors(self._store), self._store.workshop() as folder:
+            _check_room(folder, _FILES_PER_MODEL * bundle.manifest.model.bytes)
             made = self._living_child().ask(_request(bundle, self._store, folder), seconds=_COMPILE_SECONDS)
             return self._store.keep(bundle, made, folder)
 
@@ -310,44 +168,21 @@ def _request(bundle: Bundle, store: Store, folder: Path) -> dict[str, Any]:
     }
 
 
+def _check_room(folder: Path, need_bytes: int) -> None:
+    """Before and not after: what the runtime says of a full disk cannot be told from what it says of a bad model."""
+    disk = os.statvfs(folder)
+    if disk.f_bavail * disk.f_frsize < need_bytes:
+        raise StoreError(
+            f"{folder.parent} has {disk.f_bavail * disk.f_frsize} bytes left, compiling needs {need_bytes}",
+            "make room there, or correct paths.store",
+        )
+
+
 @contextmanager
-def _workshop(making: Path) -> Iterator[Path]:
-    """A folder of one's own beside the places where its contents will go; gone afterwards."""
-    making.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=making))
+def _store_errors(store: Store) -> Iterator[None]:
     try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sweep(making: Path) -> None:
-    """Remove workshops that a killed process left; a compile never takes as long as they are old."""
-    for folder in making.glob("*"):
-        with suppress(OSError):
-            if time.time() - folder.stat().st_mtime > _STALE_SECONDS:
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-def _place(source: Path, place: Path) -> None:
-    """Rename a file to its place, whole or not at all, also across a power cut."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    _flush(source)
-    source.replace(place)
-    _flush(place.parent)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _runtime_version() -> str:
-    """The installed ONNX Runtime's version, without importing it: the parent of a compile does not need it."""
-    for name in ("onnxruntime-gpu", "onnxruntime"):
-        with suppress(metadata.PackageNotFoundError):
-            return metadata.version(name)
-    raise StoreError("ONNX Runtime is not installed", "pip install coe-appliance")
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"{store.folder} cannot be written: {error}", "make room there, or correct paths.store"
+        ) from error

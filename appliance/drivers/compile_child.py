@@ -8,6 +8,7 @@ other experts; what it makes lies in the folder that the request names.
 from __future__ import annotations
 
 import hashlib
+import os
 import statistics
 import time
 import zipfile
@@ -25,8 +26,9 @@ from onnx import GraphProto, ModelProto, TensorProto
 from appliance import sandbox
 from appliance.core import costs
 from appliance.drivers import runtime
-from appliance.drivers.template import dtype_of, layout, lift, packed, views
-from appliance.errors import ModelError
+from appliance.drivers.sharing import layout
+from appliance.drivers.template import content, dtype_of, lift, packed, views
+from appliance.errors import ModelError, StoreError
 
 Pixels = NDArray[np.float32]
 """Prepared pictures (N, C, H, W)."""
@@ -47,12 +49,34 @@ def compile_one(request: dict[str, Any]) -> dict[str, Any]:
     `golden` (a path or None), `tolerance`, and `known`, the folder of architectures that were measured already.
     """
     folder = Path(request["folder"])
+    try:
+        try:
+            return _compiled(request, folder)
+        except ModelError:  # the runtime says the same of a bad model and of a full disk
+            _check_room(folder, 2 * Path(request["model"]).stat().st_size)
+            raise
+    except OSError as error:
+        raise StoreError(
+            f"{folder} cannot be written: {error.strerror or error}", "make room there, or correct paths.store"
+        ) from error
+
+
+def _check_room(folder: Path, size: int) -> None:
+    """Raises OSError when no file of this size can be written here."""
+    with (folder / "room").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+
+
+def _compiled(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     plain = _optimise(_portable(request), folder)
     limit = _batch_limit(plain, request["max_batch"])
     template = lift(_parse(folder / "optimised.onnx"), [spec["name"] for spec in request["inputs"]])
     (folder / "optimised.onnx").unlink()
-    offsets, size = layout(template.weights)
-    pack = packed(template.weights, offsets, size)
+    digests, distinct = _distinct(template.weights)
+    starts, size = layout([len(piece) for piece in distinct.values()])
+    pack = packed(list(distinct.values()), starts, size)
+    places = dict(zip(distinct, starts, strict=True))
+    offsets = [places[digest] for digest in digests]
     (folder / "segment").write_bytes(pack.data)
     (folder / "template.onnx").write_bytes(template.model)
     run = _runner(folder / "template.onnx", views(template.weights, offsets, pack))
@@ -65,12 +89,28 @@ def compile_one(request: dict[str, Any]) -> dict[str, Any]:
         "segment": hashlib.sha256(pack.data).hexdigest(),
         "bytes": size,
         "tensors": [
-            {"name": f"w{i}", "dtype": dtype_of(tensor).name, "shape": list(tensor.dims), "offset": offset}
-            for i, (tensor, offset) in enumerate(zip(template.weights, offsets, strict=True))
+            {
+                "name": f"w{i}",
+                "dtype": dtype_of(tensor).name,
+                "shape": list(tensor.dims),
+                "offset": offset,
+                "sha256": digest,
+            }
+            for i, (tensor, offset, digest) in enumerate(zip(template.weights, offsets, digests, strict=True))
         ],
         "outputs": list(template.outputs),
         "costs": None if is_known else _measured(run, limit, request),
     }
+
+
+def _distinct(weights: Sequence[TensorProto]) -> tuple[list[str], dict[str, bytes]]:
+    """The digest of each tensor, and the contents by digest: what is equal within an expert lies there once."""
+    digests, distinct = [], dict[str, bytes]()
+    for tensor in weights:
+        piece = content(tensor)
+        digests.append(hashlib.sha256(piece).hexdigest())
+        distinct.setdefault(digests[-1], piece)
+    return digests, distinct
 
 
 def _portable(request: dict[str, Any]) -> ModelProto:

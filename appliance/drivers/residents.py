@@ -6,8 +6,8 @@ import threading
 from collections.abc import Mapping
 
 from appliance.core.types import Evict, Load
-from appliance.drivers.compile import Compiled
 from appliance.drivers.sessions import Sessions
+from appliance.drivers.store import Compiled
 from appliance.drivers.weights import Weights
 
 

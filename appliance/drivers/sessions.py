@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from appliance import catalog
 from appliance.drivers import runtime
-from appliance.drivers.compile import Compiled, TensorSlot
+from appliance.drivers.store import Compiled, TensorSlot
 from appliance.drivers.weights import Weights
 from appliance.errors import ModelError, RunError, StoreError
 
@@ -222,7 +222,7 @@ def _open_template(compiled: Compiled, intra_threads: int) -> Any:
             f"{compiled.template_path} cannot be read: {error.strerror}", "restart: it is compiled again"
         ) from error
     if found != compiled.architecture:
-        raise StoreError(f"{compiled.template_path} is damaged", "delete it and restart: it is compiled again")
+        raise StoreError(f"{compiled.template_path} is damaged", "restart: it is put away and compiled again")
     try:
         return runtime.open_session(compiled.template_path, intra_threads=intra_threads)
     except runtime.ERRORS as error:

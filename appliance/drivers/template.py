@@ -20,9 +20,6 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 
 from appliance.errors import ModelError
 
-ALIGNMENT = 256
-"""Bytes. What CUDA wants of a bound slice; the CPU's 64 divide it."""
-PAGE = 4096
 INSIDE_SLOTS: Mapping[str, frozenset[int]] = {
     "Resize": frozenset({1, 2}),
     "Upsample": frozenset({1}),
@@ -234,32 +231,20 @@ def _domains(nodes: Sequence[NodeProto]) -> Iterator[str]:
             yield from _domains(graph.node)
 
 
-def layout(weights: Sequence[TensorProto]) -> tuple[list[int], int]:
-    """Where each tensor lies in the segment, and the segment's size in whole pages (at least one)."""
-    offsets, end = [], 0
-    for tensor in weights:
-        offsets.append(_rounded_up(end, ALIGNMENT))
-        end = offsets[-1] + _size(tensor)
-    return offsets, max(_rounded_up(end, PAGE), PAGE)
-
-
-def packed(weights: Sequence[TensorProto], offsets: Sequence[int], size: int) -> NDArray[np.uint8]:
-    pack = np.zeros(size, np.uint8)
-    for tensor, offset in zip(weights, offsets, strict=True):
-        pack[offset : offset + _size(tensor)] = np.frombuffer(numpy_helper.to_array(tensor).tobytes(), np.uint8)
-    return pack
-
-
-def _rounded_up(size: int, unit: int) -> int:
-    return -(-size // unit) * unit
-
-
-def _size(tensor: TensorProto) -> int:
-    return int(math.prod(tensor.dims) * dtype_of(tensor).itemsize)
-
-
 def dtype_of(tensor: TensorProto) -> np.dtype[Any]:
     return np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type))
+
+
+def content(tensor: TensorProto) -> bytes:
+    """The numbers as they lie in a segment."""
+    return numpy_helper.to_array(tensor).tobytes()
+
+
+def packed(contents: Sequence[bytes], offsets: Sequence[int], size: int) -> NDArray[np.uint8]:
+    pack = np.zeros(size, np.uint8)
+    for piece, offset in zip(contents, offsets, strict=True):
+        pack[offset : offset + len(piece)] = np.frombuffer(piece, np.uint8)
+    return pack
 
 
 def views(weights: Sequence[TensorProto], offsets: Sequence[int], pack: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
@@ -268,3 +253,7 @@ def views(weights: Sequence[TensorProto], offsets: Sequence[int], pack: NDArray[
         f"w{i}": pack[offset : offset + _size(tensor)].view(dtype_of(tensor)).reshape(tuple(tensor.dims))
         for i, (tensor, offset) in enumerate(zip(weights, offsets, strict=True))
     }
+
+
+def _size(tensor: TensorProto) -> int:
+    return int(math.prod(tensor.dims) * dtype_of(tensor).itemsize)
