@@ -39,7 +39,6 @@ from appliance.core.types import (
 from appliance.drivers import devices, systemd
 from appliance.drivers.album import Album, Subject
 from appliance.drivers.broker import Broker
-from appliance.drivers.compile import Compiled
 from appliance.drivers.executors import Executors, Inspection, LoaderLane
 from appliance.drivers.inbox import Inbox
 from appliance.drivers.intake import Intake, component_of
@@ -49,6 +48,7 @@ from appliance.drivers.outbox import Note, Outbox
 from appliance.drivers.records import GROUP_BYTES, QUEUED_BYTES, Conclusion, Recorded, Records, Spooled
 from appliance.drivers.residents import Residents
 from appliance.drivers.sessions import Sessions
+from appliance.drivers.store import Compiled
 from appliance.drivers.storecheck import StoreCheck
 from appliance.drivers.weights import Weights
 from appliance.errors import ApplianceError, BrokerError, MessageError
