@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Condition, Lock, get_native_id
+from threading import Lock, get_native_id
 
 import numpy as np
 
@@ -32,24 +32,18 @@ _CHUNKS = 16
 """Of a large segment: enough to keep the readers together to its end; each one more is a fight for the interpreter."""
 _NICE = 10
 """Clearing fresh pages competes with runs: with two runners on two busy cores, loads made the ninetieth percentile of
-their runs 1.5 times as long, and at this priority 1.1 times, while the loads themselves took the same (170 MB each,
-2026-11-21)."""
+their runs 1.5 times as long, and at this priority 1.1 times, while the loads themselves took the same (2026-11-21)."""
 _PAGE = mmap.PAGESIZE
 _COMPILE_AGAIN = "delete it; the next start compiles its expert again"
 
 
 @dataclass(slots=True)
 class _Region:
-    """A mapped segment. `filled` ends when its bytes are there, or with the error for which they are not.
-
-    While it `is_ahead` nobody waits for it, and its reading waits for that of others.
-    """
+    """A mapped segment. `filled` ends when its bytes are there, or with the error for which they are not."""
 
     memory: mmap.mmap
     address: int
     filled: Future[None]
-    is_ahead: bool
-    is_cancelled: bool = False
 
 
 class Weights:
@@ -58,8 +52,6 @@ class Weights:
     def __init__(self, segment_path: Callable[[str], Path], *, readers: int = READERS) -> None:
         self._segment_path = segment_path
         self._lock = Lock()
-        self._calm = Condition(self._lock)  # told when a load ends, is wanted after all, or is cancelled
-        self._wanted = 0  # loads in work that somebody waits for
         self._regions: dict[str, _Region] = {}
         self._held: Counter[str] = Counter()
         self._mapped_bytes = self._peak_bytes = 0
@@ -75,22 +67,13 @@ class Weights:
     def peak_bytes(self) -> int:
         return self._peak_bytes
 
-    def load(self, segments: Sequence[Segment], *, ahead: bool = False) -> None:
+    def load(self, segments: Sequence[Segment]) -> None:
         """Return when all segments are in memory; one that another thread is bringing is waited for, not read twice.
 
-        What is loaded ahead of its need waits while anything needed is read. Raises LoadError naming the file that is
-        missing, short or unreadable, or the segment that was cancelled; segments brought before it stay.
+        Raises LoadError naming the file that is missing, short or unreadable; segments brought before it stay.
         """
         for segment in segments:
-            self._bring(segment, ahead)
-
-    def cancel(self, segments: Sequence[Segment]) -> None:
-        """Let the loads of these end soon, with an error, and without their memory; what is here already stays."""
-        with self._lock:
-            for segment in segments:
-                if segment.id in self._regions:
-                    self._regions[segment.id].is_cancelled = True
-            self._calm.notify_all()
+            self._bring(segment)
 
     def drop(self, segments: Sequence[Segment]) -> None:
         """Give the memory back at once. Raises LoadError, dropping none, when one is absent, loading or in use."""
@@ -130,25 +113,17 @@ class Weights:
         self._helpers.shutdown()
         self.drop([Segment(name, 0) for name in self._regions])
 
-    def _bring(self, segment: Segment, ahead: bool) -> None:
+    def _bring(self, segment: Segment) -> None:
         with self._lock:
             region = self._regions.get(segment.id)
             is_mine = region is None
             if region is None:
-                region = self._map(segment, ahead)
-            region.is_ahead &= ahead
-            self._wanted += not ahead
-            self._calm.notify_all()
-        try:
-            if is_mine:
-                self._fill(segment, region)
-            region.filled.result()
-        finally:
-            with self._lock:
-                self._wanted -= not ahead
-                self._calm.notify_all()
+                region = self._map(segment)
+        if is_mine:
+            self._fill(segment, region)
+        region.filled.result()
 
-    def _map(self, segment: Segment, ahead: bool) -> _Region:
+    def _map(self, segment: Segment) -> _Region:
         size = _mapping_bytes(segment.bytes)
         try:
             memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -159,7 +134,7 @@ class Weights:
         if size >= CHUNK_BYTES:
             # A 45 MB fill takes 22 page faults instead of 11,000, and the disk gets long runs of memory to write to.
             memory.madvise(mmap.MADV_HUGEPAGE)
-        region = _Region(memory, np.frombuffer(memory, np.uint8).ctypes.data, Future(), ahead)
+        region = _Region(memory, np.frombuffer(memory, np.uint8).ctypes.data, Future())
         self._regions[segment.id] = region
         self._mapped_bytes += size
         self._peak_bytes = max(self._peak_bytes, self._mapped_bytes)
@@ -170,7 +145,7 @@ class Weights:
         failure: LoadError | None = LoadError(f"{path} was not read to its end", "load it again")
         try:
             with _opened(path, segment.bytes) as read:
-                self._read_chunks(read, region, segment)
+                self._read_chunks(read, region.memory, segment.bytes)
             failure = None
         except OSError as error:
             failure = LoadError(f"{path} cannot be read: {error.strerror or error}", _COMPILE_AGAIN)
@@ -182,38 +157,24 @@ class Weights:
             else:
                 self._give_up(segment.id, failure)
 
-    def _read_chunks(self, read: Callable[[memoryview, int], None], region: _Region, segment: Segment) -> None:
+    def _read_chunks(self, read: Callable[[memoryview, int], None], memory: mmap.mmap, size: int) -> None:
         """Whoever loads reads too, so that a load goes on, if slower, while others have all the helpers."""
-        step = chunk_bytes(segment.bytes)
-        starts = iter(range(0, segment.bytes, step))  # shared: each chunk is taken once
+        step = chunk_bytes(size)
+        starts = iter(range(0, size, step))  # shared: each chunk is taken once
 
-        def help_out() -> None:
-            while not self._gives_way(region) and (start := next(starts, None)) is not None:
-                fill(start)
-
-        def fill(start: int) -> None:
-            with memoryview(region.memory) as whole, whole[start : start + step] as piece:
-                read(piece, start)
-
-        helpers = [self._helpers.submit(help_out) for _ in range(min(self._depth, -(-segment.bytes // step)) - 1)]
-        try:
+        def work() -> None:
             for start in starts:
-                self._wait_for_turn(region, segment)
-                fill(start)
+                with memoryview(memory) as whole, whole[start : start + step] as piece:
+                    read(piece, start)
+
+        helpers = [self._helpers.submit(work) for _ in range(min(self._depth, -(-size // step)) - 1)]
+        try:
+            work()
         finally:
             # All must have ended before anybody may unmap what they write to, whatever became of the first.
             failures = [failure for job in helpers if not job.cancel() and (failure := job.exception()) is not None]
         if failures:
             raise failures[0]
-
-    def _gives_way(self, region: _Region) -> bool:
-        return region.is_cancelled or (region.is_ahead and self._wanted > 0)
-
-    def _wait_for_turn(self, region: _Region, segment: Segment) -> None:
-        with self._lock:
-            self._calm.wait_for(lambda: region.is_cancelled or not self._gives_way(region))
-            if region.is_cancelled:
-                raise LoadError(f"loading segment {segment.id[:12]} was cancelled", "load it again")
 
     def _give_up(self, name: str, error: LoadError) -> None:
         with self._lock:
