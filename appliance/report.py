@@ -19,10 +19,14 @@ def print_check(found: Mapping[str, Any], console: Console) -> None:
     table.add_row("components, products", f"{found['components']}, {found['products']}")
     table.add_row("weights", megabytes(found["weights_bytes"]))
     table.add_row("budget", f"{megabytes(found['budget_bytes'])} ({found['budget_share']:.0%} of the weights)")
+    gpus = ", ".join(found["gpus"]) or "no GPU"
+    table.add_row("machine", f"{megabytes(found['memory_bytes'])} of memory for this process, {gpus}")
     table.add_row("executors", ", ".join(found["executors"]))
     table.add_row("compiled experts", escape(found["store"]))
     console.print(table)
     console.print(escape(found["graph"]), soft_wrap=True, highlight=False)
+    if found["budget_bytes"] > found["memory_bytes"]:
+        console.print("[red]The budget is larger than the memory: lower memory.weights[/red]")
     for name in found["too_large"]:
         console.print(f"[red]{name} alone is larger than the budget: raise memory.weights[/red]")
     for name, why in found["unavailable"].items():

@@ -363,6 +363,9 @@ class Service:
                 "picture_bytes": int(config.limits.picture_bytes),
                 "picture_pixels": config.limits.picture_pixels,
                 "executors": [executor.name for executor in self._installation.executors],
+                "cores": devices.cores(),
+                "memory_bytes": devices.memory_bytes(),
+                "gpus": [gpu.name for gpu in devices.gpus()],
             }
         ).encode()
 

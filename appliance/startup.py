@@ -153,6 +153,8 @@ def checked(config: Config) -> dict[str, Any]:
         "weights_bytes": total,
         "budget_bytes": budget,
         "budget_share": budget / total if total else 1.0,
+        "memory_bytes": devices.memory_bytes(),
+        "gpus": [gpu.name for gpu in devices.gpus()],
         "too_large": sorted(e.name for e in experts.values() if e.bytes > budget),
         "largest_expert": largest.name if largest else None,
         "executors": [executor.name for executor in made.executors],

@@ -73,6 +73,15 @@ def test_a_check_says_what_serves(folder: Path) -> None:
     assert "Everything in the catalogue can serve" in _run("check", "--config", config).stdout
 
 
+def test_a_budget_beyond_the_machines_memory_is_said(folder: Path, tmp_path: Path) -> None:
+    config = tmp_path / "appliance.toml"
+    text = (folder / "box" / "appliance.toml").read_text().replace("'state'", f"'{tmp_path}'")
+    config.write_text(
+        text.replace("store = 'store'", f"store = '{folder / 'box' / 'store'}'") + "[memory]\nweights = '99 PB'\n"
+    )
+    assert "larger than the memory" in _run("check", "--config", str(config)).stdout
+
+
 def test_a_check_fails_when_an_expert_cannot_serve(tmp_path: Path) -> None:
     box = Box(tmp_path / "box", write_catalog(tmp_path / "catalog", 2))
     (tmp_path / "catalog" / "e1" / "1" / "model.onnx").write_bytes(b"other")
