@@ -83,7 +83,7 @@ def error_topic(config: Config, reason: str) -> str:
 
 
 def status_topic(config: Config) -> str:
-    """Retained: starting | online | draining | stopped, or `offline` from the last will."""
+    """Retained: online | draining | stopped, or `offline`: the last will, or the last word of a service that failed."""
     return config.topic("box", config.box.name, "status")
 
 

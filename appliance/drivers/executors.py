@@ -1,4 +1,4 @@
-"""Threads with a desk each: they run batches or bring weights, then report. One of the two broad `except` is here.
+"""Threads with a desk each: they run batches or bring weights, then report. A broad `except` makes answers here.
 
 What a thread was doing when something unexpected happened is known here and nowhere else, so here it becomes an
 answer: RunFailed or LoadFailed with a reason. Nothing is decided here; the controller asks only whom it knows idle.
