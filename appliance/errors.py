@@ -6,6 +6,7 @@
     │   ├── GraphError           cycle, unknown expert, impossible condition
     │   └── DigestMismatch       a file's bytes are not the ones its manifest names
     ├── ModelError               an ONNX file cannot serve
+    │   ├── GoldenMismatch       it answers its own golden samples otherwise than it should
     │   └── UnsafeModel          it crashed, or broke a limit of, the child process that checked it
     ├── StoreError               a compiled artefact is missing or damaged
     ├── ExportError              a PyTorch expert did not survive conversion
@@ -13,6 +14,9 @@
     │   └── PictureError         its payload is not a picture that we accept
     ├── LoadError                weights could not be brought into memory
     ├── RunError                 an expert could not be run
+    ├── OutOfMemory              the device had less memory than the ledger thought
+    ├── Cancelled                a load or a run was given up because nobody wants it any more
+    ├── DeviceError              an accelerator is missing, refuses, or is not what was asked for
     ├── NoRoom                   the memory budget cannot hold what was asked
     ├── BrokerError              no broker, or one that refuses us
     └── RecordsError             the spool or the verdict record cannot be trusted
@@ -60,6 +64,10 @@ class ModelError(ApplianceError):
     reason = "model"
 
 
+class GoldenMismatch(ModelError):
+    reason = "golden-mismatch"
+
+
 class UnsafeModel(ModelError):
     reason = "model-unsafe"
 
@@ -90,6 +98,18 @@ class LoadError(ApplianceError):
 
 class RunError(ApplianceError):
     reason = "run"
+
+
+class OutOfMemory(ApplianceError):
+    reason = "out-of-memory"
+
+
+class Cancelled(ApplianceError):
+    reason = "cancelled"
+
+
+class DeviceError(ApplianceError):
+    reason = "device"
 
 
 class NoRoom(ApplianceError):

@@ -73,7 +73,10 @@ class Compiled:
 
     The template calls its pictures `x0`, `x1`, … in the order of `inputs` and its results `y0`, … in the order of
     `outputs`; both tuples hold the names of the portable graph. The seconds are K and B of the architecture on one
-    thread. Its private segment comes first, if it has one; the others are shared.
+    thread; a run of n pictures takes `activation_fixed_bytes + n * activation_item_bytes` while it lasts. Its private
+    segment comes first, if it has one; the others are shared. An architecture that is slower as a template is served by
+    a plain session of `plain_path`, whose initializers are the segments' tensors; the runtime keeps `private_bytes` of
+    it beside them.
     """
 
     expert: str
@@ -87,6 +90,10 @@ class Compiled:
     outputs: tuple[str, ...]
     item_seconds: float
     fixed_seconds: float
+    activation_fixed_bytes: int = 0
+    activation_item_bytes: int = 0
+    private_bytes: int = 0
+    plain_path: Path | None = None
 
     @property
     def bytes(self) -> int:
