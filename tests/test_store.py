@@ -343,7 +343,7 @@ def test_another_runtime_version_has_a_store_of_its_own(shelf: Shelf, monkeypatc
 
 def test_a_kill_at_any_moment_leaves_a_sound_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keeps and shares in a child that kills itself at its first step on disk, then at its second, and so on."""
-    monkeypatch.setattr("appliance.drivers.store._flush", lambda path: None)  # matters to power cuts only
+    monkeypatch.setattr("appliance.drivers.sealed._flush", lambda path: None)  # matters to power cuts only
     survived = False
     for step in itertools.count(1):
         (tmp_path / str(step)).mkdir()

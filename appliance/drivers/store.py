@@ -17,7 +17,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
-import json
 import logging
 import math
 import os
@@ -38,7 +37,7 @@ import numpy as np
 from appliance import catalog
 from appliance.catalog import Bundle
 from appliance.core.types import Segment
-from appliance.drivers import devices, sharing
+from appliance.drivers import devices, sealed, sharing
 from appliance.drivers.sharing import Content, Recipe
 from appliance.errors import StoreError
 
@@ -223,7 +222,7 @@ class Store:
                 "inputs": [spec.name for spec in manifest.inputs],
                 "outputs": made["outputs"],
             }
-            _place_sealed(entry, folder, self._expert_path(bundle))
+            sealed.write(entry, folder, self._expert_path(bundle))
             return self._read(self._expert_path(bundle))
 
     def tidy(self) -> list[Damage]:
@@ -263,9 +262,9 @@ class Store:
     # Reading.
 
     def _read(self, path: Path) -> Compiled:
-        entry = _sealed(path)
+        entry = sealed.read(path)
         template = self.template_path(entry["architecture"])
-        cost = _sealed(template.parent / "architecture.json")
+        cost = sealed.read(template.parent / "architecture.json")
         return Compiled(
             expert=entry["expert"],
             version=entry["version"],
@@ -324,15 +323,13 @@ class Store:
             return
         item_seconds, fixed_seconds = made["costs"]
         home = self.template_path(made["architecture"]).parent
-        _place(folder / "template.onnx", home / "template.onnx")
-        _place_sealed(
-            {"item_seconds": item_seconds, "fixed_seconds": fixed_seconds}, folder, home / "architecture.json"
-        )
+        sealed.place(folder / "template.onnx", home / "template.onnx")
+        sealed.write({"item_seconds": item_seconds, "fixed_seconds": fixed_seconds}, folder, home / "architecture.json")
 
     def _keep_segment(self, segment: Segment, source: Path) -> None:
         place = self.segment_path(segment.id)
         if _damage(place, segment.id) is not None:
-            _place(source, place)
+            sealed.place(source, place)
 
     def _set_aside(self, path: Path, reason: str) -> Damage:
         experts = tuple(sorted({c.expert for c in self._entries().values() if path in self._digests(c)}))
@@ -378,7 +375,7 @@ class Store:
                     for recipe in wanted[str(path)]:
                         if recipe not in made:
                             made[recipe] = self._merged([sources[digest] for digest in recipe], folder)
-                    _place_sealed(_regrouped(_sealed(path), wanted[str(path)], made, sources), folder, path)
+                    sealed.write(_regrouped(sealed.read(path), wanted[str(path)], made, sources), folder, path)
             except _Damaged as error:
                 if error.path.exists():  # not yet put away on account of another expert
                     found.append(self._set_aside(error.path, error.reason))
@@ -496,41 +493,6 @@ def _opened_lock(path: Path) -> int:
         return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError:  # somebody else's store, or one on a disk that is only read: it can be shared all the same
         return os.open(path, os.O_RDONLY)
-
-
-def _sealed(path: Path) -> dict[str, Any]:
-    """What a file of ours says. Raises ValueError when a single bit of it is not as it was written."""
-    found = json.loads(path.read_bytes())
-    content: dict[str, Any] = found["content"]
-    if found["sha256"] != _seal(content):
-        raise ValueError(f"{path} is damaged")
-    return content
-
-
-def _place_sealed(content: Mapping[str, Any], folder: Path, place: Path) -> None:
-    source = folder / place.name
-    source.write_text(json.dumps({"sha256": _seal(content), "content": content}), "utf-8")
-    _place(source, place)
-
-
-def _seal(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _place(source: Path, place: Path) -> None:
-    """Rename a file to its place, whole or not at all, also across a power cut."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    _flush(source)
-    source.replace(place)
-    _flush(place.parent)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _runtime_version() -> str:
