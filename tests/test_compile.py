@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from appliance.catalog import Bundle
-from appliance.drivers import runtime
+from appliance.drivers import compile_child, runtime, trial
 from appliance.drivers.compile import compile_bundles
 from appliance.drivers.sessions import Sessions
 from appliance.drivers.store import Compiled, Store
@@ -56,12 +57,31 @@ class Workbench:
         return result
 
     def run(self, compiled: Compiled, feeds: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[Any]]:
+        if compiled.plain_path is not None:
+            return self.run_plain(compiled, compiled.plain_path, feeds)
         memory = Weights(self.store.segment_path)
         sessions = Sessions(memory, runtime.CpuPlace(), activation_bytes=64 << 20)
         memory.load(compiled.segments)
         sessions.activate(compiled)
         with sessions.lease(compiled.expert) as lease:
             return lease.run(feeds)
+
+    def run_plain(
+        self, compiled: Compiled, path: Path, feeds: Mapping[str, NDArray[np.float32]]
+    ) -> dict[str, NDArray[Any]]:
+        weights = self.weights(compiled)
+        session = runtime.CpuPlace().open_plain(path, weights)
+        outputs = session.run(None, {f"x{i}": feeds[name] for i, name in enumerate(compiled.inputs)})
+        return dict(zip(compiled.outputs, outputs, strict=True))
+
+    def weights(self, compiled: Compiled) -> dict[str, onnxruntime.OrtValue]:
+        files = [np.fromfile(self.store.segment_path(segment.id), np.uint8) for segment in compiled.segments]
+        return {
+            slot.name: onnxruntime.OrtValue.ortvalue_from_numpy(
+                files[slot.segment][slot.offset : slot.offset + slot.bytes].view(slot.dtype).reshape(slot.shape)
+            )
+            for slot in compiled.tensors
+        }
 
 
 @pytest.fixture
@@ -206,6 +226,148 @@ def test_damage_inside_a_segment_is_found_when_asked(bench: Workbench) -> None:
     path.write_bytes(content)
     with pytest.raises(StoreError, match="is damaged"):
         bench.store.verify(compiled)
+
+
+def test_an_int8_expert_is_served_by_a_plain_session_of_its_segments(bench: Workbench, tmp_path: Path) -> None:
+    """As a template it takes 1.9 to 2.1 times as long (1.31.1, AVX2 and AVX-512, 2026-11)."""
+    bundles = [bench.bundle(f"e{seed}", kit.int8_net(tmp_path, seed)) for seed in (1, 2)]
+    compiled = bench.compiled(*bundles)
+    assert len({c.architecture for c in compiled}) == 1
+    assert len({c.plain_path for c in compiled}) == 1
+    assert compiled[0].segments[1] == compiled[1].segments[1], "they share their trunk"
+    assert compiled[0].segments[0] != compiled[1].segments[0]
+    for bundle, expert in zip(bundles, compiled, strict=True):
+        assert expert.plain_path is not None
+        assert expert.plain_path.stat().st_size < 100_000, "it holds no weights"
+        feeds = {"image": kit.noise(3)}
+        expected = kit.run_plain(bundle.model_path, feeds)["logits"]
+        np.testing.assert_allclose(bench.run_plain(expert, expert.plain_path, feeds)["logits"], expected, atol=1e-5)
+        assert 0.8 * expert.bytes < expert.private_bytes < 2 * expert.bytes, "the runtime packs a copy"
+
+
+def test_convolutions_are_served_as_templates(bench: Workbench) -> None:
+    [compiled] = bench.compiled(bench.bundle("e", kit.deep_net()))
+    assert compiled.plain_path is None
+    assert compiled.private_bytes == 0
+
+
+@pytest.mark.parametrize("loses", [True, False])
+def test_how_an_architecture_is_served_follows_the_first_measurement(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch, loses: bool
+) -> None:
+    monkeypatch.setattr("appliance.drivers.compile.Child", InProcess)
+    monkeypatch.setattr("appliance.drivers.trial.is_slower", lambda pairs: loses)
+    first, second = bench.bundle("first", kit.conv_net(1)), bench.bundle("second", kit.conv_net(2))
+    [compiled] = bench.compiled(first)
+    monkeypatch.setattr("appliance.drivers.trial.is_slower", lambda pairs: not loses)
+    [other] = bench.compiled(second)
+    for bundle, expert in ((first, compiled), (second, other)):
+        assert (expert.plain_path is not None) == loses
+        feeds = {"image": kit.noise(2)}
+        expected = kit.run_plain(bundle.model_path, feeds)["logits"]
+        np.testing.assert_allclose(bench.run(expert, feeds)["logits"], expected, atol=1e-5)
+    assert other.item_seconds == compiled.item_seconds
+
+
+class InProcess:
+    """A child that is none, so that a test can change what it finds."""
+
+    is_alive = True
+
+    def __init__(self, module: str, *, memory_bytes: int) -> None: ...
+
+    def ask(self, request: dict[str, Any], *, seconds: float) -> dict[str, Any]:
+        reply: dict[str, Any] = json.loads(json.dumps(compile_child.compile_one(request)))
+        return reply
+
+    def close(self) -> None: ...
+
+
+def test_golden_samples_are_compared_with_a_plain_session_too(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("appliance.drivers.compile.Child", InProcess)
+    monkeypatch.setattr("appliance.drivers.trial.is_slower", lambda pairs: True)
+    bench.compiled(bench.bundle("first"))
+    wrong = {"image": kit.noise(1), "logits": np.zeros((1, 7), np.float32)}
+    assert "off golden.npz" in str(bench.failure(bench.bundle("off", kit.conv_net(1), golden=wrong)))
+
+
+def test_a_plain_session_that_is_given_too_few_weights_is_refused(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("appliance.drivers.compile.Child", InProcess)
+    monkeypatch.setattr("appliance.drivers.trial.is_slower", lambda pairs: True)
+    [compiled] = bench.compiled(bench.bundle("e"))
+    assert compiled.plain_path is not None
+    weights = bench.weights(compiled)
+    for name in weights:
+        with pytest.raises(runtime.ERRORS):
+            runtime.CpuPlace().open_plain(
+                compiled.plain_path, {other: value for other, value in weights.items() if other != name}
+            )
+
+
+def test_a_flipped_bit_in_a_plain_graph_is_put_away_and_compiled_again(bench: Workbench, tmp_path: Path) -> None:
+    bundle = bench.bundle("e", kit.int8_net(tmp_path))
+    [compiled] = bench.compiled(bundle)
+    path = compiled.plain_path
+    assert path is not None
+    for notice in (bench.store.check, lambda: bench.store.repair(bundle)):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(StoreError, match="is damaged"):
+            bench.store.verify(compiled)
+        assert bench.store.find(bundle) is None
+        notice()
+        assert not path.exists()
+        assert (bench.store.quarantine / path.name).is_file()
+        assert bench.compiled(bundle) == [compiled]
+        bench.store.verify(compiled)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "is_slower"),
+    [
+        ([(0.012, 0.010)] * 5, True),
+        ([(0.0108, 0.010)] * 5, False),
+        ([(0.008, 0.010)] * 5, False),
+        ([(0.00019, 0.00010)] * 5, False),  # a tenth of a millisecond is not worth a session
+        ([(0.010, 0.010)] * 6 + [(0.050, 0.010)] * 5, False),  # the box was busy in between
+        ([(0.020, 0.010)] * 6 + [(0.020, 0.080)] * 5, True),
+    ],
+)
+def test_a_template_has_to_lose_clearly_and_often(pairs: list[tuple[float, float]], is_slower: bool) -> None:
+    assert trial.is_slower(pairs) is is_slower
+
+
+def test_what_a_run_takes_beside_the_weights_is_measured(bench: Workbench) -> None:
+    """Two results of 64 x 96 x 96 are there at once; a planned block lies beside the pieces of the first run."""
+    inputs = [{"name": "image", "size": (96, 96)}]
+    [compiled] = bench.compiled(bench.bundle("e", kit.deep_net(channels=64, layers=3, side=96), inputs=inputs))
+    both = 2 * 64 * 96 * 96 * 4
+    for count in (1, 2, 4, 8):
+        taken = compiled.activation_fixed_bytes + count * compiled.activation_item_bytes
+        assert count * both <= taken <= 3 * count * both
+
+
+@pytest.mark.parametrize(
+    ("samples", "line"),
+    [
+        ([(1, 1000)], (1000, 0)),
+        ([(1, 1000), (2, 1500)], (500, 500)),
+        ([(1, 900), (2, 1000), (4, 3000)], (1000, 0)),
+        ([(1, 5000), (2, 1000), (4, 1000)], (0, 5000)),
+        ([(1, 1000), (2, 2300), (4, 4000)], (979, 342)),
+    ],
+)
+def test_no_measured_run_takes_more_than_is_booked_for_it(
+    samples: list[tuple[int, int]], line: tuple[int, int]
+) -> None:
+    item, fixed = trial.ceiling(samples)
+    assert (item, fixed) == line
+    assert all(fixed + item * count >= size for count, size in samples)
 
 
 def test_another_model_file_of_the_same_version_is_another_entry(bench: Workbench) -> None:

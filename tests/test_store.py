@@ -93,7 +93,16 @@ def _made(tensors: Sequence[bytes], folder: Path) -> dict[str, Any]:
             for i, tensor in enumerate(tensors)
         ],
         "outputs": ["logits"],
-        "costs": [0.001, 0.0],
+        "output_bytes": 28,
+        "plain": None,
+        "costs": {
+            "is_plain": False,
+            "item_seconds": 0.001,
+            "fixed_seconds": 0.0,
+            "activation_item_bytes": 1000,
+            "activation_fixed_bytes": 500,
+            "private_bytes": 0,
+        },
     }
 
 

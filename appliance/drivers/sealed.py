@@ -1,4 +1,4 @@
-"""Small files that say by themselves whether they are whole: JSON beside its own SHA-256, put in place by one rename."""
+"""Small files that know whether they are whole: JSON beside its own SHA-256, put in place by one rename."""
 
 from __future__ import annotations
 

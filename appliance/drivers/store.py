@@ -1,6 +1,7 @@
 """The store on disk: templates, weight segments and what makes an expert of them, shared, checked and kept tidy.
 
     <store>/<runtime, instruction set, provider>/architectures/<signature>/template.onnx, architecture.json
+                                                                           plain-<sha256>.onnx
                                                  segments/<sha256>
                                                  experts/<name>/<version>-<model sha256, 12 digits>.json
                                                  quarantine/<what was damaged>, <the same>.reason
@@ -43,8 +44,12 @@ from appliance.errors import StoreError
 
 _log = logging.getLogger(__name__)
 
-_LAYOUT = 2
+_LAYOUT = 3
 """Part of the store's key: raise it when templates, segments or these files change their form."""
+_COPIES_OF_OUTPUTS = 3
+"""The last layer's sums, what is made of them, and the copy that is handed out."""
+_COPIES_WHEN_PACKED = 2
+"""At most, of weights that the runtime packs (1.0 to 1.2, 1.31.1, 2026-11)."""
 _STALE_SECONDS = 3600.0
 _PIECE_BYTES = 4 << 20
 _COMPILE_AGAIN = "the next start compiles it again"
@@ -210,7 +215,7 @@ class Store:
             )
         with self._change():
             self._untidy.touch()
-            self._keep_architecture(made, folder)
+            is_plain = self._keep_architecture(made, folder)
             self._keep_segment(Segment(made["segment"], made["bytes"]), folder / "segment")
             entry = {
                 "expert": manifest.name,
@@ -221,6 +226,8 @@ class Store:
                 "tensors": [{**tensor, "segment": 0} for tensor in made["tensors"]],
                 "inputs": [spec.name for spec in manifest.inputs],
                 "outputs": made["outputs"],
+                "output_bytes": made["output_bytes"],
+                "plain": made["plain"] if is_plain else None,
             }
             sealed.write(entry, folder, self._expert_path(bundle))
             return self._read(self._expert_path(bundle))
@@ -265,6 +272,13 @@ class Store:
         entry = sealed.read(path)
         template = self.template_path(entry["architecture"])
         cost = sealed.read(template.parent / "architecture.json")
+        tensors = tuple(_slot(tensor) for tensor in entry["tensors"])
+        # Experts of one architecture differ in their last layer; it was measured on one of them.
+        wider_bytes = max(0, entry["output_bytes"] - cost["output_bytes"])
+        heavier_bytes = max(0, sum(slot.bytes for slot in tensors) - cost["weights_bytes"])
+        is_plain = cost["is_plain"]
+        if is_plain and entry["plain"] is None:
+            raise ValueError(f"{path} was made before its architecture was measured again")
         return Compiled(
             expert=entry["expert"],
             version=entry["version"],
@@ -272,14 +286,15 @@ class Store:
             architecture=entry["architecture"],
             template_path=template,
             segments=tuple(Segment(s["id"], s["bytes"]) for s in entry["segments"]),
-            tensors=tuple(
-                TensorSlot(t["name"], t["dtype"], tuple(t["shape"]), t["segment"], t["offset"], t["sha256"])
-                for t in entry["tensors"]
-            ),
+            tensors=tensors,
             inputs=tuple(entry["inputs"]),
             outputs=tuple(entry["outputs"]),
             item_seconds=cost["item_seconds"],
             fixed_seconds=cost["fixed_seconds"],
+            activation_fixed_bytes=cost["activation_fixed_bytes"],
+            activation_item_bytes=cost["activation_item_bytes"] + _COPIES_OF_OUTPUTS * wider_bytes,
+            private_bytes=cost["private_bytes"] + _COPIES_WHEN_PACKED * heavier_bytes if is_plain else 0,
+            plain_path=_plain_path(template, entry["plain"]) if is_plain else None,
         )
 
     def _named_by(self, path: Path) -> Compiled | None:
@@ -295,13 +310,14 @@ class Store:
 
     def _digests(self, compiled: Compiled) -> dict[Path, str]:
         segments = {self.segment_path(segment.id): segment.id for segment in compiled.segments}
-        return {compiled.template_path: compiled.architecture, **segments}
+        return {**_graphs(compiled), **segments}
 
     def _seen_damage(self, compiled: Compiled) -> Iterator[tuple[Path, str]]:
-        """What is missing or wrong at first sight: sizes, and the template's few bytes."""
-        reason = _damage(compiled.template_path, compiled.architecture)
-        if reason is not None:
-            yield compiled.template_path, reason
+        """What is missing or wrong at first sight: sizes, and the graphs' few bytes."""
+        for graph, digest in _graphs(compiled).items():
+            reason = _damage(graph, digest)
+            if reason is not None:
+                yield graph, reason
         for segment in compiled.segments:
             path = self.segment_path(segment.id)
             try:
@@ -318,13 +334,31 @@ class Store:
 
     # Keeping.
 
-    def _keep_architecture(self, made: Mapping[str, Any], folder: Path) -> None:
-        if made["costs"] is None:  # the child found it here
-            return
-        item_seconds, fixed_seconds = made["costs"]
-        home = self.template_path(made["architecture"]).parent
-        sealed.place(folder / "template.onnx", home / "template.onnx")
-        sealed.write({"item_seconds": item_seconds, "fixed_seconds": fixed_seconds}, folder, home / "architecture.json")
+    def _keep_architecture(self, made: Mapping[str, Any], folder: Path) -> bool:
+        """Whether this architecture is served plain. What was found out first holds: experts must not differ by luck.
+
+        Raises StoreError when what the child relied on is gone.
+        """
+        template = self.template_path(made["architecture"])
+        if _damage(template, made["architecture"]) is not None:
+            sealed.place(folder / "template.onnx", template)
+        place = template.parent / "architecture.json"
+        try:
+            is_plain = bool(sealed.read(place)["is_plain"])
+        except (OSError, ValueError):
+            if made["costs"] is None:
+                raise StoreError(f"{place} is gone since the compile began", "start again") from None
+            weights_bytes = sum(_slot({**tensor, "segment": 0}).bytes for tensor in made["tensors"])
+            of_whom = {"output_bytes": made["output_bytes"], "weights_bytes": weights_bytes}
+            sealed.write({**made["costs"], **of_whom}, folder, place)
+            is_plain = bool(made["costs"]["is_plain"])
+        if is_plain:
+            if made["plain"] is None:
+                raise StoreError(f"{place} is another than when the compile began", "start again")
+            plain = _plain_path(template, made["plain"])
+            if _damage(plain, made["plain"]) is not None:
+                sealed.place(folder / "plain.onnx", plain)
+        return is_plain
 
     def _keep_segment(self, segment: Segment, source: Path) -> None:
         place = self.segment_path(segment.id)
@@ -417,6 +451,25 @@ class Store:
         for path in (self.folder / "segments").glob("*"):
             if path.name not in named:
                 path.unlink()
+
+
+def _slot(tensor: Mapping[str, Any]) -> TensorSlot:
+    t = tensor
+    return TensorSlot(t["name"], t["dtype"], tuple(t["shape"]), t["segment"], t["offset"], t["sha256"])
+
+
+def _graphs(compiled: Compiled) -> dict[Path, str]:
+    """The files that hold its graph, and their digests."""
+    plain = compiled.plain_path
+    return {compiled.template_path: compiled.architecture} | ({} if plain is None else {plain: _digest_in(plain)})
+
+
+def _plain_path(template: Path, sha256: str) -> Path:
+    return template.with_name(f"plain-{sha256}.onnx")
+
+
+def _digest_in(plain: Path) -> str:
+    return plain.stem.removeprefix("plain-")
 
 
 class _Damaged(Exception):

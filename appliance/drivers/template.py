@@ -32,6 +32,8 @@ INSIDE_SLOTS: Mapping[str, frozenset[int]] = {
 }
 """Float inputs that say how to compute rather than what was learned; kernels may want them constant."""
 _LIFTED_TYPES = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.INT8, TensorProto.UINT8}
+_NOWHERE = 1 << 40
+"""An offset beyond the end of every file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,25 @@ class Template:
     def signature(self) -> str:
         """Names the architecture. Whatever was left inside the graph is part of it."""
         return hashlib.sha256(self.model).hexdigest()
+
+
+def plain_form(template: Template) -> bytes:
+    """The same graph for a session of one expert, to which its weights `w{i}` are given as initializers when it opens.
+
+    It lies beside a file `template.onnx`, which it says holds the weights. They are not there: the runtime (1.31.1)
+    insists on a file that exists, and whoever forgets a weight shall hear of it when it opens.
+    """
+    model = ModelProto.FromString(template.model)
+    pictures = [value for value in model.graph.input if not value.name.startswith("w")]
+    del model.graph.input[:]
+    model.graph.input.extend(pictures)
+    for number, weight in enumerate(template.weights):
+        tensor = model.graph.initializer.add(name=f"w{number}", data_type=weight.data_type, dims=weight.dims)
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in {"location": "template.onnx", "offset": str(_NOWHERE)}.items():
+            tensor.external_data.add(key=key, value=value)
+    content: bytes = model.SerializeToString(deterministic=True)
+    return content
 
 
 def lift(optimised: ModelProto, inputs: Sequence[str]) -> Template:
