@@ -283,14 +283,27 @@ class InProcess:
     def close(self) -> None: ...
 
 
-def test_golden_samples_are_compared_with_a_plain_session_too(
-    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("loses", "opens"), [(True, "as_plain"), (False, "as_template")])
+def test_what_will_serve_is_what_is_proven(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch, loses: bool, opens: str
 ) -> None:
     monkeypatch.setattr("appliance.drivers.compile.Child", InProcess)
-    monkeypatch.setattr("appliance.drivers.trial.is_slower", lambda pairs: True)
+    monkeypatch.setattr("appliance.drivers.trial.is_slower", lambda pairs: loses)
     bench.compiled(bench.bundle("first"))
-    wrong = {"image": kit.noise(1), "logits": np.zeros((1, 7), np.float32)}
-    assert "off golden.npz" in str(bench.failure(bench.bundle("off", kit.conv_net(1), golden=wrong)))
+    real = getattr(trial, opens)
+
+    def wrong(path: Path, weights: trial.Weights) -> trial.Trial:
+        opened: trial.Trial = real(path, {name: np.zeros_like(array) for name, array in weights.items()})
+        return opened
+
+    monkeypatch.setattr(trial, opens, wrong)
+    assert "differs from the plain session's" in str(bench.failure(bench.bundle("other", kit.conv_net(1))))
+    monkeypatch.setattr("appliance.drivers.compile_child._prove_equal", lambda *_: None)
+    truth = {
+        "image": kit.noise(1),
+        "logits": kit.run_plain(bench.bundle("x").model_path, {"image": kit.noise(1)})["logits"],
+    }
+    assert "off golden.npz" in str(bench.failure(bench.bundle("golden", golden=truth)))
 
 
 def test_a_plain_session_that_is_given_too_few_weights_is_refused(
