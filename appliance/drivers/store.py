@@ -36,11 +36,11 @@ from typing import Any
 import numpy as np
 
 from appliance import catalog
-from appliance.catalog import Bundle
+from appliance.catalog import Bundle, Catalog
 from appliance.core.types import Segment
 from appliance.drivers import devices, sealed, sharing
 from appliance.drivers.sharing import Content, Recipe
-from appliance.errors import StoreError
+from appliance.errors import CatalogError, StoreError
 
 _log = logging.getLogger(__name__)
 
@@ -171,21 +171,59 @@ class Store:
             if reason is not None:
                 raise StoreError(f"{path} {reason}", _COMPILE_AGAIN)
 
-    def check(self, rest: Callable[[float], bool] = lambda seconds: False) -> list[Damage]:
+    def check(
+        self,
+        rest: Callable[[float], bool] = lambda seconds: False,
+        tell: Callable[[int, int], None] = lambda read_bytes, all_bytes: None,
+    ) -> list[Damage]:
         """Read every byte that any expert needs, each once, and put what is damaged into quarantine.
 
-        After each piece `rest` hears how many seconds it took, and may wait; when it returns True, the check ends.
+        After each piece `tell` hears how many bytes of how many have been read, and `rest` how many seconds the piece
+        took; that one may wait, and when it returns True, the check ends.
         """
         expected = {path: digest for c in self._entries().values() for path, digest in self._digests(c).items()}
+        total, read = sum(path.stat().st_size for path in expected if path.exists()), 0
+
+        def heard(seconds: float, size: int) -> bool:
+            nonlocal read
+            read += size
+            tell(read, total)
+            return rest(seconds)
+
         found = []
         for path, digest in expected.items():
             try:
-                reason = _damage(path, digest, rest)
+                reason = _damage(path, digest, heard)
             except InterruptedError:
                 break
             if reason is not None and path.exists():
                 found.append(self._set_aside(path, reason))
         return found
+
+    def unused(self, catalogue: Catalog) -> dict[str, int]:
+        """The bytes of every compiled expert that no bundle on disk names, of whatever version; by its file's name.
+
+        A bundle that cannot be read names all that was ever made of its version.
+        """
+        compiled = {path: self._named_by(path) for path in self._unused_paths(catalogue)}
+        return {f"{path.parent.name}/{path.stem}": c.bytes if c is not None else 0 for path, c in compiled.items()}
+
+    def prune(self, catalogue: Catalog) -> int:
+        """Remove the unused experts, and what nobody needs without them. The bytes that the store takes less.
+
+        Segments and architectures stay while another process uses the store; `tidy` removes the segments once it is
+        alone, and the next `prune` the rest.
+        """
+        before = self._size_bytes()
+        with self._change():
+            self._untidy.touch()
+            for path in self._unused_paths(catalogue):
+                path.unlink()
+        self.tidy()
+        with self._change(), self._alone() as is_alone:
+            if is_alone:
+                self._remove_unused_graphs()
+        return before - self._size_bytes()
 
     def repair(self, bundle: Bundle) -> None:
         """Put away what is seen at once to be damaged of this expert, so that compiling it makes it anew."""
@@ -328,6 +366,20 @@ class Store:
                 if found != segment.bytes:
                     yield path, f"has {found} bytes instead of {segment.bytes}"
 
+    def _unused_paths(self, catalogue: Catalog) -> list[Path]:
+        named = set[Path]()
+        for name, versions in catalogue.versions.items():
+            for version in versions:
+                try:
+                    named.add(self._expert_path(catalog.read_bundle(catalogue.folder / name / str(version))))
+                except CatalogError:
+                    named.update((self.folder / "experts" / name).glob(f"{version}-*.json"))
+        return sorted(set((self.folder / "experts").glob("*/*.json")) - named)
+
+    def _size_bytes(self) -> int:
+        folders = (self.folder / name for name in ("architectures", "segments", "experts"))
+        return sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
+
     def _expert_path(self, bundle: Bundle) -> Path:
         manifest = bundle.manifest
         return self.folder / "experts" / manifest.name / f"{manifest.version}-{manifest.model.sha256[:12]}.json"
@@ -452,6 +504,16 @@ class Store:
             if path.name not in named:
                 path.unlink()
 
+    def _remove_unused_graphs(self) -> None:
+        entries = self._entries().values()
+        architectures, graphs = {c.architecture for c in entries}, {path for c in entries for path in _graphs(c)}
+        for home in (self.folder / "architectures").glob("*"):
+            if home.name not in architectures:
+                shutil.rmtree(home)
+        for path in (self.folder / "architectures").glob("*/plain-*"):
+            if path not in graphs:
+                path.unlink()
+
 
 def _slot(tensor: Mapping[str, Any]) -> TensorSlot:
     t = tensor
@@ -513,10 +575,11 @@ def _slice(path: Path, slot: TensorSlot) -> bytes:
     return content
 
 
-def _damage(path: Path, expected: str, rest: Callable[[float], bool] = lambda seconds: False) -> str | None:
+def _damage(path: Path, expected: str, heard: Callable[[float, int], bool] = lambda seconds, size: False) -> str | None:
     """Why the file's content is not what its name says, or None.
 
-    Raises InterruptedError when `rest` says so, and StoreError when that cannot be known.
+    After each piece `heard` is told how many seconds it took, and how many bytes it has. Raises InterruptedError when
+    that returns True, and StoreError when the answer cannot be known.
 
     What was read of a large file is not kept in the page cache, which a limited box needs for other things.
     """
@@ -528,7 +591,7 @@ def _damage(path: Path, expected: str, rest: Callable[[float], bool] = lambda se
                 digest.update(piece)
                 if len(piece) == _PIECE_BYTES:
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-                if rest(time.perf_counter() - begun):
+                if heard(time.perf_counter() - begun, len(piece)):
                     raise InterruptedError
                 begun = time.perf_counter()
     except InterruptedError:
