@@ -140,7 +140,7 @@ class Service:
         self._memory = devices.MemoryWatch()
         self._has_drained = False
 
-        self._store_check = StoreCheck(installation.store)
+        self._store_check = StoreCheck(installation.store, installation.catalog.bundles, installation.compiled)
         self._weights = Weights(installation.store.segment_path)
         sessions = Sessions(self._weights, runtime.CpuPlace(), activation_bytes=WORKING_BYTES // 2)
         self._residents = Residents(installation.compiled, self._weights, sessions)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import resource
 import signal
@@ -23,9 +24,10 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from appliance.catalog import Bundle
 from appliance.drivers import compile_child, runtime, trial
-from appliance.drivers.compile import compile_bundles
+from appliance.drivers.compile import Report, compile_bundles
 from appliance.drivers.sessions import Sessions
 from appliance.drivers.store import Compiled, Store
+from appliance.drivers.storecheck import StoreCheck
 from appliance.drivers.weights import Weights
 from appliance.errors import ApplianceError, CatalogError, DigestMismatch, ModelError, StoreError, UnsafeModel
 from appliance.sandbox import Child
@@ -327,9 +329,7 @@ def test_a_flipped_bit_in_a_plain_graph_is_put_away_and_compiled_again(bench: Wo
     path = compiled.plain_path
     assert path is not None
     for notice in (bench.store.check, lambda: bench.store.repair(bundle)):
-        content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 1
-        path.write_bytes(content)
+        flip_bit(path)
         with pytest.raises(StoreError, match="is damaged"):
             bench.store.verify(compiled)
         assert bench.store.find(bundle) is None
@@ -427,9 +427,7 @@ def test_golden_samples_are_never_unpickled(bench: Workbench) -> None:
 def test_flipped_bytes_are_refused_before_anything_opens_them(bench: Workbench, file: str) -> None:
     bundle = bench.bundle("e", golden={"image": kit.noise(1), "logits": np.zeros((1, 7), np.float32)})
     path = bundle.folder / file
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
+    flip_bit(path)
     assert isinstance(bench.failure(bundle), DigestMismatch)
 
 
@@ -769,9 +767,7 @@ def test_flipped_bits_in_segment_and_template_are_put_away_and_compiled_again(be
     [compiled] = bench.compiled(bundle)
     segment = bench.store.segment_path(compiled.segments[0].id)
     for path in (segment, compiled.template_path):
-        content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 1
-        path.write_bytes(content)
+        flip_bit(path)
     assert bench.store.find(bundle) is None, "a template is read whole each time"
     assert [damage.experts for damage in bench.store.check()] == [("e",), ("e",)]
     [again] = bench.compiled(bundle)
@@ -780,6 +776,104 @@ def test_flipped_bits_in_segment_and_template_are_put_away_and_compiled_again(be
     assert {path.name for path in bench.store.quarantine.iterdir()} == {
         name + end for name in (segment.name, f"{compiled.architecture}.onnx") for end in ("", ".reason")
     }
+
+
+def test_what_the_check_beside_a_service_finds_damaged_is_made_whole_again(
+    bench: Workbench, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A flipped bit each in a trunk that two share and in the graph of a third; nothing is restarted."""
+    bundles = {n: bench.bundle(n, kit.fine_tune(int(n[1]), width=200)) for n in ("e1", "e2")}
+    bundles |= {"plain": bench.bundle("plain", kit.int8_net(tmp_path)), "sound": bench.bundle("sound", kit.conv_net())}
+    serving = dict(zip(bundles, bench.compiled(*bundles.values()), strict=True))
+    trunk, plain = bench.store.segment_path(serving["e1"].segments[1].id), serving["plain"].plain_path
+    assert plain is not None
+    content = [path.read_bytes() for path in (trunk, plain)]
+    for path in (trunk, plain):
+        flip_bit(path)
+    check_beside(bench.store, bundles, serving, caplog)
+    assert {path.name for path in (trunk, plain)} <= {path.name for path in bench.store.quarantine.iterdir()}
+    assert [path.read_bytes() for path in (trunk, plain)] == content
+    assert [f"rebuilt expert={name}" in caplog.text for name in serving] == [True, True, True, False]
+    assert "rebuild_" not in caplog.text
+    assert {name: bench.store.find(bundle) for name, bundle in bundles.items()} == serving
+    for name, compiled in serving.items():
+        bench.store.verify(compiled)
+        feeds = {"image": kit.noise(2)}
+        expected = kit.run_plain(bundles[name].model_path, feeds)["logits"]
+        np.testing.assert_allclose(bench.run(compiled, feeds)["logits"], expected, atol=1e-5)
+
+
+def test_a_rebuilt_expert_that_is_another_than_the_served_one_is_an_error(
+    bench: Workbench, caplog: pytest.LogCaptureFixture
+) -> None:
+    bundles = {"e": bench.bundle("e"), "broken": bench.bundle("broken", kit.conv_net(1))}
+    e, broken = bench.compiled(*bundles.values())
+    for compiled in (e, broken):
+        flip_bit(bench.store.segment_path(compiled.segments[0].id))
+    flip_bit(bundles["broken"].model_path)
+    serving = {"e": replace(e, fixed_seconds=e.fixed_seconds + 1), "broken": broken}
+    check_beside(bench.store, bundles, serving, caplog)
+    assert "rebuild_differs expert=e" in caplog.text
+    assert "rebuild_failed expert=broken" in caplog.text
+    assert "rebuilt expert" not in caplog.text
+
+
+def test_a_rebuild_removes_nothing_that_the_service_read_about(
+    bench: Workbench, caplog: pytest.LogCaptureFixture
+) -> None:
+    bundles = {n: bench.bundle(n, kit.fine_tune(int(n[1]), width=200)) for n in ("e1", "e2")}
+    serving = dict(zip(bundles, bench.compiled(*bundles.values()), strict=True))
+    later = Store(bench.store.folder.parent)
+    third = bench.bundle("part", kit.fine_tune(3, ["square"], width=200))
+    compile_bundles(later, [third], report=lambda name, result: None)
+    assert bench.store.find(bundles["e1"]) != serving["e1"]
+    del later
+    damaged = bench.store.find(third)
+    assert damaged is not None
+    flip_bit(bench.store.segment_path(damaged.segments[0].id))
+    check_beside(bench.store, {**bundles, "part": third}, {**serving, "part": damaged}, caplog)
+    assert "rebuilt expert=part" in caplog.text
+    for compiled in serving.values():
+        bench.store.verify(compiled)
+
+
+def test_a_rebuild_ends_with_the_expert_that_is_being_compiled(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    bundle = bench.bundle("e")
+    [compiled] = bench.compiled(bundle)
+    flip_bit(bench.store.segment_path(compiled.segments[0].id))
+    check = StoreCheck(bench.store, {"e": bundle}, {"e": compiled}, share=1.0)
+    stopper = threading.Thread(target=check.stop)
+
+    def endless(store: Store, bundles: Sequence[Bundle], *, report: Report) -> dict[str, Compiled]:
+        stopper.start()
+        for _ in range(10_000):
+            report("e", compiled)
+            threading.Event().wait(0.001)
+        return {"e": compiled}
+
+    monkeypatch.setattr("appliance.drivers.storecheck.compile_bundles", endless)
+    with caplog.at_level(logging.INFO):
+        check.start()
+        check.wait()
+        stopper.join()
+    assert "rebuilt expert" not in caplog.text
+
+
+def check_beside(
+    store: Store, bundles: Mapping[str, Bundle], serving: Mapping[str, Compiled], caplog: pytest.LogCaptureFixture
+) -> None:
+    check = StoreCheck(store, bundles, serving, share=1.0)
+    with caplog.at_level(logging.INFO):
+        check.start()
+        check.wait()
+
+
+def flip_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 def test_a_damaged_template_is_replaced_without_being_asked(bench: Workbench) -> None:
@@ -849,7 +943,7 @@ _COMPILE_UNTIL_KILLED = """
 import os, signal, sys
 from pathlib import Path
 from tests import kit_models as kit
-from appliance.drivers.compile import compile_bundles
+from appliance.drivers.compile import Report, compile_bundles
 from appliance.drivers.store import Store
 catalog, last = Path(sys.argv[2] + "-again"), int(sys.argv[3])
 bundles = [kit.write_bundle(catalog, f"e{i}", kit.fine_tune(i, width=200)) for i in range(6)]

@@ -92,11 +92,15 @@ def test_compiled_experts_that_no_bundle_names_are_told_and_stay(tmp_path: Path)
 
 def test_compiled_experts_that_no_bundle_names_are_pruned_when_told_to(tmp_path: Path) -> None:
     config, folder = _with_one_gone(tmp_path)
+    kept = install(config).compiled["kept"]
+    old = kept.template_path.with_name("plain-of-a-head-that-nobody-has.onnx")
+    old.write_bytes(b"old")
     size = sum(_files(folder).values())
     found = checked(config, prune=True)
     assert len(found["unused"]) == 1
     assert found["freed_bytes"] == size - sum(_files(folder).values()) > 10_000
     assert checked(config)["unused"] == {}
+    assert not old.exists()
     made = install(config)
     assert {path.name for path in (folder / "segments").iterdir()} == {s.id for s in made.compiled["kept"].segments}
     assert [path.name for path in (folder / "architectures").iterdir()] == [made.compiled["kept"].architecture]

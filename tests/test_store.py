@@ -311,7 +311,7 @@ def test_a_store_is_checked_beside_the_service(shelf: Shelf, caplog: pytest.LogC
     experts = fine_tunes(shelf, 2)
     bundle = experts["e1"][0]
     flip_bit(shelf.store.segment_path(shelf.found(bundle).segments[0].id))
-    check = StoreCheck(shelf.store, share=1.0)
+    check = StoreCheck(shelf.store, {}, {}, share=1.0)
     with caplog.at_level(logging.INFO):
         check.start()
         check.wait()
@@ -322,7 +322,7 @@ def test_a_store_is_checked_beside_the_service(shelf: Shelf, caplog: pytest.LogC
 
 def test_a_check_that_goes_on_for_days_is_stopped_at_once(shelf: Shelf, caplog: pytest.LogCaptureFixture) -> None:
     fine_tunes(shelf, 2)
-    check = StoreCheck(shelf.store, share=1e-9)
+    check = StoreCheck(shelf.store, {}, {}, share=1e-9)
     with caplog.at_level(logging.INFO):
         check.start()
         check.stop()
