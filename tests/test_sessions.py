@@ -274,11 +274,19 @@ def test_a_resident_expert_does_not_keep_the_pictures_of_its_last_run(shop: Shop
     assert kept() is None
 
 
-def test_activations_of_large_batches_are_given_back_after_a_while(shop: Shop) -> None:
-    shop.ready("e0")
-    run(shop, "e0", kit.noise(1))
-    before = anonymous_bytes()
-    run(shop, "e0", kit.noise(1024))
-    for _ in range(32):
-        run(shop, "e0", kit.noise(1))
-    assert anonymous_bytes() - before < 4 << 20
+def test_activations_beyond_their_budget_are_given_back(shop: Shop) -> None:
+    compiled = replace(shop.compiled["e0"], activation_item_bytes=32_000)
+    shop.memory.load(compiled.segments)
+    sessions = Sessions(shop.memory, runtime.CpuPlace(), activation_bytes=16 << 20)
+    sessions.activate(compiled)
+
+    def gathered(count: int) -> int:
+        with sessions.lease("e0") as lease:
+            lease.run({"image": kit.noise(count)})
+        return anonymous_bytes() - before
+
+    before = 0
+    before = gathered(1)
+    assert gathered(400) > 8 << 20
+    assert gathered(1) > 8 << 20
+    assert gathered(300) < 1 << 20
