@@ -34,7 +34,7 @@ _UNUSED_TEMPLATES = 16
 class Cancellation:
     """Ends runs that nobody wants any more, from any thread. It stays cancelled.
 
-    The runtime looks between two nodes; measured from 0.1 ms to the time of the longest node.
+    The runtime looks between two nodes.
     """
 
     def __init__(self) -> None:
@@ -126,16 +126,17 @@ class Lease:
 
     def _run(self, feeds: Mapping[str, NDArray[np.float32]], missing: int, options: Any) -> list[NDArray[Any]]:
         try:
-            with _named_errors(self.compiled, self._place, RunError, "failed"), self._cancellation.reaching(options):
-                for number, name in enumerate(self.compiled.inputs):
-                    array = np.ascontiguousarray(feeds[name], np.float32)
-                    self._binding.bind_cpu_input(f"x{number}", _filled(array, missing))
+            for number, name in enumerate(self.compiled.inputs):
+                array = np.ascontiguousarray(feeds[name], np.float32)
+                self._binding.bind_cpu_input(f"x{number}", _filled(array, missing))
+            with self._cancellation.reaching(options):
                 self._session.run_with_iobinding(self._binding, options)
-                found: list[NDArray[Any]] = self._binding.copy_outputs_to_cpu()
-                return found
-        except RunError:
+            found: list[NDArray[Any]] = self._binding.copy_outputs_to_cpu()
+            return found
+        except _FAILURES as error:
+            error.__traceback__ = None  # the runtime's own frames would keep a dropped expert's session alive
             self._cancellation.check(f"the run of {self.compiled.expert}")
-            raise
+            raise _named(error, self.compiled, self._place, RunError, "failed") from error
         finally:
             _unbind(self._binding, self.compiled)
 
@@ -291,7 +292,7 @@ class Sessions:
 
     def _bound(self, compiled: Compiled, session: Any) -> Any:
         """A binding of every weight to its place in memory. It owns none of it: what is resident is held."""
-        with _named_errors(compiled, self._place, ModelError, "cannot be bound to its weights"):
+        with _named_errors(compiled, self._place, "cannot be bound to its weights"):
             binding = session.io_binding()
             if compiled.plain_path is None:
                 for slot, address in self._addresses(compiled):
@@ -304,7 +305,7 @@ class Sessions:
         kind, _ = self._place.device
         if kind != "cpu":
             raise DeviceError(f"{compiled.expert} cannot be served on {kind}: it needs a session of its own")
-        with _named_errors(compiled, self._place, ModelError, "cannot be bound to its weights"):
+        with _named_errors(compiled, self._place, "cannot be bound to its weights"):
             return {
                 slot.name: runtime.value_at(address, np.dtype(slot.dtype), slot.shape)
                 for slot, address in self._addresses(compiled)
@@ -341,14 +342,14 @@ _NOTHING = np.zeros((0, 1, 1, 1), np.float32)
 
 
 def _open_template(compiled: Compiled, place: Place) -> Any:
-    _check_digest(compiled.template_path, compiled.architecture)
-    with _named_errors(compiled, place, ModelError, "is refused by the runtime as a template"):
+    with _named_errors(compiled, place, "is refused by the runtime as a template"):
+        _check_digest(compiled.template_path, compiled.architecture)
         return place.open_template(compiled.template_path)
 
 
 def _open_plain(compiled: Compiled, path: Path, place: Place, values: Mapping[str, Any]) -> Any:
-    _check_digest(path, path.stem.removeprefix("plain-"))
-    with _named_errors(compiled, place, ModelError, "is refused by the runtime as a plain session"):
+    with _named_errors(compiled, place, "is refused by the runtime as a plain session"):
+        _check_digest(path, path.stem.removeprefix("plain-"))
         return place.open_plain(path, values)
 
 
@@ -362,16 +363,22 @@ def _check_digest(path: Path, expected: str) -> None:
 
 
 @contextmanager
-def _named_errors(compiled: Compiled, place: Place, kind: Callable[[str], ApplianceError], what: str) -> Iterator[None]:
-    """What the runtime raises becomes `kind`, or OutOfMemory, with the expert's name."""
+def _named_errors(compiled: Compiled, place: Place, what: str) -> Iterator[None]:
+    """What the runtime raises becomes ModelError or OutOfMemory with the expert's name."""
     try:
         yield
     except _FAILURES as error:
-        said = f": {str(error)[:400]}" if str(error) else ""
-        if runtime.says_out_of_memory(error):
-            device = "{}:{}".format(*place.device)
-            raise OutOfMemory(
-                f"{compiled.expert} needs more memory than {device} has{said}",
-                "lower memory.weights, or the expert's max_batch",
-            ) from error
-        raise kind(f"{compiled.expert} {what}{said}") from error
+        raise _named(error, compiled, place, ModelError, what) from error
+
+
+def _named(
+    error: Exception, compiled: Compiled, place: Place, kind: Callable[[str], ApplianceError], what: str
+) -> ApplianceError:
+    said = f": {str(error)[:400]}" if str(error) else ""
+    if runtime.says_out_of_memory(error):
+        device = "{}:{}".format(*place.device)
+        return OutOfMemory(
+            f"{compiled.expert} needs more memory than {device} has{said}",
+            "lower memory.weights, or the expert's max_batch",
+        )
+    return kind(f"{compiled.expert} {what}{said}")
