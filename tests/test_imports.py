@@ -19,7 +19,7 @@ PACKAGES = ("appliance", "appliance.core", "appliance.drivers", "appliance.lab",
 FRONT = tuple(
     f"appliance.{room}" for room in ("config", "catalog", "profile", "sandbox", "contract", "samples", "client")
 )
-CORE_VALUES = ("appliance.core.types", "appliance.core.costs", "appliance.core.graph")
+CORE_VALUES = ("appliance.core.types", "appliance.core.costs", "appliance.core.graph", "appliance.core.slab")
 EVERYWHERE = ("appliance.errors", "appliance.__version__")
 
 # Who may import what of our own; the longest name that fits a module is its room.

@@ -16,8 +16,9 @@ import pytest
 
 from appliance.core.types import Segment
 from appliance.drivers.devices import anonymous_bytes
-from appliance.drivers.weights import CHUNK_BYTES, Weights
-from appliance.errors import LoadError
+from appliance.drivers.disk import CHUNK_BYTES, READERS
+from appliance.drivers.weights import Weights
+from appliance.errors import Cancelled, LoadError, OutOfMemory
 
 
 class Disk:
@@ -36,6 +37,26 @@ class Disk:
     def path(self, name: str) -> Path:
         self.asked.append(name)
         return self.folder / name
+
+
+class Reads:
+    """Watches direct reads: those of the segment `first` do not end before they are told to go on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, first: Segment) -> None:
+        self.begun, self.others_begun, self.go_on = threading.Event(), threading.Event(), threading.Event()
+        self.ended: list[str] = []
+        really_read = os.preadv
+
+        def reading(descriptor: int, buffers: Any, offset: int) -> int:
+            name = Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
+            (self.begun if name == first.id else self.others_begun).set()
+            if name == first.id:
+                self.go_on.wait()
+            count = really_read(descriptor, buffers, offset)
+            self.ended.append(name)
+            return count
+
+        monkeypatch.setattr(os, "preadv", reading)
 
 
 @pytest.fixture
@@ -133,6 +154,104 @@ def test_two_who_want_one_segment_cause_one_read(disk: Disk, memory: Weights) ->
             waiting.result()
     assert disk.asked == [segment.id]
     assert memory.peak_bytes == segment.bytes
+
+
+def test_what_is_needed_is_read_before_what_is_loaded_ahead(
+    disk: Disk, memory: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ahead, needed = disk.segment(12 * CHUNK_BYTES, 1), disk.segment(12 * CHUNK_BYTES, 2)
+    reads = Reads(monkeypatch, first=ahead)
+    with ThreadPoolExecutor(2) as pool:
+        early = pool.submit(memory.load, [ahead], ahead=True)
+        reads.begun.wait()
+        late = pool.submit(memory.load, [needed])
+        reads.others_begun.wait()
+        reads.go_on.set()
+        late.result()
+        early.result()
+    last_needed = max(number for number, name in enumerate(reads.ended) if name == needed.id)
+    between = reads.ended[: last_needed + 1].count(ahead.id)
+    assert between <= READERS, "no read ahead begins while something needed is read"
+    with memory.view(ahead.id) as view:
+        assert hashlib.sha256(view).hexdigest() == ahead.id
+
+
+def test_a_load_ahead_that_is_needed_after_all_no_longer_waits(
+    disk: Disk, memory: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, segment = disk.segment(12 * CHUNK_BYTES, 1), disk.segment(12 * CHUNK_BYTES, 2)
+    reads = Reads(monkeypatch, first=slow)
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(memory.load, [slow])
+        reads.begun.wait()
+        early = pool.submit(memory.load, [segment], ahead=True)
+        pool.submit(memory.load, [segment]).result()
+        early.result()
+        assert not first.done()
+        reads.go_on.set()
+    assert disk.asked == [slow.id, segment.id]
+
+
+def test_a_cancelled_load_ends_with_an_error_and_without_memory(
+    disk: Disk, memory: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segment = disk.segment(12 * CHUNK_BYTES)
+    reads = Reads(monkeypatch, first=segment)
+    with ThreadPoolExecutor(1) as pool:
+        load = pool.submit(memory.load, [segment])
+        reads.begun.wait()
+        memory.cancel([segment])
+        reads.go_on.set()
+        with pytest.raises(Cancelled):
+            load.result()
+    assert memory.mapped_bytes == 0
+    assert len(reads.ended) <= READERS
+    memory.load([segment])
+    memory.cancel([segment])
+    memory.hold([segment])
+
+
+def test_who_asks_after_a_cancellation_is_not_cancelled_too(
+    disk: Disk, memory: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segment = disk.segment(12 * CHUNK_BYTES)
+    reads = Reads(monkeypatch, first=segment)
+    with ThreadPoolExecutor(2) as pool:
+        unwanted = pool.submit(memory.load, [segment], ahead=True)
+        reads.begun.wait()
+        memory.cancel([segment])
+        wanted = pool.submit(memory.load, [segment])
+        reads.go_on.set()
+        with pytest.raises(Cancelled):
+            unwanted.result()
+        wanted.result()
+    with memory.view(segment.id) as view:
+        assert hashlib.sha256(view).hexdigest() == segment.id
+
+
+def test_hits_tell_what_was_here_from_what_was_read(disk: Disk, memory: Weights) -> None:
+    first, second, gone = disk.segment(4096, 1), disk.segment(4096, 2), Segment("gone", 4096)
+    memory.load([first])
+    memory.load([first, second])
+    with pytest.raises(LoadError):
+        memory.load([gone])
+    assert memory.hits == {"memory": 1, "disk": 2}
+
+
+def test_memory_that_the_system_refuses_is_an_error_of_its_own(
+    disk: Disk, memory: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segment = disk.segment(4096)
+
+    def refusing(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    with monkeypatch.context() as full:
+        full.setattr(mmap, "mmap", refusing)
+        with pytest.raises(OutOfMemory, match="4096 bytes of memory cannot be mapped"):
+            memory.load([segment])
+    assert memory.mapped_bytes == 0
+    memory.load([segment])
 
 
 def test_a_segment_in_use_is_not_dropped(disk: Disk, memory: Weights) -> None:

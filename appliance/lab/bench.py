@@ -28,9 +28,10 @@ from numpy.typing import NDArray
 from appliance.drivers import runtime
 from appliance.drivers.compile import compile_bundles
 from appliance.drivers.devices import anonymous_bytes, cores
+from appliance.drivers.disk import READERS, chunk_bytes
 from appliance.drivers.sessions import Sessions
 from appliance.drivers.store import Compiled, Store
-from appliance.drivers.weights import READERS, Weights, chunk_bytes
+from appliance.drivers.weights import Weights
 from appliance.errors import ApplianceError
 from appliance.lab.shapes import SHAPES, Shape, write_expert
 
