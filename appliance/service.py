@@ -189,7 +189,7 @@ class Service:
         self._drain()
 
     def close(self) -> None:
-        """However it ended: what runs is awaited, and whoever watches the box knows that it is gone."""
+        """However it ended: what runs is given up and awaited, and whoever watches the box knows that it is gone."""
         if not self._has_drained:  # a clean goodbye keeps the last will from saying so
             self._outbox.note(Note(contract.status_topic(self._config), b"offline", retain=True))
         self._store_check.stop()
