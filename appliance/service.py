@@ -36,7 +36,7 @@ from appliance.core.types import (
     Tick,
     Verdict,
 )
-from appliance.drivers import devices, systemd
+from appliance.drivers import devices, runtime, systemd
 from appliance.drivers.album import Album, Subject
 from appliance.drivers.broker import Broker
 from appliance.drivers.executors import Executors, Inspection, LoaderLane
@@ -142,7 +142,7 @@ class Service:
 
         self._store_check = StoreCheck(installation.store)
         self._weights = Weights(installation.store.segment_path)
-        sessions = Sessions(self._weights, intra_threads=1)
+        sessions = Sessions(self._weights, runtime.CpuPlace(), activation_bytes=WORKING_BYTES // 2)
         self._residents = Residents(installation.compiled, self._weights, sessions)
         self._album = Album(
             records.payload,

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from appliance.catalog import Bundle
+from appliance.drivers import runtime
 from appliance.drivers.compile import compile_bundles
 from appliance.drivers.sessions import Sessions
 from appliance.drivers.store import Compiled, Store
@@ -56,7 +57,7 @@ class Workbench:
 
     def run(self, compiled: Compiled, feeds: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[Any]]:
         memory = Weights(self.store.segment_path)
-        sessions = Sessions(memory, intra_threads=1)
+        sessions = Sessions(memory, runtime.CpuPlace(), activation_bytes=64 << 20)
         memory.load(compiled.segments)
         sessions.activate(compiled)
         with sessions.lease(compiled.expert) as lease:
@@ -400,7 +401,7 @@ def test_fine_tunes_of_a_frozen_trunk_store_and_load_it_once(bench: Workbench) -
     assert compiled[0].segments[1].bytes / compiled[0].bytes > 0.8
     assert stored <= 0.25 * unshared
     memory = Weights(bench.store.segment_path)
-    sessions = Sessions(memory, intra_threads=1)
+    sessions = Sessions(memory, runtime.CpuPlace(), activation_bytes=64 << 20)
     for expert in compiled:
         memory.load(expert.segments)
         sessions.activate(expert)

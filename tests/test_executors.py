@@ -11,7 +11,7 @@ from onnx import ModelProto, helper, numpy_helper
 
 from appliance.catalog import Bundle
 from appliance.core.types import Batch, Event, Finished, Load, Loaded, LoadFailed, Refusal, RunFailed
-from appliance.drivers import heads, images
+from appliance.drivers import heads, images, runtime
 from appliance.drivers.compile import compile_bundles
 from appliance.drivers.executors import Executors, Inspection, LoaderLane, Views
 from appliance.drivers.sessions import Sessions
@@ -191,7 +191,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Bundle], Se
     ]
     store = Store(folder / "store")
     memory = Weights(store.segment_path)
-    sessions = Sessions(memory, intra_threads=1)
+    sessions = Sessions(memory, runtime.CpuPlace(), activation_bytes=64 << 20)
     for result in compile_bundles(store, bundles, report=lambda name, result: None).values():
         assert isinstance(result, Compiled)
         memory.load(result.segments)
@@ -278,7 +278,7 @@ def test_an_expert_that_compares_gets_the_reference_or_says_that_it_is_missing(
 def test_an_expert_that_is_not_ready_fails_the_whole_batch(workshop: tuple[list[Bundle], Sessions]) -> None:
     bundles, _ = workshop
     reports: SimpleQueue[Event] = SimpleQueue()
-    empty = Sessions(Weights(lambda name: bundles[0].folder / name), intra_threads=1)
+    empty = Sessions(Weights(lambda name: bundles[0].folder / name), runtime.CpuPlace(), activation_bytes=64 << 20)
     work = Inspection(empty, {"e": bundles[0].manifest}, lambda request: Views(picture(1)))
     executors = Executors({"one": "cpu"}, work, reports.put)
     executors.run(batch(7))

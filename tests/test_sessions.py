@@ -57,7 +57,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Sequence[Bund
 def shop(made: tuple[Store, Sequence[Bundle], Mapping[str, Compiled]]) -> Shop:
     store, bundles, compiled = made
     memory = Weights(store.segment_path)
-    return Shop({b.manifest.name: b for b in bundles}, compiled, memory, Sessions(memory, intra_threads=1))
+    return Shop(
+        {b.manifest.name: b for b in bundles},
+        compiled,
+        memory,
+        Sessions(memory, runtime.CpuPlace(), activation_bytes=64 << 20),
+    )
 
 
 def run(shop: Shop, name: str, pictures: NDArray[np.float32]) -> NDArray[Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from appliance import catalog
 from appliance.drivers import runtime
+from appliance.drivers.place import Place, SegmentMemory
 from appliance.drivers.store import Compiled, TensorSlot
-from appliance.drivers.weights import Weights
 from appliance.errors import ModelError, RunError, StoreError
 
 _SHRINK_EVERY = 32
@@ -45,9 +45,11 @@ class _Resident:
 class Lease:
     """One expert, lent to one thread."""
 
-    def __init__(self, compiled: Compiled, session: Any, binding: Any, run_options: Callable[[], Any]) -> None:
+    def __init__(
+        self, compiled: Compiled, session: Any, binding: Any, place: Place, shrinks_next: Callable[[], bool]
+    ) -> None:
         self._compiled, self._session, self._binding = compiled, session, binding
-        self._run_options = run_options
+        self._place, self._shrinks_next = place, shrinks_next
 
     def run(self, feeds: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[Any]]:
         """Outputs by the portable graph's names; `feeds` has its input names, arrays of shape (N, C, H, W).
@@ -57,32 +59,42 @@ class Lease:
         missing = [name for name in self._compiled.inputs if name not in feeds]
         if missing:
             raise RunError(f"{self._compiled.expert} was run without its input {missing[0]}")
-        options = self._run_options()
+        shrink = self._shrinks_next()
         try:
             for number, name in enumerate(self._compiled.inputs):
-                self._binding.bind_cpu_input(f"x{number}", np.ascontiguousarray(feeds[name], np.float32))
-            self._session.run_with_iobinding(self._binding, options)
+                array = np.ascontiguousarray(feeds[name], np.float32)
+                self._binding.bind_cpu_input(f"x{number}", _filled(array, self._place.batch_sizes))
+            self._session.run_with_iobinding(self._binding, self._place.run_options(shrink=shrink))
             outputs = self._binding.copy_outputs_to_cpu()
         except runtime.ERRORS as error:
             raise RunError(f"{self._compiled.expert} failed: {str(error)[:400]}") from error
         finally:
             _unbind(self._binding, self._compiled)
-        if options is not None:
+        if shrink:
             runtime.trim()
-        return dict(zip(self._compiled.outputs, outputs, strict=True))
+        count = len(feeds[self._compiled.inputs[0]])
+        return {name: output[:count] for name, output in zip(self._compiled.outputs, outputs, strict=True)}
+
+
+def _filled(array: NDArray[np.float32], sizes: Sequence[int]) -> NDArray[np.float32]:
+    """The array (N, …) with N raised to the next of `sizes` by repeating its last row.
+
+    A picture that is real keeps the expert on the paths it was measured on; zeros may divide by nothing.
+    """
+    missing = next((size - len(array) for size in sizes if size >= len(array)), 0)
+    return np.concatenate([array, np.repeat(array[-1:], missing, axis=0)]) if missing else array
 
 
 class Sessions:
     """The experts that can run now. Safe to use from several threads."""
 
-    def __init__(self, weights: Weights, *, intra_threads: int) -> None:
-        self._weights, self._intra_threads = weights, intra_threads
+    def __init__(self, weights: SegmentMemory, place: Place, *, activation_bytes: int) -> None:
+        self._weights, self._place = weights, place
         self._lock = Lock()
         self._templates: dict[str, Future[Any]] = {}  # those out of use in the order in which they fell out of it
         self._users: Counter[str] = Counter()
         self._residents: dict[str, _Resident] = {}
         self._runs = itertools.count(1)
-        self._shrinking = runtime.shrinking()
 
     def activate(self, compiled: Compiled) -> None:
         """Make an expert ready whose segments are in memory. Activating it again does nothing.
@@ -131,7 +143,7 @@ class Sessions:
             binding = resident.idle.pop() if resident.idle else None
         try:
             binding = binding or self._bound(resident.compiled, resident.session)
-            yield Lease(resident.compiled, resident.session, binding, self._options_of_next_run)
+            yield Lease(resident.compiled, resident.session, binding, self._place, self._shrinks_next)
         finally:
             with self._lock:
                 resident.lent -= 1
@@ -143,8 +155,8 @@ class Sessions:
         with self._lock:
             return self._residents.setdefault(fresh.compiled.expert, fresh) is fresh
 
-    def _options_of_next_run(self) -> Any:
-        return self._shrinking if next(self._runs) % _SHRINK_EVERY == 0 else None
+    def _shrinks_next(self) -> bool:
+        return next(self._runs) % _SHRINK_EVERY == 0
 
     def _template(self, compiled: Compiled) -> Any:
         """The architecture's session, with one user more; whoever asks first creates it and the others wait."""
@@ -156,7 +168,7 @@ class Sessions:
                 promised = self._templates[compiled.architecture] = Future()
         if is_mine:
             try:
-                promised.set_result(_open_template(compiled, self._intra_threads))
+                promised.set_result(_open_template(compiled, self._place))
             except (StoreError, ModelError) as error:
                 promised.set_exception(error)
             finally:
@@ -186,7 +198,7 @@ class Sessions:
         for slot in compiled.tensors:
             _check_inside(slot, compiled)
             address = starts[slot.segment] + slot.offset
-            binding.bind_input(slot.name, "cpu", 0, np.dtype(slot.dtype), slot.shape, address)
+            binding.bind_input(slot.name, *self._place.device, np.dtype(slot.dtype), slot.shape, address)
         _bind_outputs(binding, compiled)
         return binding
 
@@ -214,7 +226,7 @@ def _unbind(binding: Any, compiled: Compiled) -> None:
 _NOTHING = np.zeros((0, 1, 1, 1), np.float32)
 
 
-def _open_template(compiled: Compiled, intra_threads: int) -> Any:
+def _open_template(compiled: Compiled, place: Place) -> Any:
     try:
         found = catalog.sha256_of(compiled.template_path)
     except OSError as error:
@@ -224,6 +236,6 @@ def _open_template(compiled: Compiled, intra_threads: int) -> Any:
     if found != compiled.architecture:
         raise StoreError(f"{compiled.template_path} is damaged", "restart: it is put away and compiled again")
     try:
-        return runtime.open_session(compiled.template_path, intra_threads=intra_threads)
+        return place.open_template(compiled.template_path)
     except runtime.ERRORS as error:
         raise ModelError(f"{compiled.expert}: the runtime refuses its template: {str(error)[:400]}") from error

@@ -44,6 +44,7 @@ _LEFTOVER_BYTES = 4 << 20
 _LEFTOVER_SHARE = 0.02
 _TICK_SECONDS = 0.0005
 _QUIET_RUNS = 3
+_ACTIVATION_BYTES = 64 << 20
 """Runs after the first, whose median the first is compared with."""
 
 
@@ -248,7 +249,7 @@ def _rig(shape: Shape, count: int, folder: Path, say: Say) -> Iterator[_Rig]:
         results = compile_bundles(store, bundles, report=lambda name, result: None)
         experts = tuple(_sound(results[bundle.manifest.name]) for bundle in bundles)
         weights = Weights(store.segment_path)
-        sessions = Sessions(weights, intra_threads=1)
+        sessions = Sessions(weights, runtime.CpuPlace(), activation_bytes=_ACTIVATION_BYTES)
         picture = np.random.default_rng(0).random((1, 3, shape.side, shape.side), np.float32)
         segment = store.segment_path(experts[0].segments[0].id)
         try:

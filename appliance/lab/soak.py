@@ -31,6 +31,7 @@ from appliance.lab.shapes import small_net, write_expert
 Say = Callable[[str], None]
 
 _SIDE = 32
+_ACTIVATION_BYTES = 64 << 20
 _CHANNELS = (64, 128, 192)
 """Three architectures, experts of 0.3, 1.2 and 2.7 MB in turn."""
 _SAMPLES = 20
@@ -64,7 +65,7 @@ def soak(
     with _compiled(experts, folder, say, jobs) as (store, made):
         say(f"{cycles} cycles over {experts} experts")
         weights = Weights(store.segment_path)
-        sessions = Sessions(weights, intra_threads=1)
+        sessions = Sessions(weights, runtime.CpuPlace(), activation_bytes=_ACTIVATION_BYTES)
         samples = list(_cycled(weights, sessions, made, cycles))
         _check_empty(weights)
         weights.close()
