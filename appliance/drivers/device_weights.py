@@ -17,12 +17,12 @@ from typing import Any, Protocol
 from appliance.core.slab import Slab, whole_pages
 from appliance.core.types import Segment
 from appliance.drivers.disk import READERS, OpenFile, Turn
-from appliance.drivers.pinned import WINDOW_BYTES, Copy, Pinned, PinnedTier, Windows
+from appliance.drivers.pinned import WINDOW_BYTES, Copy, PinnedTier, Pinning, Windows
 from appliance.drivers.segments import SegmentTable
 from appliance.errors import NoRoom, OutOfMemory
 
 
-class Accelerator(Protocol):
+class Accelerator(Pinning, Protocol):
     """A device with memory of its own, a stream on which copies to it are made, and one on which runs compute.
 
     Copies are made in the order in which they are queued, and runs see those alone that their stream has followed.
@@ -45,22 +45,8 @@ class Accelerator(Protocol):
 
     def free(self, address: int) -> None: ...
 
-    def pin(self, size: int) -> Pinned:
-        """So many bytes of pinned host memory, whole pages."""
-        ...
-
-    def unpin(self, pinned: Pinned) -> None: ...
-
     def copy_in(self, device_address: int, host_address: int, size: int) -> None:
         """Queue a copy out of pinned memory, which must stay as it is until an event marked later has happened."""
-        ...
-
-    def mark(self) -> Any:
-        """An event that happens when every copy queued so far has been made."""
-        ...
-
-    def wait(self, event: Any) -> None:
-        """Return when the event has happened."""
         ...
 
     def follow(self, event: Any) -> None:

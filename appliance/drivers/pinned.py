@@ -31,10 +31,10 @@ class Pinned:
 
 
 class Pinning(Protocol):
-    """What an accelerator does for its pinned host memory."""
+    """What an accelerator does for pinned host memory. Raises DeviceError that names device and call."""
 
     def pin(self, size: int) -> Pinned:
-        """So many bytes. Raises OutOfMemory or DeviceError, as all of these do."""
+        """So many bytes, whole pages. Raises OutOfMemory when there are not as many."""
         ...
 
     def unpin(self, pinned: Pinned) -> None: ...
