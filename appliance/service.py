@@ -148,7 +148,9 @@ class Service:
         bundles = installation.catalog.bundles
         work = {name: Inspection(e.sessions, bundles, self._album.look) for name, e in self._engines.items()}
         names = {executor.name: executor.device for executor in installation.executors}
-        self._executors = Executors(names, lambda batch, given_up: work[batch.device](batch, given_up), self._inbox.tell)
+        self._executors = Executors(
+            names, lambda batch, given_up: work[batch.device](batch, given_up), self._inbox.tell
+        )
 
         self._outbox = Outbox(config, records)
         self._alarms = Alarms(config, self._outbox.note)

@@ -32,4 +32,9 @@ class Engine:
         assert device.activation_bytes is not None, "activations of a real device are bounded"
         sessions = Sessions(memory, place, activation_bytes=device.activation_bytes)
         residents = Residents(compiled, memory, sessions)
-        return cls(memory, sessions, residents, LoaderLane(device.name, device.load_slots, residents.bring, report))
+        return cls(
+            memory,
+            sessions,
+            residents,
+            LoaderLane(device.name, device.load_slots, residents.bring, report, residents.hurry),
+        )
