@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sqlite3
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Event
@@ -16,6 +18,7 @@ from paho.mqtt.enums import MQTTProtocolVersion
 from appliance import client
 from appliance.core.types import Finished
 from appliance.drivers import journal
+from appliance.drivers.records import Picture, Records
 from appliance.lab.simulate import simulated
 from tests.kit_box import (
     ERROR,
@@ -372,20 +375,20 @@ def test_a_journal_that_cannot_be_written_stops_nobody(tmp_path: Path, catalog: 
         assert "journal incomplete" in box.log_text
 
 
-def test_pictures_accepted_under_another_catalogue_are_rejected_by_name(tmp_path: Path, nats: Nats) -> None:
-    folder = write_catalog(tmp_path / "catalog", 2)
-    box = Box(tmp_path / "box", folder, nats)
-    with box, Camera(nats.port, RESULT) as camera:
-        for number in range(300):
-            camera.publish(INFER + "c-e0", picture(number))
-        camera.hear()
-        box.kill()
-        graph = folder / "graph.toml"
-        graph.write_text(graph.read_text().replace("c-e0", "c-other"))
-        box.start()
-        bodies = (json.loads(camera.hear(60).payload) for _ in range(300))
-        rejected = next(body for body in bodies if body["outcome"] == "rejected")
-        assert (rejected["component"], rejected["reason"]) == ("c-e0", "unknown-component")
+def test_a_picture_accepted_under_another_catalogue_is_rejected_by_name(
+    tmp_path: Path, catalog: Path, nats: Nats
+) -> None:
+    """A former process took it into the spool, and then its component's name changed."""
+    box, payload = Box(tmp_path / "box", catalog, nats), picture()
+    known = Picture("r1", "line1", "-", "-", "c-former", hashlib.sha256(payload).hexdigest(), time.time())
+    accepted = Event()
+    with Records.open(tmp_path / "box" / "state", spool_bytes=1 << 20, verdict_days=1) as records:
+        records.accept(known, payload, lambda answer: accepted.set())
+        assert accepted.wait(20)
+    with Camera(nats.port, RESULT) as camera, box:
+        body = json.loads(camera.hear(60).payload)
+    assert (body["request_id"], body["outcome"], body["reason"]) == ("r1", "rejected", "unknown-component")
+    assert body["component"] == "c-former"
 
 
 def test_a_live_journal_replayed_makes_the_same_loads_and_evictions(tmp_path: Path, catalog: Path) -> None:
