@@ -30,7 +30,8 @@ def print_check(found: Mapping[str, Any], console: Console) -> None:
     if found["budget_bytes"] < found["configured_budget_bytes"]:
         asked = megabytes(found["configured_budget_bytes"])
         given = megabytes(found["budget_bytes"])
-        console.print(f"[red]memory.weights is {asked}, and there is memory for {given}: lower it[/red]", soft_wrap=True)
+        says = f"memory.weights is {asked}, and there is memory for {given}: lower it"
+        console.print(f"[red]{says}[/red]", soft_wrap=True)
     for name in found["too_large"]:
         console.print(f"[red]{name} alone is larger than a budget: raise memory.weights or memory.activations[/red]")
     for name, why in found["unavailable"].items():
