@@ -151,8 +151,7 @@ class Service:
             int(config.limits.picture_bytes),
             config.limits.picture_pixels,
         )
-        manifests = {name: bundle.manifest for name, bundle in installation.catalog.bundles.items()}
-        work = Inspection(sessions, manifests, self._album.look)
+        work = Inspection(sessions, installation.catalog.bundles, self._album.look)
         names = {executor.name: executor.device for executor in installation.executors}
         self._executors = Executors(names, work, self._inbox.tell)
         self._loaders = LoaderLane(CPU, config.executors.load_slots, self._residents.bring, self._inbox.tell)
@@ -190,7 +189,7 @@ class Service:
         self._drain()
 
     def close(self) -> None:
-        """However it ended: what runs is awaited, and whoever watches the box knows that it is gone."""
+        """However it ended: what runs is given up and awaited, and whoever watches the box knows that it is gone."""
         if not self._has_drained:  # a clean goodbye keeps the last will from saying so
             self._outbox.note(Note(contract.status_topic(self._config), b"offline", retain=True))
         self._store_check.stop()

@@ -183,11 +183,15 @@ Event = Arrived | Loaded | LoadFailed | Finished | RunFailed | Tick
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Bring `segments` (those not yet held on the device) into memory; then the expert is ready."""
+    """Bring `segments` (those not yet held on the device) into memory; then the expert is ready.
+
+    `ahead` of any task for it, and so after every load that a task waits for.
+    """
 
     device: str
     expert: str
     segments: tuple[Segment, ...]
+    ahead: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,52 +22,14 @@ from numpy.typing import NDArray
 from appliance import catalog
 from appliance.drivers import runtime
 from appliance.drivers.arena import Arena
+from appliance.drivers.cancellation import Cancellation
 from appliance.drivers.place import Place, SegmentMemory
 from appliance.drivers.store import Compiled, TensorSlot
-from appliance.errors import ApplianceError, Cancelled, DeviceError, ModelError, OutOfMemory, RunError, StoreError
+from appliance.errors import ApplianceError, DeviceError, ModelError, OutOfMemory, RunError, StoreError
 
 _FAILURES: tuple[type[Exception], ...] = (*runtime.ERRORS, MemoryError)
 _UNUSED_TEMPLATES = 16
 """Sessions kept although no expert of their architecture is active: 0.1 to 1.5 MB each, 2 to 10 ms to open again."""
-
-
-class Cancellation:
-    """Ends runs that nobody wants any more, from any thread. It stays cancelled.
-
-    The runtime looks between two nodes.
-    """
-
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._is_cancelled = False
-        self._running: list[Any] = []
-
-    @property
-    def is_cancelled(self) -> bool:
-        return self._is_cancelled
-
-    def cancel(self) -> None:
-        with self._lock:
-            self._is_cancelled = True
-            for options in self._running:
-                options.terminate = True
-
-    def check(self, doing: str) -> None:
-        """Raises Cancelled."""
-        if self._is_cancelled:
-            raise Cancelled(f"{doing} was given up")
-
-    @contextmanager
-    def reaching(self, options: Any) -> Iterator[None]:
-        """Within, cancelling ends the run that has these options, be it before it begins."""
-        with self._lock:
-            self._running.append(options)
-            options.terminate = self._is_cancelled
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._running.remove(options)
 
 
 @dataclass(slots=True)
@@ -129,7 +91,7 @@ class Lease:
             for number, name in enumerate(self.compiled.inputs):
                 array = np.ascontiguousarray(feeds[name], np.float32)
                 self._binding.bind_cpu_input(f"x{number}", _filled(array, missing))
-            with self._cancellation.reaching(options):
+            with self._cancellation.ended_by(lambda: _terminate(options)):
                 self._session.run_with_iobinding(self._binding, options)
             found: list[NDArray[Any]] = self._binding.copy_outputs_to_cpu()
             return found
@@ -150,6 +112,11 @@ class Lease:
             has_shrunk = shrink
         finally:
             self._arena.end(kind, has_shrunk=has_shrunk)
+
+
+def _terminate(options: Any) -> None:
+    """The runtime looks before each node. It stays said, so no two runs share their options."""
+    options.terminate = True
 
 
 def _filled(array: NDArray[np.float32], missing: int) -> NDArray[np.float32]:
