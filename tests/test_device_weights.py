@@ -163,6 +163,45 @@ def test_a_segment_larger_than_the_host_tier_leaves_it_as_it_was(disk: Disk, new
     assert memory.hits["host"] == 1
 
 
+def test_a_failed_load_leaves_the_host_tier_to_others(disk: Disk, new: Callable[..., DeviceWeights]) -> None:
+    memory = new(host_bytes=2 * 4096)
+    first, second = disk.segment(4096, 1), disk.segment(4096, 2)
+    memory.load([first])
+    with pytest.raises(LoadError):
+        memory.load([Segment("gone", 4096)])
+    memory.load([second])
+    memory.drop([first, second])
+    memory.load([first, second])
+    assert memory.hits["host"] == 2
+
+
+def test_what_is_being_read_into_the_host_tier_stays_there(
+    disk: Disk, new: Callable[..., DeviceWeights], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = new(host_bytes=3 * 4096)
+    first, slow, large = disk.segment(4096, 1), disk.segment(4096, 2), disk.segment(2 * 4096, 3)
+    memory.load([first])
+    begun, go_on = threading.Event(), threading.Event()
+    really_read = os.preadv
+
+    def reading(descriptor: int, buffers: Any, offset: int) -> int:
+        if Path(os.readlink(f"/proc/self/fd/{descriptor}")).name == slow.id:
+            begun.set()
+            assert go_on.wait(30)
+        return really_read(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", reading)
+    with ThreadPoolExecutor(1) as pool:
+        load = pool.submit(memory.load, [slow])
+        assert begun.wait(30)
+        try:
+            memory.load([large])  # the pages beside the busy one are no room in one piece
+        finally:
+            go_on.set()
+        load.result(30)
+    assert all(seen(memory, segment) for segment in (first, slow, large))
+
+
 def test_loads_at_once_share_the_windows(disk: Disk, new: Callable[..., DeviceWeights]) -> None:
     memory = new(host_bytes=0)
     segments = [disk.segment(2 * WINDOW_BYTES + ODD, seed) for seed in range(4)]
@@ -173,35 +212,46 @@ def test_loads_at_once_share_the_windows(disk: Disk, new: Callable[..., DeviceWe
     assert all(seen(memory, segment) for segment in segments)
 
 
-def test_what_is_needed_passes_a_load_ahead_that_came_first_to_the_windows(
+def test_loads_ahead_that_have_the_windows_leave_them_to_what_is_needed(
     disk: Disk, new: Callable[..., DeviceWeights], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory = new(host_bytes=0)
-    early, needed = disk.segment(3 * WINDOW_BYTES, 1), disk.segment(3 * WINDOW_BYTES, 2)
-    begun, go_on = threading.Event(), threading.Event()
+    *early, needed = (disk.segment(3 * WINDOW_BYTES, seed) for seed in range(3))
+    opened = {segment.id: threading.Event() for segment in (*early, needed)}
+    begun = {segment.id: threading.Event() for segment in (*early, needed)}
+    go_on = threading.Event()
     order: list[str] = []
-    really_read = os.preadv
+    really_open, really_read = os.open, os.preadv
+
+    def opening(path: Any, *args: Any, **kwargs: Any) -> int:
+        opened[Path(path).name].set()
+        return really_open(path, *args, **kwargs)
 
     def reading(descriptor: int, buffers: Any, offset: int) -> int:
         name = Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
-        if name == early.id:
-            begun.set()
-            assert go_on.wait(30)
-        else:
-            go_on.set()
+        begun[name].set()
+        assert go_on.wait(30)
         order.append(name)
         return really_read(descriptor, buffers, offset)
 
+    monkeypatch.setattr(os, "open", opening)
     monkeypatch.setattr(os, "preadv", reading)
-    with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(memory.load, [early], ahead=True)
-        assert begun.wait(30)
-        pool.submit(memory.load, [needed]).result(60)
-        first.result(60)
+    with ThreadPoolExecutor(3) as pool:
+        try:
+            first = [pool.submit(memory.load, [segment], ahead=True) for segment in early]
+            assert all(begun[segment.id].wait(30) for segment in early)
+            last = pool.submit(memory.load, [needed])
+            assert opened[needed.id].wait(30)
+            go_on.set()
+            last.result(20)
+            for load in first:
+                load.result(20)
+        finally:
+            memory.cancel(early)
     until_needed_ended = order[: len(order) - order[::-1].index(needed.id)]
-    assert until_needed_ended.count(early.id) <= WINDOW_BYTES // CHUNK_BYTES, "no more than the window it had begun"
-    assert seen(memory, early)
-    assert seen(memory, needed)
+    for segment in early:
+        assert until_needed_ended.count(segment.id) <= WINDOW_BYTES // CHUNK_BYTES, "the window that it had begun"
+    assert all(seen(memory, segment) for segment in (*early, needed))
 
 
 @pytest.mark.parametrize("host_bytes", [4 * BIG, 0], ids=["host tier", "windows"])
