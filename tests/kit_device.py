@@ -1,4 +1,4 @@
-"""A pretend accelerator, stricter than a real one, and experts of standard operators that every place can run.
+"""A pretend accelerator, stricter than a real one.
 
 Its device memory is ordinary memory, so that sessions on the processor can run on "device" addresses. What a real
 device would do at some time, it does as late as it may, and what a real one would forgive, it refuses.
@@ -7,27 +7,18 @@ device would do at some time, it does as late as it may, and what a real one wou
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import mmap
 import threading
 import zlib
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
-import onnx
-import onnxruntime
-from onnx import ModelProto
 
-from appliance.core.types import Segment
 from appliance.drivers.pinned import Pinned
 from appliance.drivers.runtime import CpuPlace
-from appliance.drivers.sharing import layout
-from appliance.drivers.store import Compiled, TensorSlot
-from appliance.drivers.template import content, dtype_of, lift, packed
 from appliance.errors import ApplianceError, DeviceError, OutOfMemory
 
 POISON = 0xFF
@@ -201,54 +192,3 @@ class PretendPlace(CpuPlace):
     @property
     def batch_sizes(self) -> tuple[int, ...]:
         return 1, 2, 4, 8
-
-
-def portable_expert(name: str, net: ModelProto, folder: Path, shared: Collection[str] = ()) -> Compiled:
-    """The net as a template over segments in the folder, each a file named by its content.
-
-    The runtime optimises it to standard operators only: what the shipped compiler makes for a processor has operators
-    (com.microsoft.nchwc) that no accelerator knows. Tensors whose digests are in `shared` lie in a second segment.
-    """
-    template = lift(_optimised(net, folder / f"{name}.onnx"), [value.name for value in net.graph.input])
-    (folder / template.signature).write_bytes(template.model)
-    pieces = [content(tensor) for tensor in template.weights]
-    digests = [hashlib.sha256(piece).hexdigest() for piece in pieces]
-    segments: list[Segment] = []
-    slots: dict[int, TensorSlot] = {}
-    for is_shared in (False, True):
-        group = [number for number, digest in enumerate(digests) if (digest in shared) == is_shared]
-        offsets, size = layout([len(pieces[number]) for number in group])
-        for number, offset in zip(group, offsets, strict=True):
-            tensor = template.weights[number]
-            dtype, shape = dtype_of(tensor).name, tuple(tensor.dims)
-            slots[number] = TensorSlot(f"w{number}", dtype, shape, len(segments), offset, digests[number])
-        if group:
-            segments.append(_written(packed([pieces[number] for number in group], offsets, size).tobytes(), folder))
-    return Compiled(
-        expert=name,
-        version=1,
-        model_sha256=hashlib.sha256(net.SerializeToString()).hexdigest(),
-        architecture=template.signature,
-        template_path=folder / template.signature,
-        segments=tuple(segments),
-        tensors=tuple(slots[number] for number in sorted(slots)),
-        inputs=tuple(value.name for value in net.graph.input),
-        outputs=template.outputs,
-        item_seconds=0.0,
-        fixed_seconds=0.0,
-    )
-
-
-def _optimised(net: ModelProto, path: Path) -> ModelProto:
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    options.optimized_model_filepath = str(path)
-    options.log_severity_level = 4
-    onnxruntime.InferenceSession(net.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return onnx.load(path)
-
-
-def _written(content: bytes, folder: Path) -> Segment:
-    segment = Segment(hashlib.sha256(content).hexdigest(), len(content))
-    (folder / segment.id).write_bytes(content)
-    return segment

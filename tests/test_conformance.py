@@ -1,6 +1,6 @@
 """What every memory for segments does, and every place over it: one suite for main memory, a pretend device and a GPU.
 
-A GPU takes templates of standard operators only, so all of them are given those (see `kit_device.portable_expert`).
+A GPU takes templates of standard operators only, so all of them are given those (see `kit_segments.portable_expert`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from appliance.drivers.weights import Weights
 from appliance.errors import Cancelled, LoadError, OutOfMemory
 from tests import kit_models as kit
 from tests.conftest import Need, decide
-from tests.kit_device import PretendAccelerator, PretendPlace, portable_expert
+from tests.kit_device import PretendAccelerator, PretendPlace
+from tests.kit_segments import Reads, portable_expert
 
 WIDTH = 1200
 """Of the nets whose weights take several reads."""
@@ -227,30 +228,6 @@ def new_bench(world: World, experts: Experts) -> Iterator[Callable[..., Bench]]:
 @pytest.fixture
 def bench(new_bench: Callable[..., Bench]) -> Bench:
     return new_bench()
-
-
-class SlowReads:
-    """From now on reads of a file do not end before `go_on`; `opened` and `begun` tell how far its load is."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-        self.opened, self.begun, self.go_on = threading.Event(), threading.Event(), threading.Event()
-        self.count = 0
-        really_open, really_read = os.open, os.preadv
-
-        def opening(path: Any, *args: Any, **kwargs: Any) -> int:
-            if Path(path).name == name:
-                self.opened.set()
-            return really_open(path, *args, **kwargs)
-
-        def reading(descriptor: int, buffers: Any, offset: int) -> int:
-            if Path(os.readlink(f"/proc/self/fd/{descriptor}")).name == name:
-                self.count += 1
-                self.begun.set()
-                assert self.go_on.wait(30)
-            return really_read(descriptor, buffers, offset)
-
-        monkeypatch.setattr(os, "open", opening)
-        monkeypatch.setattr(os, "preadv", reading)
 
 
 def test_answers_are_those_of_the_plain_session(bench: Bench) -> None:
@@ -448,9 +425,9 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(
 def test_a_cancelled_load_ahead_ends_and_the_next_load_succeeds(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     segment = bench.segment("wide0")
     with monkeypatch.context() as patch, ThreadPoolExecutor(1) as pool:
-        reads = SlowReads(patch, segment.id)
+        reads = Reads(patch, [segment], slow=[segment])
         early = pool.submit(bench.memory.load, [segment], ahead=True)
-        assert reads.begun.wait(30)
+        assert reads.begun[segment.id].wait(30)
         bench.memory.cancel([segment])
         reads.go_on.set()
         with pytest.raises(Cancelled):
@@ -465,18 +442,15 @@ def test_a_cancelled_load_ahead_ends_and_the_next_load_succeeds(bench: Bench, mo
 def test_a_load_ahead_waits_while_something_needed_is_read(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     needed, later = bench.segment("wide0"), bench.segment("wide1")
     with monkeypatch.context() as patch, ThreadPoolExecutor(2) as pool:
-        reads = SlowReads(patch, needed.id)
+        reads = Reads(patch, [needed, later], slow=[needed])
         first = pool.submit(bench.memory.load, [needed])
-        assert reads.begun.wait(30)
-        others = SlowReads(patch, later.id)
-        others.go_on.set()
+        assert reads.begun[needed.id].wait(30)
         second = pool.submit(bench.memory.load, [later], ahead=True)
-        assert others.opened.wait(30)
-        assert not second.done()
-        assert others.count == 0
+        assert reads.opened[later.id].wait(30)
         reads.go_on.set()
         first.result(30)
         second.result(30)
+    assert later.id not in reads.until_last_of(needed)
     for name in ("wide0", "wide1"):
         bench.ready(name)
         bench.right(name, kit.noise(1))

@@ -23,7 +23,7 @@ from appliance.drivers.device_weights import DeviceWeights
 from appliance.drivers.devices import Gpu
 from appliance.errors import DeviceError, OutOfMemory
 from tests import kit_models as kit
-from tests.kit_device import portable_expert
+from tests.kit_segments import portable_expert
 
 
 class Code(IntEnum):

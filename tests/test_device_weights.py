@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,27 +19,10 @@ from appliance.drivers.disk import CHUNK_BYTES, READERS
 from appliance.drivers.pinned import WINDOW_BYTES
 from appliance.errors import Cancelled, DeviceError, LoadError, OutOfMemory
 from tests.kit_device import POISON, QUEUE_DEPTH, PretendAccelerator, Refused
+from tests.kit_segments import Disk, Reads
 
 BIG = 10 * CHUNK_BYTES
 ODD = 2 * CHUNK_BYTES + 4096 + 77
-
-
-class Disk:
-    """Segment files with random content in a folder, and how often each was asked for."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.asked: list[str] = []
-
-    def segment(self, size: int, seed: int = 0) -> Segment:
-        content = np.random.default_rng(seed).bytes(size)
-        name = hashlib.sha256(content).hexdigest()
-        (self.folder / name).write_bytes(content)
-        return Segment(name, size)
-
-    def path(self, name: str) -> Path:
-        self.asked.append(name)
-        return self.folder / name
 
 
 @pytest.fixture
@@ -181,23 +163,14 @@ def test_what_is_being_read_into_the_host_tier_stays_there(
     memory = new(host_bytes=3 * 4096)
     first, slow, large = disk.segment(4096, 1), disk.segment(4096, 2), disk.segment(2 * 4096, 3)
     memory.load([first])
-    begun, go_on = threading.Event(), threading.Event()
-    really_read = os.preadv
-
-    def reading(descriptor: int, buffers: Any, offset: int) -> int:
-        if Path(os.readlink(f"/proc/self/fd/{descriptor}")).name == slow.id:
-            begun.set()
-            assert go_on.wait(30)
-        return really_read(descriptor, buffers, offset)
-
-    monkeypatch.setattr(os, "preadv", reading)
+    reads = Reads(monkeypatch, [slow], slow=[slow])
     with ThreadPoolExecutor(1) as pool:
         load = pool.submit(memory.load, [slow])
-        assert begun.wait(30)
+        assert reads.begun[slow.id].wait(30)
         try:
             memory.load([large])  # the pages beside the busy one are no room in one piece
         finally:
-            go_on.set()
+            reads.go_on.set()
         load.result(30)
     assert all(seen(memory, segment) for segment in (first, slow, large))
 
@@ -217,40 +190,23 @@ def test_loads_ahead_that_have_the_windows_leave_them_to_what_is_needed(
 ) -> None:
     memory = new(host_bytes=0)
     *early, needed = (disk.segment(3 * WINDOW_BYTES, seed) for seed in range(3))
-    opened = {segment.id: threading.Event() for segment in (*early, needed)}
-    begun = {segment.id: threading.Event() for segment in (*early, needed)}
-    go_on = threading.Event()
-    order: list[str] = []
-    really_open, really_read = os.open, os.preadv
-
-    def opening(path: Any, *args: Any, **kwargs: Any) -> int:
-        opened[Path(path).name].set()
-        return really_open(path, *args, **kwargs)
-
-    def reading(descriptor: int, buffers: Any, offset: int) -> int:
-        name = Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
-        begun[name].set()
-        assert go_on.wait(30)
-        order.append(name)
-        return really_read(descriptor, buffers, offset)
-
-    monkeypatch.setattr(os, "open", opening)
-    monkeypatch.setattr(os, "preadv", reading)
+    reads = Reads(monkeypatch, [*early, needed], slow=[*early, needed])
     with ThreadPoolExecutor(3) as pool:
         try:
             first = [pool.submit(memory.load, [segment], ahead=True) for segment in early]
-            assert all(begun[segment.id].wait(30) for segment in early)
+            assert all(reads.begun[segment.id].wait(30) for segment in early)
             last = pool.submit(memory.load, [needed])
-            assert opened[needed.id].wait(30)
-            go_on.set()
+            assert reads.opened[needed.id].wait(30)
+            reads.go_on.set()
             last.result(20)
             for load in first:
                 load.result(20)
         finally:
             memory.cancel(early)
-    until_needed_ended = order[: len(order) - order[::-1].index(needed.id)]
     for segment in early:
-        assert until_needed_ended.count(segment.id) <= WINDOW_BYTES // CHUNK_BYTES, "the window that it had begun"
+        assert reads.until_last_of(needed).count(segment.id) <= WINDOW_BYTES // CHUNK_BYTES, (
+            "the window that it had begun"
+        )
     assert all(seen(memory, segment) for segment in (*early, needed))
 
 
