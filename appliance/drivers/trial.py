@@ -31,8 +31,8 @@ Pictures = Callable[[int], Sequence[Pixels]]
 Weights = Mapping[str, NDArray[Any]]
 
 SLOWER = 1.10
-"""Times as long as a plain session's that a template's runs may take. Medians of pairs on a busy box of two cores were
-within 1.03 of each other for convolutions; INT8 takes 1.9 to 2.1, MatMul 1.2 to 1.3 (1.31.1, 2026-11)."""
+"""Times as long as a plain session's that a template's runs may take. With three busy processes on two cores, medians
+of convolutions were 0.99 to 1.03, of MatMul 1.3 to 1.5, of INT8 1.9 to 2.1 (1.31.1, 2026-11-21)."""
 SLOWER_SECONDS = 0.0001
 """A run that loses less is not worth a session and packed weights of its own."""
 _BATCHES = (1, 2, 4, 8)
@@ -40,7 +40,7 @@ _LONGEST_SECONDS = 0.5
 """No larger batch is measured than one that takes so long: it costs dozens of runs."""
 _MEASURE_SECONDS = 2.0
 _PAIRS = 21
-_LEAST_PAIRS = 5
+_LEAST_PAIRS = 9
 _RUNS_TO_SETTLE = 3
 """The second run of a shape plans its memory anew; what the first left stays beside it."""
 
@@ -167,9 +167,10 @@ def _pairs(template: Trial, plain: Trial, pictures: Sequence[Pixels]) -> Iterato
 
 
 def _timed(trial: Trial, pictures: Sequence[Pixels]) -> float:
-    begun = time.perf_counter()
+    """Processor time: the clock's would say on a busy box which of two ran while others did."""
+    begun = time.process_time()
     trial.run(pictures)
-    return time.perf_counter() - begun
+    return time.process_time() - begun
 
 
 def _seconds(trial: Trial, pictures: Pictures, sizes: Sequence[int]) -> list[tuple[int, float]]:
