@@ -19,6 +19,7 @@ from appliance.drivers.devices import anonymous_bytes
 from appliance.drivers.disk import CHUNK_BYTES, READERS
 from appliance.drivers.weights import Weights
 from appliance.errors import Cancelled, LoadError, OutOfMemory
+from tests.kit_brokers import until
 
 
 class Disk:
@@ -190,6 +191,22 @@ def test_a_load_ahead_that_is_needed_after_all_no_longer_waits(
         assert not first.done()
         reads.go_on.set()
     assert disk.asked == [slow.id, segment.id]
+
+
+def test_a_load_ahead_that_is_hurried_no_longer_waits(
+    disk: Disk, memory: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, segment = disk.segment(12 * CHUNK_BYTES, 1), disk.segment(12 * CHUNK_BYTES, 2)
+    reads = Reads(monkeypatch, first=slow)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(memory.load, [slow])
+        reads.begun.wait()
+        early = pool.submit(memory.load, [segment], ahead=True)
+        until(lambda: memory.is_mapped(segment))
+        memory.hurry([segment])
+        early.result(20)
+        assert not first.done()
+        reads.go_on.set()
 
 
 def test_a_cancelled_load_ends_with_an_error_and_without_memory(
