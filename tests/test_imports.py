@@ -19,7 +19,7 @@ PACKAGES = ("appliance", "appliance.core", "appliance.drivers", "appliance.lab",
 FRONT = tuple(
     f"appliance.{room}" for room in ("config", "catalog", "profile", "sandbox", "contract", "samples", "client")
 )
-CORE_VALUES = ("appliance.core.types", "appliance.core.costs", "appliance.core.graph")
+CORE_VALUES = ("appliance.core.types", "appliance.core.costs", "appliance.core.graph", "appliance.core.slab")
 EVERYWHERE = ("appliance.errors", "appliance.__version__")
 
 # Who may import what of our own; the longest name that fits a module is its room.
@@ -30,8 +30,9 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "appliance.core": ("appliance.core",),
     **dict.fromkeys(FRONT, (*FRONT, *CORE_VALUES)),
     "appliance.drivers": ("appliance.drivers", *FRONT, *CORE_VALUES),
-    "appliance.startup": ("appliance.drivers", *FRONT, "appliance.core"),
-    "appliance.service": ("appliance.startup", "appliance.drivers", *FRONT, "appliance.core"),
+    "appliance.promise": ("appliance.drivers", *FRONT),
+    "appliance.startup": ("appliance.promise", "appliance.drivers", *FRONT, "appliance.core"),
+    "appliance.service": ("appliance.startup", "appliance.promise", "appliance.drivers", *FRONT, "appliance.core"),
     "appliance.logs": (),
     "appliance.report": (),
     "appliance.lab": (

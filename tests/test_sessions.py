@@ -1,26 +1,36 @@
 from __future__ import annotations
 
 import gc
+import hashlib
+import multiprocessing
+import resource
 import threading
+import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
 
 from appliance.catalog import Bundle
+from appliance.core.types import Segment
 from appliance.drivers import runtime
+from appliance.drivers.arena import Arena
+from appliance.drivers.cancellation import Cancellation
 from appliance.drivers.compile import compile_bundles
 from appliance.drivers.devices import anonymous_bytes
 from appliance.drivers.sessions import Sessions
 from appliance.drivers.store import Compiled, Store
 from appliance.drivers.weights import Weights
-from appliance.errors import LoadError, RunError, StoreError
+from appliance.errors import Cancelled, LoadError, ModelError, OutOfMemory, RunError, StoreError
 from tests import kit_models as kit
 
 
@@ -55,7 +65,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Sequence[Bund
 
 @pytest.fixture
 def shop(made: tuple[Store, Sequence[Bundle], Mapping[str, Compiled]]) -> Shop:
-    store, bundles, compiled = made
+    return opened(*made)
+
+
+def opened(store: Store, bundles: Sequence[Bundle], compiled: Mapping[str, Compiled]) -> Shop:
     memory = Weights(store.segment_path)
     return Shop(
         {b.manifest.name: b for b in bundles},
@@ -274,11 +287,473 @@ def test_a_resident_expert_does_not_keep_the_pictures_of_its_last_run(shop: Shop
     assert kept() is None
 
 
-def test_activations_of_large_batches_are_given_back_after_a_while(shop: Shop) -> None:
+def test_activations_beyond_their_budget_are_given_back(shop: Shop) -> None:
+    compiled = replace(shop.compiled["e0"], activation_item_bytes=32_000)
+    shop.memory.load(compiled.segments)
+    sessions = Sessions(shop.memory, runtime.CpuPlace(), activation_bytes=16 << 20)
+    sessions.activate(compiled)
+
+    def gathered(count: int) -> int:
+        with sessions.lease("e0") as lease:
+            lease.run({"image": kit.noise(count)})
+        return anonymous_bytes() - before
+
+    before = 0
+    before = gathered(1)
+    assert gathered(400) > 8 << 20
+    assert gathered(1) > 8 << 20
+    assert gathered(300) < 1 << 20
+
+
+# Batch steps.
+
+
+@dataclass(frozen=True, slots=True)
+class SteppedPlace(runtime.CpuPlace):
+    """A processor that likes some batches better than others."""
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        return 2, 4
+
+
+@pytest.mark.parametrize(("count", "ran"), [(1, 2), (2, 2), (3, 4), (4, 4), (5, 5)])
+def test_batches_are_filled_to_the_next_size_and_answered_without_the_filling(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, count: int, ran: int
+) -> None:
+    sizes: list[int] = []
+    really_begin = Arena.begin
+
+    def begin(arena: Arena, kind: tuple[str, int], size_bytes: int) -> bool:
+        sizes.append(kind[1])
+        return really_begin(arena, kind, size_bytes)
+
+    monkeypatch.setattr(Arena, "begin", begin)
+    compiled = shop.compiled["e0"]
+    shop.memory.load(compiled.segments)
+    sessions = Sessions(shop.memory, SteppedPlace(), activation_bytes=64 << 20)
+    sessions.activate(compiled)
+    pictures = kit.noise(count)
+    with sessions.lease("e0") as lease:
+        found = lease.run({"image": pictures})["logits"]
+    assert found.shape == (count, 7)
+    np.testing.assert_allclose(found, shop.plain("e0", pictures), atol=1e-5)
+    assert sizes == [ran]
+
+
+# Plain sessions.
+
+
+def as_plain(compiled: Compiled, folder: Path) -> Compiled:
+    """The same expert in the plain form: its weights are initializers that have to be given when it is opened."""
+    model = onnx.load_model(compiled.template_path)
+    names = {slot.name for slot in compiled.tensors}
+    pictures = [value for value in model.graph.input if value.name not in names]
+    del model.graph.input[:]
+    model.graph.input.extend(pictures)
+    for slot in compiled.tensors:
+        weight = model.graph.initializer.add()
+        weight.name, weight.data_location = slot.name, TensorProto.EXTERNAL
+        weight.data_type = helper.np_dtype_to_tensor_dtype(np.dtype(slot.dtype))
+        weight.dims.extend(slot.shape)
+        for key, value in {"location": "template.onnx", "offset": 1 << 40, "length": slot.bytes}.items():
+            entry = weight.external_data.add()
+            entry.key, entry.value = key, str(value)
+    content = model.SerializeToString()
+    (folder / "template.onnx").touch()  # the runtime insists that it exists
+    path = folder / f"plain-{hashlib.sha256(content).hexdigest()}.onnx"
+    path.write_bytes(content)
+    return replace(compiled, plain_path=path)
+
+
+def int8_net(seed: int, channels: int) -> onnx.ModelProto:
+    """Picture `image` to `logits`, all of it between them in eight bits."""
+    numbers = np.random.default_rng(seed)
+
+    def kernel(name: str, *shape: int) -> TensorProto:
+        return numpy_helper.from_array(numbers.integers(-40, 40, shape, np.int8), name)
+
+    def constant(value: float, dtype: type[np.generic], name: str) -> TensorProto:
+        return numpy_helper.from_array(np.array(value, dtype), name)
+
+    scale = [constant(0.02, np.float32, "s"), constant(0.01, np.float32, "ws")]
+    zero = [constant(100, np.uint8, "z"), constant(0, np.int8, "wz")]
+    quant = ["s", "z"]
+    nodes = [
+        helper.make_node("QuantizeLinear", ["image", *quant], ["q"]),
+        helper.make_node("QLinearConv", ["q", *quant, "k1", "ws", "wz", *quant], ["a"], pads=[1, 1, 1, 1]),
+        helper.make_node("QLinearConv", ["a", *quant, "k2", "ws", "wz", *quant], ["b"], pads=[1, 1, 1, 1]),
+        helper.make_node("DequantizeLinear", ["b", *quant], ["c"]),
+        helper.make_node("GlobalAveragePool", ["c"], ["g"]),
+        helper.make_node("Flatten", ["g"], ["f"]),
+        helper.make_node("Gemm", ["f", "head"], ["logits"]),
+    ]
+    weights = [
+        *scale,
+        *zero,
+        kernel("k1", channels, 3, 3, 3),
+        kernel("k2", channels, channels, 3, 3),
+        numpy_helper.from_array(numbers.standard_normal((channels, 7), np.float32), "head"),
+    ]
+    return kit.model(nodes, weights, {"image": ["n", 3, kit.SIDE, kit.SIDE]}, {"logits": ["n", 7]})
+
+
+@pytest.fixture(scope="module")
+def plain_made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Sequence[Bundle], Mapping[str, Compiled]]:
+    """`byte` in eight bits, `other` of the same architecture, `float` with a large dense layer."""
+    folder = tmp_path_factory.mktemp("plain")
+    nets = {"byte": int8_net(0, 256), "other": int8_net(1, 256), "float": kit.conv_net(2, width=300)}
+    bundles = [kit.write_bundle(folder / "models", name, net, max_batch=2) for name, net in nets.items()]
+    store = Store(folder / "store")
+    found = {}
+    for name, result in compile_bundles(store, bundles, report=lambda name, result: None).items():
+        assert isinstance(result, Compiled)
+        (folder / name).mkdir()
+        found[name] = as_plain(result, folder / name)
+    return store, bundles, found
+
+
+@pytest.fixture
+def plain_shop(plain_made: tuple[Store, Sequence[Bundle], Mapping[str, Compiled]]) -> Shop:
+    return opened(*plain_made)
+
+
+def test_plain_experts_give_what_a_session_of_their_model_gives(plain_shop: Shop) -> None:
+    for name in plain_shop.compiled:
+        plain_shop.ready(name)
+    for name in [*plain_shop.compiled, *plain_shop.compiled]:
+        for count in (1, 3):
+            pictures = kit.noise(count, seed=count)
+            np.testing.assert_allclose(run(plain_shop, name, pictures), plain_shop.plain(name, pictures), atol=1e-5)
+
+
+def test_plain_experts_read_their_weights_where_they_lie(plain_shop: Shop) -> None:
+    compiled = plain_shop.ready("float")
+    before = run(plain_shop, "float", kit.noise(1))
+    slot = next(
+        slot for slot in compiled.tensors if len(slot.shape) == 4
+    )  # of a Conv; a MatMul's are packed when opened
+    with plain_shop.memory.view(compiled.segments[slot.segment].id) as view:
+        start = slot.offset
+        kept = bytes(view[start : start + slot.bytes])
+        view[start : start + slot.bytes] = bytes(slot.bytes)
+        assert not np.array_equal(run(plain_shop, "float", kit.noise(1)), before)
+        view[start : start + slot.bytes] = kept
+    np.testing.assert_array_equal(run(plain_shop, "float", kit.noise(1)), before)
+
+
+def test_many_threads_run_one_plain_expert_at_a_time(plain_shop: Shop) -> None:
+    plain_shop.ready("byte")
+    pictures = [kit.noise(2, seed=seed) for seed in range(4)]
+    expected = [plain_shop.plain("byte", one) for one in pictures]
+
+    def work(number: int) -> None:
+        for turn in range(20):
+            chosen = (number + turn) % 4
+            np.testing.assert_allclose(run(plain_shop, "byte", pictures[chosen]), expected[chosen], atol=1e-5)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+
+
+def test_a_plain_expert_that_is_lent_is_not_dropped(plain_shop: Shop) -> None:
+    compiled = plain_shop.ready("byte")
+    with plain_shop.sessions.lease("byte") as lease:
+        with pytest.raises(RunError, match="byte is running"):
+            plain_shop.sessions.drop("byte")
+        with pytest.raises(LoadError, match="in use"):
+            plain_shop.memory.drop(compiled.segments)
+        assert lease.run({"image": kit.noise(1)})["logits"].shape == (1, 7)
+    plain_shop.sessions.drop("byte")
+    plain_shop.memory.drop(compiled.segments)
+    assert plain_shop.memory.mapped_bytes == 0
+
+
+def test_a_plain_experts_memory_is_back_after_the_next_run_of_any_expert(plain_shop: Shop) -> None:
+    def cycle(name: str) -> None:
+        compiled = plain_shop.ready(name)
+        run(plain_shop, name, kit.noise(2))
+        plain_shop.sessions.drop(name)
+        plain_shop.memory.drop(compiled.segments)
+
+    plain_shop.ready("float")
+    cycle("byte")
+    run(plain_shop, "float", kit.noise(1))
+    before = settled_bytes()
+    for name in ("byte", "other"):
+        plain_shop.ready(name)
+        run(plain_shop, name, kit.noise(2))
+    assert settled_bytes() - before > plain_shop.compiled["byte"].bytes
+    for name in ("byte", "other"):
+        plain_shop.sessions.drop(name)
+        plain_shop.memory.drop(plain_shop.compiled[name].segments)
+    run(plain_shop, "float", kit.noise(1))
+    assert settled_bytes() - before < 256 << 10
+
+
+def settled_bytes() -> int:
+    gc.collect()
+    runtime.trim()
+    return anonymous_bytes()
+
+
+def test_plain_experts_come_and_go_without_growth(plain_shop: Shop) -> None:
+    def cycles(count: int) -> int:
+        for number in range(count):
+            name = ("byte", "other", "float")[number % 3]
+            compiled = plain_shop.ready(name)
+            run(plain_shop, name, kit.noise(1 + number % 2))
+            plain_shop.sessions.drop(name)
+            plain_shop.memory.drop(compiled.segments)
+        return settled_bytes()
+
+    before = cycles(20)
+    assert cycles(200) - before < 1 << 20
+    assert plain_shop.memory.mapped_bytes == 0
+
+
+class WatchedPlace(runtime.CpuPlace):
+    """It remembers the plain session that it opened last, without keeping it."""
+
+    session: weakref.ref[Any]
+
+    def open_plain(self, path: Path, weights: Mapping[str, Any]) -> Any:
+        session = super().open_plain(path, weights)
+        object.__setattr__(self, "session", weakref.ref(session))
+        return session
+
+
+class WatchedWeights(Weights):
+    """They are not released while a session reads them."""
+
+    place: WatchedPlace
+
+    def release(self, segments: Sequence[Segment]) -> None:
+        assert self.place.session() is None
+        super().release(segments)
+
+
+def test_a_plain_session_is_closed_before_its_weights_are_released_though_an_error_still_tells_of_it(
+    plain_made: tuple[Store, Sequence[Bundle], Mapping[str, Compiled]],
+) -> None:
+    store, bundles, compiled = plain_made
+    memory = WatchedWeights(store.segment_path)
+    memory.place = WatchedPlace()
+    sessions = Sessions(memory, memory.place, activation_bytes=64 << 20)
+    shop = Shop({b.manifest.name: b for b in bundles}, compiled, memory, sessions)
+    shop.ready("byte")
+    with pytest.raises(RunError) as caught:
+        run(shop, "byte", kit.noise(1, 1, 8, 8))
+    assert memory.place.session() is not None
+    sessions.drop("byte")
+    memory.close()
+    assert caught.value.__traceback__ is not None
+
+
+def test_a_damaged_plain_graph_is_never_opened(plain_shop: Shop, tmp_path: Path) -> None:
+    compiled = plain_shop.compiled["byte"]
+    assert compiled.plain_path is not None
+    content = bytearray(compiled.plain_path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path = tmp_path / compiled.plain_path.name
+    path.write_bytes(content)
+    plain_shop.memory.load(compiled.segments)
+    with pytest.raises(StoreError, match="is damaged"):
+        plain_shop.sessions.activate(replace(compiled, plain_path=path))
+    plain_shop.memory.drop(compiled.segments)
+
+
+def test_a_plain_expert_whose_weights_are_not_all_given_is_a_model_error(plain_shop: Shop) -> None:
+    compiled = plain_shop.compiled["byte"]
+    plain_shop.memory.load(compiled.segments)
+    with pytest.raises(ModelError, match="byte is refused by the runtime"):
+        plain_shop.sessions.activate(replace(compiled, tensors=compiled.tensors[1:]))
+    plain_shop.memory.drop(compiled.segments)
+
+
+# Cancelling.
+
+
+def long_net() -> onnx.ModelProto:
+    """Hundreds of short steps: 0.02 s a picture in all."""
+    names = ["image", *(f"t{i}" for i in range(300))]
+    nodes = [
+        *(helper.make_node("Conv", [a, "kernel"], [b], pads=[7, 7, 7, 7]) for a, b in pairwise(names)),
+        helper.make_node("GlobalAveragePool", [names[-1]], ["g"]),
+        helper.make_node("Flatten", ["g"], ["logits"]),
+    ]
+    kernel = numpy_helper.from_array(np.full((3, 3, 15, 15), 1e-3, np.float32), "kernel")
+    return kit.model(nodes, [kernel], {"image": ["n", 3, kit.SIDE, kit.SIDE]}, {"logits": ["n", 3]})
+
+
+@pytest.fixture(scope="module", params=["template", "plain"])
+def long_shop(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Shop:
+    folder = tmp_path_factory.mktemp("long")
+    bundle = kit.write_bundle(folder / "models", "long", long_net(), max_batch=1)
+    store = Store(folder / "store")
+    [compiled] = compile_bundles(store, [bundle], report=lambda name, result: None).values()
+    assert isinstance(compiled, Compiled)
+    if request.param == "plain":
+        compiled = as_plain(compiled, folder)
+    shop = opened(store, [bundle], {"long": compiled})
+    shop.ready("long")
+    return shop
+
+
+def test_a_cancelled_run_ends_soon_and_leaves_the_expert_well(long_shop: Shop) -> None:
+    expected = run(long_shop, "long", kit.noise(2))
+    half_a_minute = kit.noise(1500)
+    for _ in range(3):
+        cancellation = Cancellation()
+        threading.Timer(0.2, cancellation.cancel).start()
+        begun = time.monotonic()
+        with (
+            pytest.raises(Cancelled, match="the run of long was given up"),
+            long_shop.sessions.lease("long", cancellation) as lease,
+        ):
+            lease.run({"image": half_a_minute})
+        assert time.monotonic() - begun < 5
+        np.testing.assert_array_equal(run(long_shop, "long", kit.noise(2)), expected)
+
+
+def test_what_is_cancelled_first_never_runs(long_shop: Shop) -> None:
+    cancellation = Cancellation()
+    cancellation.cancel()
+    with long_shop.sessions.lease("long", cancellation) as lease:
+        for _ in range(2):
+            with pytest.raises(Cancelled):
+                lease.run({"image": kit.noise(1500)})
+
+
+def test_cancelling_one_run_leaves_the_expert_s_other_runs_alone(long_shop: Shop) -> None:
+    cancellation = Cancellation()
+    expected = run(long_shop, "long", kit.noise(20))
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(run, long_shop, "long", kit.noise(20))
+        threading.Timer(0.1, cancellation.cancel).start()
+        with pytest.raises(Cancelled), long_shop.sessions.lease("long", cancellation) as lease:
+            lease.run({"image": kit.noise(1500)})
+        np.testing.assert_array_equal(other.result(), expected)
+
+
+def test_a_failure_of_a_run_that_nobody_cancelled_is_no_cancellation(shop: Shop) -> None:
     shop.ready("e0")
-    run(shop, "e0", kit.noise(1))
-    before = anonymous_bytes()
-    run(shop, "e0", kit.noise(1024))
-    for _ in range(32):
-        run(shop, "e0", kit.noise(1))
-    assert anonymous_bytes() - before < 4 << 20
+    with pytest.raises(RunError, match="e0 failed"), shop.sessions.lease("e0", Cancellation()) as lease:
+        lease.run({"image": kit.noise(1, 1, 8, 8)})
+
+
+def test_a_lease_that_has_ended_runs_nothing(shop: Shop) -> None:
+    shop.ready("e0")
+    with shop.sessions.lease("e0") as lease:
+        pass
+    with pytest.raises(RunError, match="after its lease had ended"):
+        lease.run({"image": kit.noise(1)})
+
+
+# Memory that is not there.
+
+
+def repeating_net() -> onnx.ModelProto:
+    """Picture `image` to `logits`, by way of sixteen thousand copies of it: 50 MB a picture."""
+    times = numpy_helper.from_array(np.array([1, 1, 128, 128], np.int64), "times")
+    nodes = [
+        helper.make_node("Tile", ["image", "times"], ["many"]),
+        helper.make_node("Relu", ["many"], ["same"]),
+        helper.make_node("GlobalAveragePool", ["same"], ["g"]),
+        helper.make_node("Flatten", ["g"], ["f"]),
+        helper.make_node("Gemm", ["f", "head"], ["logits"]),
+    ]
+    head = numpy_helper.from_array(np.random.default_rng(0).standard_normal((3, 7), np.float32), "head")
+    return kit.model(nodes, [times, head], {"image": ["n", 3, kit.SIDE, kit.SIDE]}, {"logits": ["n", 7]})
+
+
+@pytest.fixture(scope="module")
+def hungry_made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Sequence[Bundle], Mapping[str, Compiled]]:
+    folder = tmp_path_factory.mktemp("hungry")
+    bundles = [
+        kit.write_bundle(folder / "models", "hungry", repeating_net(), max_batch=1),
+        kit.write_bundle(folder / "models", "e", kit.conv_net(width=300)),
+    ]
+    store = Store(folder / "store")
+    results = compile_bundles(store, bundles, report=lambda name, result: None)
+    return store, bundles, {name: result for name, result in results.items() if isinstance(result, Compiled)}
+
+
+Test = Callable[[Shop], None]
+
+
+def in_a_process_of_its_own(test: Test, made: tuple[Store, Sequence[Bundle], Mapping[str, Compiled]]) -> None:
+    """A limit on memory holds for a whole process."""
+    store, bundles, compiled = made
+    process = multiprocessing.get_context("spawn").Process(
+        target=with_shop, args=(test, store.folder.parent, bundles, compiled)
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def with_shop(test: Test, folder: Path, bundles: Sequence[Bundle], compiled: Mapping[str, Compiled]) -> None:
+    test(opened(Store(folder), bundles, compiled))
+
+
+def only_more(size: int) -> None:
+    """From now on this process may have only so many bytes more."""
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + size, resource.RLIM_INFINITY))
+
+
+def run_too_much(shop: Shop) -> None:
+    for name in ("hungry", "e"):
+        shop.ready(name)
+        run(shop, name, kit.noise(1))
+    only_more(600 << 20)
+    for _ in range(3):
+        with pytest.raises(OutOfMemory, match="hungry needs more memory than cpu:0 has"):
+            run(shop, "hungry", kit.noise(60))
+        for name in ("hungry", "e"):
+            np.testing.assert_allclose(run(shop, name, kit.noise(1)), shop.plain(name, kit.noise(1)), atol=1e-5)
+
+
+def test_a_run_that_needs_more_memory_than_there_is_says_so_and_the_next_runs(
+    hungry_made: tuple[Store, Sequence[Bundle], Mapping[str, Compiled]],
+) -> None:
+    in_a_process_of_its_own(run_too_much, hungry_made)
+
+
+def open_too_much(shop: Shop) -> None:
+    compiled = shop.compiled["float"]
+    shop.memory.load(compiled.segments)
+    shop.ready("byte")
+    run(shop, "byte", kit.noise(1))
+    runtime.trim()
+    only_more(compiled.bytes // 2)
+    with pytest.raises(OutOfMemory, match="float needs more memory than cpu:0 has"):
+        shop.sessions.activate(compiled)
+    run(shop, "byte", kit.noise(1))
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    shop.sessions.activate(compiled)
+    np.testing.assert_allclose(run(shop, "float", kit.noise(1)), shop.plain("float", kit.noise(1)), atol=1e-5)
+
+
+def test_a_plain_session_that_needs_more_memory_than_there_is_says_so(
+    plain_made: tuple[Store, Sequence[Bundle], Mapping[str, Compiled]],
+) -> None:
+    in_a_process_of_its_own(open_too_much, plain_made)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Failed to allocate memory for requested buffer of size 1000",
+        "std::bad_alloc",
+        "CUDA failure 2: out of memory ; GPU=0",
+        "CUDA out of memory",
+        "CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED",
+        "BFCArena::AllocateRawInternal Available memory of 1000 is smaller than requested bytes of 2000",
+    ],
+)
+def test_every_way_in_which_the_runtime_says_out_of_memory_is_known(said: str) -> None:
+    assert runtime.says_out_of_memory(RuntimeError(said))
+    assert not runtime.says_out_of_memory(RuntimeError("Got invalid dimensions for input"))
+    assert runtime.says_out_of_memory(MemoryError())

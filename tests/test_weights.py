@@ -16,26 +16,11 @@ import pytest
 
 from appliance.core.types import Segment
 from appliance.drivers.devices import anonymous_bytes
-from appliance.drivers.weights import CHUNK_BYTES, Weights
-from appliance.errors import LoadError
-
-
-class Disk:
-    """Segment files with random content in a folder, and how often each was asked for."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.asked: list[str] = []
-
-    def segment(self, size: int, seed: int = 0) -> Segment:
-        content = np.random.default_rng(seed).bytes(size)
-        name = hashlib.sha256(content).hexdigest()
-        (self.folder / name).write_bytes(content)
-        return Segment(name, size)
-
-    def path(self, name: str) -> Path:
-        self.asked.append(name)
-        return self.folder / name
+from appliance.drivers.disk import CHUNK_BYTES, READERS
+from appliance.drivers.weights import Weights
+from appliance.errors import Cancelled, LoadError, OutOfMemory
+from tests.kit_brokers import until
+from tests.kit_segments import Disk, Reads
 
 
 @pytest.fixture
@@ -133,6 +118,123 @@ def test_two_who_want_one_segment_cause_one_read(disk: Disk, memory: Weights) ->
             waiting.result()
     assert disk.asked == [segment.id]
     assert memory.peak_bytes == segment.bytes
+
+
+def test_what_is_needed_is_read_before_what_is_loaded_ahead(
+    disk: Disk, memory: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ahead, needed = disk.segment(12 * CHUNK_BYTES, 1), disk.segment(12 * CHUNK_BYTES, 2)
+    reads = Reads(monkeypatch, [ahead, needed], slow=[ahead])
+    with ThreadPoolExecutor(2) as pool:
+        early = pool.submit(memory.load, [ahead], ahead=True)
+        assert reads.begun[ahead.id].wait(30)
+        late = pool.submit(memory.load, [needed])
+        assert reads.begun[needed.id].wait(30)
+        reads.go_on.set()
+        late.result()
+        early.result()
+    between = reads.until_last_of(needed).count(ahead.id)
+    assert between <= READERS, "no read ahead begins while something needed is read"
+    with memory.view(ahead.id) as view:
+        assert hashlib.sha256(view).hexdigest() == ahead.id
+
+
+def test_a_load_ahead_that_is_needed_after_all_no_longer_waits(
+    disk: Disk, memory: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, segment = disk.segment(12 * CHUNK_BYTES, 1), disk.segment(12 * CHUNK_BYTES, 2)
+    reads = Reads(monkeypatch, [slow], slow=[slow])
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(memory.load, [slow])
+        assert reads.begun[slow.id].wait(30)
+        early = pool.submit(memory.load, [segment], ahead=True)
+        try:
+            pool.submit(memory.load, [segment]).result(20)
+            early.result(20)
+            assert not first.done()
+        finally:
+            reads.go_on.set()
+    assert disk.asked == [slow.id, segment.id]
+
+
+def test_a_load_ahead_that_is_hurried_no_longer_waits(
+    disk: Disk, memory: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, segment = disk.segment(12 * CHUNK_BYTES, 1), disk.segment(12 * CHUNK_BYTES, 2)
+    reads = Reads(monkeypatch, [slow], slow=[slow])
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(memory.load, [slow])
+        assert reads.begun[slow.id].wait(30)
+        early = pool.submit(memory.load, [segment], ahead=True)
+        try:
+            until(lambda: memory.is_mapped(segment))
+            memory.hurry([segment])
+            early.result(20)
+            assert not first.done()
+        finally:
+            reads.go_on.set()
+
+
+def test_a_cancelled_load_ends_with_an_error_and_without_memory(
+    disk: Disk, memory: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segment = disk.segment(12 * CHUNK_BYTES)
+    reads = Reads(monkeypatch, [segment], slow=[segment])
+    with ThreadPoolExecutor(1) as pool:
+        load = pool.submit(memory.load, [segment])
+        assert reads.begun[segment.id].wait(30)
+        memory.cancel([segment])
+        reads.go_on.set()
+        with pytest.raises(Cancelled):
+            load.result()
+    assert memory.mapped_bytes == 0
+    assert len(reads.ended) <= READERS
+    memory.load([segment])
+    memory.cancel([segment])
+    memory.hold([segment])
+
+
+def test_who_asks_after_a_cancellation_is_not_cancelled_too(
+    disk: Disk, memory: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segment = disk.segment(12 * CHUNK_BYTES)
+    reads = Reads(monkeypatch, [segment], slow=[segment])
+    with ThreadPoolExecutor(2) as pool:
+        unwanted = pool.submit(memory.load, [segment], ahead=True)
+        assert reads.begun[segment.id].wait(30)
+        memory.cancel([segment])
+        wanted = pool.submit(memory.load, [segment])
+        reads.go_on.set()
+        with pytest.raises(Cancelled):
+            unwanted.result()
+        wanted.result()
+    with memory.view(segment.id) as view:
+        assert hashlib.sha256(view).hexdigest() == segment.id
+
+
+def test_hits_tell_what_was_here_from_what_was_read(disk: Disk, memory: Weights) -> None:
+    first, second, gone = disk.segment(4096, 1), disk.segment(4096, 2), Segment("gone", 4096)
+    memory.load([first])
+    memory.load([first, second])
+    with pytest.raises(LoadError):
+        memory.load([gone])
+    assert memory.hits == {"memory": 1, "disk": 2}
+
+
+def test_memory_that_the_system_refuses_is_an_error_of_its_own(
+    disk: Disk, memory: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segment = disk.segment(4096)
+
+    def refusing(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    with monkeypatch.context() as full:
+        full.setattr(mmap, "mmap", refusing)
+        with pytest.raises(OutOfMemory, match="4096 bytes of memory cannot be mapped"):
+            memory.load([segment])
+    assert memory.mapped_bytes == 0
+    memory.load([segment])
 
 
 def test_a_segment_in_use_is_not_dropped(disk: Disk, memory: Weights) -> None:

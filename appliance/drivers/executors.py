@@ -9,22 +9,25 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import Full, Queue
-from threading import Thread
+from threading import Condition, Lock, Thread
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from appliance.catalog import ExpertManifest
+from appliance.catalog import Bundle, ExpertManifest
 from appliance.core.types import Batch, Event, Finished, Load, Loaded, LoadFailed, Refusal, RunFailed
 from appliance.drivers import heads, images
+from appliance.drivers.cancellation import Cancellation
+from appliance.drivers.golden import prove
 from appliance.drivers.sessions import Sessions
-from appliance.errors import ApplianceError, CatalogError, MessageError, RunError
+from appliance.drivers.store import Compiled
+from appliance.errors import ApplianceError, CatalogError, GoldenMismatch, MessageError, OutOfMemory, RunError
 
 _log = logging.getLogger(__name__)
+_AGAIN_SECONDS = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +38,27 @@ class Views:
     reference: NDArray[np.uint8] | None = None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Given:
+    """A batch on a desk or in work."""
+
+    batch: Batch
+    cancellation: Cancellation
+
+
 class Executors:
     """One thread per executor. `work` turns a batch into its event, `report` passes the event on."""
 
     def __init__(
-        self, names: Mapping[str, str], work: Callable[[Batch], Event], report: Callable[[Event], None]
+        self,
+        names: Mapping[str, str],
+        work: Callable[[Batch, Cancellation], Event],
+        report: Callable[[Event], None],
     ) -> None:
         self._work, self._report = work, report
-        self._desks: dict[str, Queue[Batch | None]] = {name: Queue(1) for name in names}
+        self._lock = Lock()
+        self._open: list[_Given] = []  # until they are reported
+        self._desks: dict[str, Queue[_Given | None]] = {name: Queue(1) for name in names}
         self._threads = [
             Thread(target=self._serve, args=(desk,), name=f"{names[name]}-{name}", daemon=True)
             for name, desk in self._desks.items()
@@ -52,56 +68,173 @@ class Executors:
 
     def run(self, batch: Batch) -> None:
         """Put a batch on its executor's desk. Never waits: raises RunError when the desk has one already."""
-        try:
-            self._desks[batch.executor].put_nowait(batch)
-        except Full as error:
-            raise RunError(f"executor {batch.executor} has a batch waiting already") from error
+        given = _Given(batch, Cancellation())
+        with self._lock:
+            try:
+                self._desks[batch.executor].put_nowait(given)
+            except Full as error:
+                raise RunError(f"executor {batch.executor} has a batch waiting already") from error
+            self._open.append(given)
+
+    def cancel(self, batch_id: int) -> None:
+        """Give a batch up: on the desk, or within a node of its run. It is reported as RunFailed, reason `cancelled`.
+
+        What has ended by itself before that is reported as it ended. An id that is not given out is ignored.
+        """
+        self._cancel(lambda given: given.batch.id == batch_id)
 
     def stop(self) -> None:
-        """Return when all batches given out have been reported."""
+        """Give all batches up, and return when they have been reported."""
+        self._cancel(lambda given: True)
         for desk in self._desks.values():
             desk.put(None)
         for thread in self._threads:
             thread.join()
 
-    def _serve(self, desk: Queue[Batch | None]) -> None:
-        while (batch := desk.get()) is not None:
-            self._report(self._done(batch))
+    def _cancel(self, is_meant: Callable[[_Given], bool]) -> None:
+        with self._lock:
+            meant = [given for given in self._open if is_meant(given)]
+        for given in meant:
+            given.cancellation.cancel()
 
-    def _done(self, batch: Batch) -> Event:
+    def _serve(self, desk: Queue[_Given | None]) -> None:
+        while (given := desk.get()) is not None:
+            event = self._done(given)
+            with self._lock:
+                self._open.remove(given)
+            self._report(event)
+
+    def _done(self, given: _Given) -> Event:
+        batch = given.batch
         try:
-            return self._work(batch)
+            given.cancellation.check(f"the batch of {batch.expert}")
+            return self._work(batch, given.cancellation)
         except Exception as error:
             return RunFailed(batch, _refusal(error, f"batch of {batch.expert}"))
 
 
-class LoaderLane:
-    """The threads that bring weights to one device, so that a load never stalls a run."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Ordered:
+    """A load waiting or in work."""
 
-    def __init__(self, device: str, slots: int, bring: Callable[[Load], None], report: Callable[[Event], None]) -> None:
-        self._device, self._bring, self._report = device, bring, report
-        self._pool = ThreadPoolExecutor(slots, f"{device}-loader")
+    load: Load
+    cancellation: Cancellation
+
+
+class LoaderLane:
+    """The threads that bring weights to one device, so that a load never stalls a run.
+
+    `slots` of them bring what is needed. One more brings what is loaded ahead, beginning only while nothing needed
+    waits: a load ahead never takes the place of one that a task waits for, and two would only share the disk.
+    """
+
+    def __init__(
+        self,
+        device: str,
+        slots: int,
+        bring: Callable[[Load, Cancellation], None],
+        report: Callable[[Event], None],
+        hurry: Callable[[str], None] = lambda expert: None,
+    ) -> None:
+        self._device, self._bring, self._hurry, self._report = device, bring, hurry, report
+        self._changed = Condition()
+        self._waiting: list[_Ordered] = []
+        self._in_work: list[_Ordered] = []
+        self._is_stopping = False
+        self._threads = [
+            Thread(target=self._serve, args=(number == slots,), name=f"{device}-loader-{number}", daemon=True)
+            for number in range(slots + 1)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def load(self, action: Load) -> None:
         """Begin a load as soon as a slot is free; ends in Loaded or LoadFailed."""
-        self._pool.submit(self._serve, action)
+        with self._changed:
+            self._waiting.append(_Ordered(action, Cancellation()))
+            self._changed.notify_all()
+
+    def cancel(self, expert: str) -> None:
+        """Give an expert's load up; it is reported as LoadFailed, reason `cancelled`, unless it ended before.
+
+        Without a load of that expert it does nothing.
+        """
+        with self._changed:
+            forgotten = [ordered for ordered in self._waiting if ordered.load.expert == expert]
+            self._waiting = [ordered for ordered in self._waiting if ordered.load.expert != expert]
+            in_work = [ordered for ordered in self._in_work if ordered.load.expert == expert]
+            self._changed.notify_all()
+        for ordered in (*forgotten, *in_work):
+            ordered.cancellation.cancel()
+        for ordered in forgotten:
+            self._report(self._done(ordered))
+
+    def hurry(self, expert: str) -> None:
+        """The expert's load, which began ahead, is needed now. Without such a load it does nothing."""
+        with self._changed:
+            self._waiting = [
+                _Ordered(replace(ordered.load, ahead=False), ordered.cancellation)
+                if ordered.load.expert == expert
+                else ordered
+                for ordered in self._waiting
+            ]
+            self._changed.notify_all()
+        self._hurry(expert)
 
     def stop(self) -> None:
-        """Return when the loads in work have been reported; those still waiting are forgotten."""
-        self._pool.shutdown(cancel_futures=True)
+        """Give the loads in work up, and return when they have been reported; those still waiting are forgotten."""
+        with self._changed:
+            self._is_stopping = True
+            self._waiting.clear()
+            self._changed.notify_all()
+        for thread in self._threads:
+            while thread.is_alive():
+                self._cancel_work()  # again: a load may just have been about to begin its next segment
+                thread.join(_AGAIN_SECONDS)
 
-    def _serve(self, action: Load) -> None:
-        self._report(self._done(action))
+    def _cancel_work(self) -> None:
+        with self._changed:
+            in_work = list(self._in_work)
+        for ordered in in_work:
+            ordered.cancellation.cancel()
 
-    def _done(self, action: Load) -> Event:
+    def _serve(self, ahead: bool) -> None:
+        while (ordered := self._next(ahead)) is not None:
+            event = self._done(ordered)
+            with self._changed:
+                self._in_work.remove(ordered)
+            self._report(event)
+
+    def _next(self, ahead: bool) -> _Ordered | None:
+        with self._changed:
+            while not self._is_stopping:
+                ordered = self._first(ahead)
+                if ordered is not None:
+                    self._waiting.remove(ordered)
+                    self._in_work.append(ordered)
+                    self._changed.notify_all()
+                    return ordered
+                self._changed.wait()
+        return None
+
+    def _first(self, ahead: bool) -> _Ordered | None:
+        """What waits longest of its sort; nothing ahead while anything needed waits."""
+        first = min(self._waiting, key=lambda ordered: ordered.load.ahead, default=None)
+        return first if first is not None and first.load.ahead == ahead else None
+
+    def _done(self, ordered: _Ordered) -> Event:
+        load = ordered.load
         try:
-            self._bring(action)
+            ordered.cancellation.check(f"the load of {load.expert}")
+            self._bring(load, ordered.cancellation)
         except Exception as error:
-            return LoadFailed(self._device, action.expert, _refusal(error, f"load of {action.expert}"))
-        return Loaded(self._device, action.expert)
+            return LoadFailed(self._device, load.expert, _refusal(error, f"load of {load.expert}"))
+        return Loaded(self._device, load.expert)
 
 
 def _refusal(error: Exception, doing: str) -> Refusal:
+    if isinstance(error, MemoryError):
+        return Refusal(OutOfMemory.reason, f"{doing}: this process had no memory left")
     if isinstance(error, ApplianceError):
         return Refusal(error.reason, str(error))
     _log.exception("unexpected error doing=%s", doing)
@@ -121,24 +254,58 @@ class Inspection:
 
     `look` gives a request's views, decoded already. A request that it refuses (a damaged picture, a lost reference, one
     that became late and left the spool) is answered by that refusal; the others of its batch are inspected.
+
+    An expert first answers the golden samples of its bundle, once in a process and again if its compiled form changes:
+    between the compiler's proof and this one lie the disk, this memory and, on an accelerator, another device. What is
+    loaded again comes from the same file, so it is not asked again.
     """
 
-    def __init__(
-        self, sessions: Sessions, manifests: Mapping[str, ExpertManifest], look: Callable[[str], Views]
-    ) -> None:
-        self._sessions, self._manifests, self._look = sessions, manifests, look
+    def __init__(self, sessions: Sessions, bundles: Mapping[str, Bundle], look: Callable[[str], Views]) -> None:
+        self._sessions, self._bundles, self._look = sessions, bundles, look
+        self._proven: dict[str, Compiled] = {}
 
-    def __call__(self, batch: Batch) -> Finished:
-        """Raises RunError when the run as a whole fails."""
+    def __call__(self, batch: Batch, cancellation: Cancellation) -> Finished:
+        """The proof of an expert is not counted in the seconds.
+
+        Raises RunError, OutOfMemory or Cancelled when the run as a whole fails, GoldenMismatch when the expert fails
+        its proof: then no picture was inspected.
+        """
+        bundle = self._bundles[batch.expert]
+        self._prove(bundle, cancellation)
         begun = time.perf_counter()
-        manifest = self._manifests[batch.expert]
-        looks = [self._prepared(manifest, request) for request in batch.requests]
-        answers = iter(self._inspected(manifest, [p for p in looks if isinstance(p, _Prepared)]))
+        looks = []
+        for request in batch.requests:
+            cancellation.check(f"the batch of {batch.expert}")
+            looks.append(self._prepared(bundle.manifest, request))
+        prepared = [look for look in looks if isinstance(look, _Prepared)]
+        answers = iter(self._inspected(bundle.manifest, prepared, cancellation))
         return Finished(
             batch,
             tuple(look if isinstance(look, Refusal) else next(answers) for look in looks),
             time.perf_counter() - begun,
         )
+
+    def _prove(self, bundle: Bundle, cancellation: Cancellation) -> None:
+        """Two executors may do so at the same time, which is only once too often."""
+        golden, path = bundle.manifest.golden, bundle.golden_path
+        if golden is None or path is None:
+            return
+        with self._sessions.lease(bundle.manifest.name, cancellation) as lease:
+            compiled = lease.compiled
+            if self._proven.get(compiled.expert) == compiled:
+                return
+            try:
+                prove(
+                    lambda pictures: list(lease.run(dict(zip(compiled.inputs, pictures, strict=True))).values()),
+                    path,
+                    compiled.inputs,
+                    compiled.outputs,
+                    max_batch=bundle.manifest.model.max_batch,
+                    tolerance=golden.tolerance,
+                )
+            except GoldenMismatch as error:
+                raise GoldenMismatch(f"{compiled.expert}: {error.what}", error.remedy) from error
+            self._proven[compiled.expert] = compiled
 
     def _prepared(self, manifest: ExpertManifest, request: str) -> _Prepared | Refusal:
         try:
@@ -157,12 +324,14 @@ class Inspection:
         }
         return _Prepared(inputs, (views.picture.shape[1], views.picture.shape[0]))
 
-    def _inspected(self, manifest: ExpertManifest, prepared: Sequence[_Prepared]) -> list[heads.Answer]:
+    def _inspected(
+        self, manifest: ExpertManifest, prepared: Sequence[_Prepared], cancellation: Cancellation
+    ) -> list[heads.Answer]:
         """Findings of each, in as few runs as the expert's largest batch allows."""
         if not prepared:
             return []
         most = manifest.model.max_batch
-        with self._sessions.lease(manifest.name) as lease:
+        with self._sessions.lease(manifest.name, cancellation) as lease:
             runs = [
                 (part, lease.run(_stacked(part)))
                 for part in (prepared[i : i + most] for i in range(0, len(prepared), most))

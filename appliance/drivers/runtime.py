@@ -9,7 +9,8 @@ one thread each unless told otherwise, so there is no explosion to prevent.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from threading import Lock
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as ort
 
@@ -36,7 +38,11 @@ ERRORS: tuple[type[Exception], ...] = (
     ValueError,  # what it makes of a wrong dtype or shape
 )
 """They have no common base but Exception."""
-_OUT_OF_MEMORY = ("bad_alloc", "bad array new length", "Failed to allocate", "allocate memory")
+_OUT_OF_MEMORY = (
+    *("bad_alloc", "bad array new length", "failed to allocate", "allocate memory", "out of memory"),
+    *("cublas_status_alloc_failed", "cudnn_status_alloc_failed", "is smaller than requested"),
+)
+"""In lower case; the runtime has no error type for it."""
 _setting_up = Lock()
 _is_set_up = False
 
@@ -104,7 +110,14 @@ def trim() -> None:
 
 
 def says_out_of_memory(error: Exception) -> bool:
-    return any(sign in str(error) for sign in _OUT_OF_MEMORY)
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or any(sign in said for sign in _OUT_OF_MEMORY)
+
+
+def value_at(address: int, dtype: np.dtype[Any], shape: Sequence[int]) -> Any:
+    """An OrtValue over memory of ours: it copies nothing and keeps nothing alive."""
+    raw = (ctypes.c_uint8 * (math.prod(shape) * dtype.itemsize)).from_address(address)
+    return onnxruntime.OrtValue.ortvalue_from_numpy(np.ctypeslib.as_array(raw).view(dtype).reshape(shape))
 
 
 def _set_up() -> None:
