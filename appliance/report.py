@@ -32,6 +32,8 @@ def print_check(found: Mapping[str, Any], console: Console) -> None:
         given = megabytes(found["budget_bytes"])
         says = f"memory.weights is {asked}, and there is memory for {given}: lower it"
         console.print(f"[red]{says}[/red]", soft_wrap=True)
+    for name, why in found["gpu_trouble"].items():
+        console.print(f"[red]{name} is not used:[/red] {escape(why)}")
     for name in found["too_large"]:
         console.print(f"[red]{name} alone is larger than a budget: raise memory.weights or memory.activations[/red]")
     for name, why in found["unavailable"].items():
