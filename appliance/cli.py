@@ -58,16 +58,21 @@ def serve(
 
 
 @app.command()
-def check(config: ConfigFile = DEFAULT_CONFIG, as_json: AsJson = False) -> None:
+def check(
+    config: ConfigFile = DEFAULT_CONFIG,
+    prune: Annotated[bool, typer.Option(help="Remove compiled experts that no bundle names any more.")] = False,
+    as_json: AsJson = False,
+) -> None:
     """Check settings, catalogue, graph, digests and compiled experts, without serving.
 
     Compiles what is new, so that the next start is quick. Exit code 1 when any expert could not serve.
     """
     from appliance import config as settings
-    from appliance.report import print_check
+    from appliance.report import print_check, progress
     from appliance.startup import checked
 
-    found = checked(settings.load(config))
+    with progress(Console(stderr=True, quiet=as_json)) as tell:
+        found = checked(settings.load(config), prune=prune, tell=tell)
     _print(found) if as_json else print_check(found, Console())
     raise typer.Exit(0 if not found["unavailable"] else 1)
 

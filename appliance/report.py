@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
 COLOURS = {"pass": "green", "fail": "bold red", "error": "magenta", "late": "yellow", "rejected": "magenta"}
@@ -27,15 +29,51 @@ def print_check(found: Mapping[str, Any], console: Console) -> None:
     console.print(escape(found["graph"]), soft_wrap=True, highlight=False)
     if found["budget_bytes"] < found["configured_budget_bytes"]:
         asked = megabytes(found["configured_budget_bytes"])
-        console.print(f"[red]This process may not use memory enough for memory.weights of {asked}: lower it[/red]")
+        given = megabytes(found["budget_bytes"])
+        says = f"memory.weights is {asked}, and there is memory for {given}: lower it"
+        console.print(f"[red]{says}[/red]", soft_wrap=True)
     for name in found["too_large"]:
         console.print(f"[red]{name} alone is larger than a budget: raise memory.weights or memory.activations[/red]")
     for name, why in found["unavailable"].items():
         console.print(f"[red]{name} cannot serve[/red] ({why['reason']}): {escape(why['detail'])}")
     for path, reason in found["damaged"].items():
         console.print(f"[yellow]put into quarantine:[/yellow] {escape(path)} {escape(reason)}")
+    if found["unused"]:
+        console.print(_unused(found["unused"], found["freed_bytes"]))
     if not found["unavailable"]:
         console.print("[green]Everything in the catalogue can serve.[/green]")
+
+
+def _unused(unused: Mapping[str, int], freed_bytes: int | None) -> str:
+    many = f"{len(unused)} compiled experts that no bundle names ({megabytes(sum(unused.values()))} before sharing)"
+    names = "\n".join(f"  {escape(name)}" for name in unused)
+    if freed_bytes is None:
+        return f"[yellow]{many}:[/yellow] appliance check --prune removes them\n{names}"
+    return f"removed {many}, which freed {megabytes(freed_bytes)}; while a service runs, their weights stay\n{names}"
+
+
+@contextmanager
+def progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on a terminal for each thing that is counted, gone when it ends; on anything else, nothing."""
+    if not console.is_terminal or console.quiet:
+        yield lambda what, done, total: None
+        return
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[shown]}"),
+        console=console,
+        transient=True,
+    ) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def tell(what: str, done: int, total: int) -> None:
+            shown = f"{megabytes(done)} of {megabytes(total)}" if what == "bytes" else f"{done} of {total}"
+            if what not in tasks:
+                tasks[what] = bars.add_task("reading the store" if what == "bytes" else "compiling experts", shown="")
+            bars.update(tasks[what], completed=done, total=total, shown=shown)
+
+        yield tell
 
 
 def print_answers(found: Mapping[str, Any], console: Console) -> None:

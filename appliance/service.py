@@ -136,7 +136,7 @@ class Service:
         self._drift = DriftAlarm()
         self._has_drained = False
 
-        self._store_check = StoreCheck(installation.store)
+        self._store_check = StoreCheck(installation.store, installation.catalog.bundles, installation.compiled)
         self._engines = {device.name: self._engine(device) for device in installation.devices}
         self._album = Album(
             records.payload,

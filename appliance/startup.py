@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from appliance import catalog as catalogs
@@ -29,6 +30,8 @@ COMPILE_JOBS = 2
 """Children that compile at the same time, where there are cores for them: each takes gigabytes for a large model."""
 
 Report = Callable[[str, Compiled | ApplianceError], None]
+Progress = Callable[[str, int, int], None]
+"""Hears what is counted ("bytes" read, "experts" compiled), how many are done, and of how many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,13 +174,23 @@ def refusal_of(error: ApplianceError) -> Refusal:
     return Refusal(error.reason, str(error))
 
 
-def checked(config: Config) -> dict[str, Any]:
+def checked(config: Config, *, prune: bool = False, tell: Progress = lambda what, done, of: None) -> dict[str, Any]:
     """What `appliance check` tells: the catalogue, what is unavailable and why, and whether the budget holds it.
 
-    Reads every byte of the store first; what was damaged has been compiled again when this returns.
+    Reads every byte of the store first; what was damaged has been compiled again when this returns. `prune` removes
+    compiled experts that no bundle names any more. `tell` hears how far it is: bytes read, then experts compiled.
     """
-    damaged = Store(config.paths.store).check()
-    made = install(config)
+    damaged = Store(config.paths.store).check(tell=partial(tell, "bytes"))
+    waiting = {bundle.manifest.name for bundle in waiting_to_compile(config)}
+    compiled = set[str]()
+
+    def count(name: str, result: Compiled | ApplianceError) -> None:
+        compiled.update({name} & waiting)
+        tell("experts", len(compiled), len(waiting))
+
+    made = install(config, count)
+    unused = made.store.unused(made.catalog)
+    freed_bytes = made.store.prune(made.catalog) if prune else None
     (device,) = made.devices
     footprints, budget = {name: e.footprints[CPU] for name, e in made.experts.items()}, device.budget_bytes
     total = sum({s.id: s.bytes for f in footprints.values() for s in f.segments}.values())
@@ -202,6 +215,8 @@ def checked(config: Config) -> dict[str, Any]:
         "largest_expert": max(footprints, key=lambda name: footprints[name].weights_bytes, default=None),
         "executors": [executor.name for executor in made.executors],
         "damaged": {str(damage.path): damage.reason for damage in damaged},
+        "unused": unused,
+        "freed_bytes": freed_bytes,
         "unavailable": {name: {"reason": r.reason, "detail": r.detail} for name, r in made.unavailable.items()},
         "graph": draw(made.catalog.graph),
     }

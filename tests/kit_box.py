@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -24,13 +25,14 @@ from PIL import Image
 from appliance.catalog import Bundle
 from appliance.drivers.broker import free_port
 from tests.kit_brokers import AnyBroker, Camera, until
-from tests.kit_models import SIDE, conv_net, write_bundle
+from tests.kit_models import SIDE, conv_net, run_plain, write_bundle
 
 INFER = "coe/v1/plant/infer/line1/-/-/"
 RESULT = "coe/v1/plant/result/#"
 ERROR = "coe/v1/plant/error/#"
 STATUS = "coe/v1/plant/box/box1/status"
 STATS = "coe/v1/plant/box/box1/stats"
+ALARMS = "coe/v1/plant/box/box1/alarm/+"
 
 
 def picture(seed: int = 0, side: int = SIDE, kind: str = "PNG") -> bytes:
@@ -74,6 +76,24 @@ def manifest_text(bundle: Bundle) -> str:
     for title, values in tables:
         lines += [title, *(f"{k} = {json.dumps(v)}" for k, v in values.items())]
     return "\n".join(lines)
+
+
+def add_golden(folder: Path) -> None:
+    """Golden samples of a bundle's own network, as a sound expert answers them."""
+    noise = np.random.default_rng(5).random((2, 3, SIDE, SIDE), np.float32)
+    logits = run_plain(folder / "model.onnx", {"image": noise})["logits"]
+    np.savez(folder / "golden.npz", image=noise, logits=logits)
+    digest = hashlib.sha256((folder / "golden.npz").read_bytes()).hexdigest()
+    with (folder / "expert.toml").open("a", encoding="utf-8") as file:
+        file.write(f"\n[golden]\nsha256 = '{digest}'\ntolerance = 1e-4\n")
+
+
+def spoil_weights(store: Path, expert: str) -> None:
+    """Other bytes, and as many, in all segments of an expert, as a bad disk would have it."""
+    (description,) = store.glob(f"*/experts/{expert}/*.json")
+    for segment in json.loads(description.read_text("utf-8"))["content"]["segments"]:
+        path = description.parents[2] / "segments" / segment["id"]
+        path.write_bytes(np.random.default_rng(1).random(segment["bytes"] // 4, np.float32).tobytes())
 
 
 class Box:

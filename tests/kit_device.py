@@ -1,4 +1,4 @@
-"""A pretend accelerator, stricter than a real one, and experts of standard operators that every place can run.
+"""A pretend accelerator, stricter than a real one.
 
 Its device memory is ordinary memory, so that sessions on the processor can run on "device" addresses. What a real
 device would do at some time, it does as late as it may, and what a real one would forgive, it refuses.
@@ -7,28 +7,19 @@ device would do at some time, it does as late as it may, and what a real one wou
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import mmap
 import threading
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
-import onnx
-import onnxruntime
-from onnx import ModelProto
 
-from appliance.core.types import Segment
 from appliance.drivers.pinned import Pinned
-from appliance.drivers.sharing import layout
-from appliance.drivers.store import Compiled, TensorSlot
-from appliance.drivers.template import content, dtype_of, lift
+from appliance.drivers.runtime import CpuPlace
 from appliance.errors import ApplianceError, DeviceError, OutOfMemory
-from tests import kit_models
 
 POISON = 0xFF
 """In every byte of memory that nobody has written to: a float32 of it is not a number."""
@@ -194,49 +185,10 @@ def _inside(blocks: Mapping[int, mmap.mmap], address: int, size: int) -> int | N
     return next((s for s, block in blocks.items() if s <= address and address + size <= s + len(block)), None)
 
 
-def portable_expert(name: str, net: ModelProto, folder: Path, shared: Sequence[int] = ()) -> Compiled:
-    """The net as a template over segments in the folder, each a file named by its content.
+@dataclass(frozen=True, slots=True)
+class PretendPlace(CpuPlace):
+    """The processor as the place of the pretend accelerator, with steps of batches as a GPU has them."""
 
-    The runtime optimises it to standard operators only: what the shipped compiler makes for a processor has operators
-    (com.microsoft.nchwc) that no accelerator knows. Weights whose numbers are in `shared` lie in a second segment.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    options.optimized_model_filepath = str(folder / f"{name}.onnx")
-    options.log_severity_level = 4
-    onnxruntime.InferenceSession(net.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    template = lift(onnx.load(folder / f"{name}.onnx"), [value.name for value in net.graph.input])
-    (folder / template.signature).write_bytes(template.model)
-    groups = [[i for i in range(len(template.weights)) if (i in shared) == chosen] for chosen in (False, True)]
-    segments: list[Segment] = []
-    slots: dict[int, TensorSlot] = {}
-    for group in filter(None, groups):
-        pieces = [content(template.weights[i]) for i in group]
-        offsets, size = layout([len(piece) for piece in pieces])
-        packed = bytearray(size)
-        for i, piece, offset in zip(group, pieces, offsets, strict=True):
-            packed[offset : offset + len(piece)] = piece
-            tensor, digest = template.weights[i], hashlib.sha256(piece).hexdigest()
-            dtype = dtype_of(tensor).name
-            slots[i] = TensorSlot(f"w{i}", dtype, tuple(tensor.dims), len(segments), offset, digest)
-        segments.append(Segment(hashlib.sha256(packed).hexdigest(), size))
-        (folder / segments[-1].id).write_bytes(packed)
-    return Compiled(
-        expert=name,
-        version=1,
-        model_sha256=hashlib.sha256(net.SerializeToString()).hexdigest(),
-        architecture=template.signature,
-        template_path=folder / template.signature,
-        segments=tuple(segments),
-        tensors=tuple(slots[i] for i in sorted(slots)),
-        inputs=tuple(value.name for value in net.graph.input),
-        outputs=template.outputs,
-        item_seconds=0.0,
-        fixed_seconds=0.0,
-    )
-
-
-def big_net(seed: int) -> ModelProto:
-    """A net whose weights are several reads long."""
-    return kit_models.conv_net(seed, width=1200)
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        return 1, 2, 4, 8

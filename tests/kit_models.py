@@ -12,6 +12,7 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnxruntime.quantization import CalibrationDataReader, quantize_static
 
 from appliance.catalog import Bundle, ExpertManifest
 
@@ -63,6 +64,81 @@ def conv_net(
         helper.make_node("Gemm", [p + ("h" if width else "f"), p + "head", p + "bias"], ["logits"], p + "gemm"),
     ]
     return model(nodes, weights, {"image": [batch, 3, SIDE, SIDE]}, {"logits": [batch, len(LABELS)]})
+
+
+def deep_net(seed: int = 0, *, channels: int = 160, layers: int = 12, side: int = SIDE) -> ModelProto:
+    """A trunk of `layers` convolutions that all seeds share, and a head of its own; picture to `logits` (n, 7)."""
+    numbers = np.random.default_rng(0)
+    weights: list[TensorProto] = []
+
+    def tensor(name: str, *shape: int) -> str:
+        values = numbers.standard_normal(shape) * np.sqrt(2 / np.prod(shape[1:]) if len(shape) > 1 else 1e-4)
+        weights.append(numpy_helper.from_array(values.astype(np.float32), name))
+        return name
+
+    nodes, source, inputs = list[NodeProto](), "image", 3
+    for number in range(layers):
+        kernels = tensor(f"k{number}", channels, inputs, 3, 3)
+        around: dict[str, Any] = {"pads": [1, 1, 1, 1]}
+        nodes.append(
+            helper.make_node("Conv", [source, kernels, tensor(f"b{number}", channels)], [f"c{number}"], **around)
+        )
+        nodes.append(helper.make_node("Relu", [f"c{number}"], [f"r{number}"]))
+        source, inputs = f"r{number}", channels
+    numbers = np.random.default_rng(seed)
+    nodes += [
+        helper.make_node("GlobalAveragePool", [source], ["g"]),
+        helper.make_node("Flatten", ["g"], ["f"]),
+        helper.make_node("Gemm", ["f", tensor("head", channels, len(LABELS)), tensor("bias", len(LABELS))], ["logits"]),
+    ]
+    return model(nodes, weights, {"image": ["n", 3, side, side]}, {"logits": ["n", len(LABELS)]})
+
+
+def int8_net(folder: Path, seed: int = 0) -> Path:
+    """A file with a `deep_net` of 2.5 MB whose convolutions are quantized as ONNX Runtime's tool does it (QDQ)."""
+
+    class Samples(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self._rest = iter([{"image": noise(2, seed=n)} for n in range(4)])
+
+        def get_next(self) -> dict[str, NDArray[np.float32]] | None:
+            return next(self._rest, None)
+
+    source = save(deep_net(seed), folder / f"float-{seed}.onnx")
+    target = folder / f"int8-{seed}.onnx"
+    quantize_static(source, target, Samples(), op_types_to_quantize=["Conv"], per_channel=True)
+    return target
+
+
+def attention_net(seed: int = 0, *, width: int = 256, blocks: int = 3) -> ModelProto:
+    """A transformer's blocks of one head each, 10 MB, nearly all of it in MatMul; picture to `logits` (n, 7)."""
+    numbers = np.random.default_rng(seed)
+    nodes, weights = list[NodeProto](), list[TensorProto]()
+    patch, tokens = 4, (SIDE // 4) ** 2
+
+    def tensor(*shape: int) -> str:
+        values = (numbers.standard_normal(shape) / np.sqrt(shape[0])).astype(np.float32)
+        weights.append(numpy_helper.from_array(values, f"w{len(weights)}"))
+        return weights[-1].name
+
+    def node(kind: str, *sources: str, **attributes: Any) -> str:
+        nodes.append(helper.make_node(kind, list(sources), [f"v{len(nodes)}"], **attributes))
+        return str(nodes[-1].output[0])
+
+    def dense(source: str, inputs: int, outputs: int) -> str:
+        return node("Add", node("MatMul", source, tensor(inputs, outputs)), tensor(outputs))
+
+    weights.append(numpy_helper.from_array(np.array([0, width, tokens], np.int64), "shape"))
+    patches = node("Conv", "image", tensor(width, 3, patch, patch), kernel_shape=[patch, patch], strides=[patch, patch])
+    x = node("Transpose", node("Reshape", patches, "shape"), perm=[0, 2, 1])
+    for _ in range(blocks):
+        queries, keys, values = (dense(x, width, width) for _ in range(3))
+        looked = node("Softmax", node("MatMul", queries, node("Transpose", keys, perm=[0, 2, 1])), axis=-1)
+        x = node("Add", x, node("MatMul", looked, values))
+        x = node("Add", x, dense(node("Relu", dense(x, width, 4 * width)), 4 * width, width))
+    pooled = node("ReduceMean", x, axes=[1], keepdims=0)
+    nodes.append(helper.make_node("Gemm", [pooled, tensor(width, len(LABELS)), tensor(len(LABELS))], ["logits"]))
+    return model(nodes, weights, {"image": ["n", 3, SIDE, SIDE]}, {"logits": ["n", len(LABELS)]})
 
 
 def fine_tune(seed: int, frozen: Sequence[str] = FROZEN, *, channels: int = 8, width: int) -> ModelProto:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import resource
 import signal
@@ -16,15 +17,17 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from appliance.catalog import Bundle
-from appliance.drivers import runtime
-from appliance.drivers.compile import compile_bundles
+from appliance.drivers import compile_child, runtime, trial
+from appliance.drivers.compile import Report, compile_bundles
 from appliance.drivers.sessions import Sessions
 from appliance.drivers.store import Compiled, Store
+from appliance.drivers.storecheck import StoreCheck
 from appliance.drivers.weights import Weights
 from appliance.errors import ApplianceError, CatalogError, DigestMismatch, ModelError, StoreError, UnsafeModel
 from appliance.sandbox import Child
@@ -56,12 +59,31 @@ class Workbench:
         return result
 
     def run(self, compiled: Compiled, feeds: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[Any]]:
+        if compiled.plain_path is not None:
+            return self.run_plain(compiled, compiled.plain_path, feeds)
         memory = Weights(self.store.segment_path)
         sessions = Sessions(memory, runtime.CpuPlace(), activation_bytes=64 << 20)
         memory.load(compiled.segments)
         sessions.activate(compiled)
         with sessions.lease(compiled.expert) as lease:
             return lease.run(feeds)
+
+    def run_plain(
+        self, compiled: Compiled, path: Path, feeds: Mapping[str, NDArray[np.float32]]
+    ) -> dict[str, NDArray[Any]]:
+        weights = self.weights(compiled)
+        session = runtime.CpuPlace().open_plain(path, weights)
+        outputs = session.run(None, {f"x{i}": feeds[name] for i, name in enumerate(compiled.inputs)})
+        return dict(zip(compiled.outputs, outputs, strict=True))
+
+    def weights(self, compiled: Compiled) -> dict[str, onnxruntime.OrtValue]:
+        files = [np.fromfile(self.store.segment_path(segment.id), np.uint8) for segment in compiled.segments]
+        return {
+            slot.name: onnxruntime.OrtValue.ortvalue_from_numpy(
+                files[slot.segment][slot.offset : slot.offset + slot.bytes].view(slot.dtype).reshape(slot.shape)
+            )
+            for slot in compiled.tensors
+        }
 
 
 @pytest.fixture
@@ -208,6 +230,159 @@ def test_damage_inside_a_segment_is_found_when_asked(bench: Workbench) -> None:
         bench.store.verify(compiled)
 
 
+def test_an_int8_expert_is_served_by_a_plain_session_of_its_segments(bench: Workbench, tmp_path: Path) -> None:
+    """As a template it takes 1.9 to 2.1 times as long (1.31.1, AVX2 and AVX-512, 2026-11)."""
+    bundles = [bench.bundle(f"e{seed}", kit.int8_net(tmp_path, seed)) for seed in (1, 2)]
+    compiled = bench.compiled(*bundles)
+    assert len({c.architecture for c in compiled}) == 1
+    assert len({c.plain_path for c in compiled}) == 1
+    assert compiled[0].segments[1] == compiled[1].segments[1], "they share their trunk"
+    assert compiled[0].segments[0] != compiled[1].segments[0]
+    for bundle, expert in zip(bundles, compiled, strict=True):
+        assert expert.plain_path is not None
+        assert expert.plain_path.stat().st_size < 100_000, "it holds no weights"
+        feeds = {"image": kit.noise(3)}
+        expected = kit.run_plain(bundle.model_path, feeds)["logits"]
+        np.testing.assert_allclose(bench.run_plain(expert, expert.plain_path, feeds)["logits"], expected, atol=1e-5)
+        assert 0.8 * expert.bytes < expert.private_bytes < 2 * expert.bytes, "the runtime packs a copy"
+
+
+def test_convolutions_are_served_as_templates(bench: Workbench) -> None:
+    [compiled] = bench.compiled(bench.bundle("e", kit.deep_net()))
+    assert compiled.plain_path is None
+    assert compiled.private_bytes == 0
+
+
+@pytest.mark.parametrize("loses", [True, False])
+def test_how_an_architecture_is_served_follows_the_first_measurement(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch, loses: bool
+) -> None:
+    monkeypatch.setattr("appliance.drivers.compile.Child", InProcess)
+    monkeypatch.setattr("appliance.drivers.trial.is_slower", lambda pairs: loses)
+    first, second = bench.bundle("first", kit.conv_net(1)), bench.bundle("second", kit.conv_net(2))
+    [compiled] = bench.compiled(first)
+    monkeypatch.setattr("appliance.drivers.trial.is_slower", lambda pairs: not loses)
+    [other] = bench.compiled(second)
+    for bundle, expert in ((first, compiled), (second, other)):
+        assert (expert.plain_path is not None) == loses
+        feeds = {"image": kit.noise(2)}
+        expected = kit.run_plain(bundle.model_path, feeds)["logits"]
+        np.testing.assert_allclose(bench.run(expert, feeds)["logits"], expected, atol=1e-5)
+    assert other.item_seconds == compiled.item_seconds
+
+
+class InProcess:
+    """A child that is none, so that a test can change what it finds."""
+
+    is_alive = True
+
+    def __init__(self, module: str, *, memory_bytes: int) -> None: ...
+
+    def ask(self, request: dict[str, Any], *, seconds: float) -> dict[str, Any]:
+        reply: dict[str, Any] = json.loads(json.dumps(compile_child.compile_one(request)))
+        return reply
+
+    def close(self) -> None: ...
+
+
+@pytest.mark.parametrize(("loses", "opens"), [(True, "as_plain"), (False, "as_template")])
+def test_what_will_serve_is_what_is_proven(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch, loses: bool, opens: str
+) -> None:
+    monkeypatch.setattr("appliance.drivers.compile.Child", InProcess)
+    monkeypatch.setattr("appliance.drivers.trial.is_slower", lambda pairs: loses)
+    bench.compiled(bench.bundle("first"))
+    real = getattr(trial, opens)
+
+    def wrong(path: Path, weights: trial.Weights) -> trial.Trial:
+        opened: trial.Trial = real(path, {name: np.zeros_like(array) for name, array in weights.items()})
+        return opened
+
+    monkeypatch.setattr(trial, opens, wrong)
+    assert "differs from the plain session's" in str(bench.failure(bench.bundle("other", kit.conv_net(1))))
+    monkeypatch.setattr("appliance.drivers.compile_child._prove_equal", lambda *_: None)
+    truth = {
+        "image": kit.noise(1),
+        "logits": kit.run_plain(bench.bundle("x").model_path, {"image": kit.noise(1)})["logits"],
+    }
+    assert "off golden.npz" in str(bench.failure(bench.bundle("golden", golden=truth)))
+
+
+def test_a_plain_session_that_is_given_too_few_weights_is_refused(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("appliance.drivers.compile.Child", InProcess)
+    monkeypatch.setattr("appliance.drivers.trial.is_slower", lambda pairs: True)
+    [compiled] = bench.compiled(bench.bundle("e"))
+    assert compiled.plain_path is not None
+    weights = bench.weights(compiled)
+    for name in weights:
+        with pytest.raises(runtime.ERRORS):
+            runtime.CpuPlace().open_plain(
+                compiled.plain_path, {other: value for other, value in weights.items() if other != name}
+            )
+
+
+def test_a_flipped_bit_in_a_plain_graph_is_put_away_and_compiled_again(bench: Workbench, tmp_path: Path) -> None:
+    bundle = bench.bundle("e", kit.int8_net(tmp_path))
+    [compiled] = bench.compiled(bundle)
+    path = compiled.plain_path
+    assert path is not None
+    for notice in (bench.store.check, lambda: bench.store.repair(bundle)):
+        flip_bit(path)
+        with pytest.raises(StoreError, match="is damaged"):
+            bench.store.verify(compiled)
+        assert bench.store.find(bundle) is None
+        notice()
+        assert not path.exists()
+        assert (bench.store.quarantine / path.name).is_file()
+        assert bench.compiled(bundle) == [compiled]
+        bench.store.verify(compiled)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "is_slower"),
+    [
+        ([(0.012, 0.010)] * 5, True),
+        ([(0.0108, 0.010)] * 5, False),
+        ([(0.008, 0.010)] * 5, False),
+        ([(0.00019, 0.00010)] * 5, False),  # a tenth of a millisecond is not worth a session
+        ([(0.010, 0.010)] * 6 + [(0.050, 0.010)] * 5, False),  # the box was busy in between
+        ([(0.020, 0.010)] * 6 + [(0.020, 0.080)] * 5, True),
+    ],
+)
+def test_a_template_has_to_lose_clearly_and_often(pairs: list[tuple[float, float]], is_slower: bool) -> None:
+    assert trial.is_slower(pairs) is is_slower
+
+
+def test_what_a_run_takes_beside_the_weights_is_measured(bench: Workbench) -> None:
+    """Two results of 64 x 96 x 96 are there at once; a planned block lies beside the pieces of the first run."""
+    inputs = [{"name": "image", "size": (96, 96)}]
+    [compiled] = bench.compiled(bench.bundle("e", kit.deep_net(channels=64, layers=3, side=96), inputs=inputs))
+    both = 2 * 64 * 96 * 96 * 4
+    for count in (1, 2, 4, 8):
+        taken = compiled.activation_fixed_bytes + count * compiled.activation_item_bytes
+        assert count * both <= taken <= 3 * count * both
+
+
+@pytest.mark.parametrize(
+    ("samples", "line"),
+    [
+        ([(1, 1000)], (1000, 0)),
+        ([(1, 1000), (2, 1500)], (500, 500)),
+        ([(1, 900), (2, 1000), (4, 3000)], (1000, 0)),
+        ([(1, 5000), (2, 1000), (4, 1000)], (0, 5000)),
+        ([(1, 1000), (2, 2300), (4, 4000)], (979, 342)),
+    ],
+)
+def test_no_measured_run_takes_more_than_is_booked_for_it(
+    samples: list[tuple[int, int]], line: tuple[int, int]
+) -> None:
+    item, fixed = trial.ceiling(samples)
+    assert (item, fixed) == line
+    assert all(fixed + item * count >= size for count, size in samples)
+
+
 def test_another_model_file_of_the_same_version_is_another_entry(bench: Workbench) -> None:
     first = bench.bundle("e", kit.conv_net(1))
     bench.compiled(first)
@@ -252,9 +427,7 @@ def test_golden_samples_are_never_unpickled(bench: Workbench) -> None:
 def test_flipped_bytes_are_refused_before_anything_opens_them(bench: Workbench, file: str) -> None:
     bundle = bench.bundle("e", golden={"image": kit.noise(1), "logits": np.zeros((1, 7), np.float32)})
     path = bundle.folder / file
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
+    flip_bit(path)
     assert isinstance(bench.failure(bundle), DigestMismatch)
 
 
@@ -432,12 +605,145 @@ def test_one_more_fine_tune_of_a_known_trunk_divides_what_is_there(bench: Workbe
 def test_fine_tunes_with_heads_of_another_size_share_the_trunk_too(bench: Workbench) -> None:
     bundles = [bench.bundle(f"e{n}", with_labels(kit.fine_tune(n, width=200), n)) for n in (2, 3, 9)]
     compiled = bench.compiled(*bundles)
-    assert len({c.architecture for c in compiled}) == 3
+    assert len({c.architecture for c in compiled}) == 1
     assert len({c.segments[1] for c in compiled}) == 1
     for bundle, expert in zip(bundles, compiled, strict=True):
         feeds = {"image": kit.noise(2)}
         expected = kit.run_plain(bundle.model_path, feeds)["logits"]
         np.testing.assert_allclose(bench.run(expert, feeds)["logits"], expected, atol=1e-5)
+
+
+ALIKE = {
+    "gemm": ["Gemm k b"],
+    "gemm-t": ["Gemm kt b transB"],
+    "gemm-bare": ["Gemm k"],
+    "matmul": ["MatMul k", "Add b"],
+    "matmul-bare": ["MatMul k"],
+    "softmax": ["Gemm k b", "Softmax axis=-1"],
+    "softmax-1": ["Gemm k b", "Softmax axis=1"],
+    "logsoftmax": ["MatMul k", "Add b", "LogSoftmax axis=-1"],
+    "sigmoid": ["Gemm k b", "Sigmoid"],
+    "relu": ["Gemm k b", "Relu"],
+}
+"""Ways in which classifiers end, of whatever size: k is (features, n), kt (n, features), b (n), one (1)."""
+APART = {
+    "a bias that broadcasts": ["Gemm k one"],
+    "a bias that is added to all": ["MatMul k", "Add one"],
+    "softmax over the batch": ["Gemm k b", "Softmax axis=0"],
+    "an operator that is not known to keep rows": ["Gemm k b", "Hardmax axis=-1"],
+    "a weight that serves twice": ["MatMul k", "Add b", "Add b"],
+}
+
+
+@pytest.mark.parametrize("end", ALIKE)
+def test_heads_of_any_size_share_one_template(bench: Workbench, end: str) -> None:
+    bundles = [bench.bundle(f"e{n}", ending(ALIKE[end], n)) for n in (5, 7, 1, 2)]
+    compiled = bench.compiled(*bundles)
+    assert len({c.architecture for c in compiled}) == 1
+    assert_all_run_like_plain(bench, bundles, compiled)
+
+
+@pytest.mark.parametrize("end", APART)
+def test_heads_whose_size_something_else_knows_have_templates_of_their_own(bench: Workbench, end: str) -> None:
+    bundles = [bench.bundle(f"e{n}", ending(APART[end], n)) for n in (5, 7, 1)]
+    compiled = bench.compiled(*bundles)
+    assert len({c.architecture for c in compiled[:2]}) == 2
+    assert_all_run_like_plain(bench, bundles, compiled)
+
+
+def test_two_heads_of_one_trunk_are_free_each(bench: Workbench) -> None:
+    bundles = [bench.bundle(f"e{i}", two_heads(*sizes)) for i, sizes in enumerate([(5, 7), (7, 5), (1, 4), (3, 3)])]
+    compiled = bench.compiled(*bundles)
+    assert len({c.architecture for c in compiled}) == 1
+    weights = onnx.load(compiled[0].template_path).graph.input[1:]
+    free = [d.dim_param for value in weights for d in value.type.tensor_type.shape.dim if d.dim_param]
+    assert sorted(free) == ["h0", "h1"], "equal lengths are no promise"
+    assert_all_run_like_plain(bench, bundles, compiled)
+
+
+def test_a_width_that_a_later_layer_reads_is_not_free(bench: Workbench) -> None:
+    bundles = [bench.bundle(f"e{width}", kit.conv_net(width=width)) for width in (8, 9)]
+    assert len({c.architecture for c in bench.compiled(*bundles)}) == 2
+
+
+def test_a_larger_head_than_the_measured_one_is_booked(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("appliance.drivers.compile.Child", InProcess)
+    monkeypatch.setattr("appliance.drivers.trial.is_slower", lambda pairs: True)
+    bundles = [bench.bundle(f"e{n}", ending(ALIKE["gemm"], n)) for n in (5, 1005)]
+    small, large = bench.compiled(*bundles)
+    assert small.architecture == large.architecture
+    assert small.plain_path != large.plain_path
+    assert large.activation_item_bytes - small.activation_item_bytes >= 2 * 4 * 1000
+    assert large.private_bytes - small.private_bytes >= 4 * 1000 * 8
+    feeds = {"image": kit.noise(2)}
+    for bundle, expert in zip(bundles, (small, large), strict=True):
+        expected = kit.run_plain(bundle.model_path, feeds)["logits"]
+        np.testing.assert_allclose(bench.run(expert, feeds)["logits"], expected, atol=1e-5)
+
+
+def assert_all_run_like_plain(bench: Workbench, bundles: Sequence[Bundle], compiled: Sequence[Compiled]) -> None:
+    """By turns, batches of several sizes: what a session planned for one head must not hold for the next."""
+    memory = Weights(bench.store.segment_path)
+    sessions = Sessions(memory, runtime.CpuPlace(), activation_bytes=64 << 20)
+    for expert in compiled:
+        memory.load(expert.segments)
+        sessions.activate(expert)
+    for count in (2, 1, 4, 2):
+        feeds = {"image": kit.noise(count, seed=count)}
+        for bundle in bundles:
+            with sessions.lease(bundle.manifest.name) as lease:
+                found = lease.run(feeds)
+            for name, expected in kit.run_plain(bundle.model_path, feeds).items():
+                assert found[name].shape == expected.shape
+                np.testing.assert_allclose(found[name], expected, atol=1e-5)
+
+
+def ending(steps: Sequence[str], classes: int) -> ModelProto:
+    """A trunk that is always the same, and these steps after it: an operator, its weights and its attributes."""
+    net = headless(classes)
+    value = "f"
+    for number, step in enumerate(steps):
+        kind, *words = step.split()
+        attributes: dict[str, Any] = {
+            name: int(value or 1) for name, _, value in (w.partition("=") for w in words if w not in SIZES)
+        }
+        result = "logits" if number == len(steps) - 1 else f"s{number}"
+        net.graph.node.append(
+            helper.make_node(kind, [value, *(w for w in words if w in SIZES)], [result], **attributes)
+        )
+        value = result
+    used = {name for node in net.graph.node for name in node.input}
+    numbers = np.random.default_rng(classes)
+    for name, shape in SIZES.items():
+        if name in used:
+            numeric = numbers.standard_normal([classes if n == 0 else n for n in shape]).astype(np.float32)
+            net.graph.initializer.append(numpy_helper.from_array(numeric, name))
+    return net
+
+
+SIZES = {"k": (8, 0), "kt": (0, 8), "b": (0,), "one": (1,)}
+"""Shapes of an ending's weights; 0 stands for the number of classes."""
+
+
+def two_heads(first: int, second: int) -> ModelProto:
+    net = headless(first)
+    numbers = np.random.default_rng(first)
+    for name, classes in (("logits", first), ("other", second)):
+        net.graph.initializer.append(
+            numpy_helper.from_array(numbers.standard_normal((8, classes)).astype(np.float32), f"k-{name}")
+        )
+        net.graph.node.append(helper.make_node("MatMul", ["f", f"k-{name}"], [name]))
+    net.graph.output.append(helper.make_tensor_value_info("other", TensorProto.FLOAT, ["n", second]))
+    return net
+
+
+def headless(classes: int) -> ModelProto:
+    net = kit.conv_net(0)
+    kept = [tensor for tensor in net.graph.initializer if tensor.name not in ("head", "bias")]
+    del net.graph.node[-1], net.graph.initializer[:]
+    net.graph.initializer.extend(kept)
+    net.graph.output[0].type.tensor_type.shape.dim[1].dim_value = classes
+    return net
 
 
 def with_labels(net: ModelProto, count: int) -> ModelProto:
@@ -461,9 +767,7 @@ def test_flipped_bits_in_segment_and_template_are_put_away_and_compiled_again(be
     [compiled] = bench.compiled(bundle)
     segment = bench.store.segment_path(compiled.segments[0].id)
     for path in (segment, compiled.template_path):
-        content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 1
-        path.write_bytes(content)
+        flip_bit(path)
     assert bench.store.find(bundle) is None, "a template is read whole each time"
     assert [damage.experts for damage in bench.store.check()] == [("e",), ("e",)]
     [again] = bench.compiled(bundle)
@@ -472,6 +776,104 @@ def test_flipped_bits_in_segment_and_template_are_put_away_and_compiled_again(be
     assert {path.name for path in bench.store.quarantine.iterdir()} == {
         name + end for name in (segment.name, f"{compiled.architecture}.onnx") for end in ("", ".reason")
     }
+
+
+def test_what_the_check_beside_a_service_finds_damaged_is_made_whole_again(
+    bench: Workbench, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A flipped bit each in a trunk that two share and in the graph of a third; nothing is restarted."""
+    bundles = {n: bench.bundle(n, kit.fine_tune(int(n[1]), width=200)) for n in ("e1", "e2")}
+    bundles |= {"plain": bench.bundle("plain", kit.int8_net(tmp_path)), "sound": bench.bundle("sound", kit.conv_net())}
+    serving = dict(zip(bundles, bench.compiled(*bundles.values()), strict=True))
+    trunk, plain = bench.store.segment_path(serving["e1"].segments[1].id), serving["plain"].plain_path
+    assert plain is not None
+    content = [path.read_bytes() for path in (trunk, plain)]
+    for path in (trunk, plain):
+        flip_bit(path)
+    check_beside(bench.store, bundles, serving, caplog)
+    assert {path.name for path in (trunk, plain)} <= {path.name for path in bench.store.quarantine.iterdir()}
+    assert [path.read_bytes() for path in (trunk, plain)] == content
+    assert [f"rebuilt expert={name}" in caplog.text for name in serving] == [True, True, True, False]
+    assert "rebuild_" not in caplog.text
+    assert {name: bench.store.find(bundle) for name, bundle in bundles.items()} == serving
+    for name, compiled in serving.items():
+        bench.store.verify(compiled)
+        feeds = {"image": kit.noise(2)}
+        expected = kit.run_plain(bundles[name].model_path, feeds)["logits"]
+        np.testing.assert_allclose(bench.run(compiled, feeds)["logits"], expected, atol=1e-5)
+
+
+def test_a_rebuilt_expert_that_is_another_than_the_served_one_is_an_error(
+    bench: Workbench, caplog: pytest.LogCaptureFixture
+) -> None:
+    bundles = {"e": bench.bundle("e"), "broken": bench.bundle("broken", kit.conv_net(1))}
+    e, broken = bench.compiled(*bundles.values())
+    for compiled in (e, broken):
+        flip_bit(bench.store.segment_path(compiled.segments[0].id))
+    flip_bit(bundles["broken"].model_path)
+    serving = {"e": replace(e, fixed_seconds=e.fixed_seconds + 1), "broken": broken}
+    check_beside(bench.store, bundles, serving, caplog)
+    assert "rebuild_differs expert=e" in caplog.text
+    assert "rebuild_failed expert=broken" in caplog.text
+    assert "rebuilt expert" not in caplog.text
+
+
+def test_a_rebuild_removes_nothing_that_the_service_read_about(
+    bench: Workbench, caplog: pytest.LogCaptureFixture
+) -> None:
+    bundles = {n: bench.bundle(n, kit.fine_tune(int(n[1]), width=200)) for n in ("e1", "e2")}
+    serving = dict(zip(bundles, bench.compiled(*bundles.values()), strict=True))
+    later = Store(bench.store.folder.parent)
+    third = bench.bundle("part", kit.fine_tune(3, ["square"], width=200))
+    compile_bundles(later, [third], report=lambda name, result: None)
+    assert bench.store.find(bundles["e1"]) != serving["e1"]
+    del later
+    damaged = bench.store.find(third)
+    assert damaged is not None
+    flip_bit(bench.store.segment_path(damaged.segments[0].id))
+    check_beside(bench.store, {**bundles, "part": third}, {**serving, "part": damaged}, caplog)
+    assert "rebuilt expert=part" in caplog.text
+    for compiled in serving.values():
+        bench.store.verify(compiled)
+
+
+def test_a_rebuild_ends_with_the_expert_that_is_being_compiled(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    bundle = bench.bundle("e")
+    [compiled] = bench.compiled(bundle)
+    flip_bit(bench.store.segment_path(compiled.segments[0].id))
+    check = StoreCheck(bench.store, {"e": bundle}, {"e": compiled}, share=1.0)
+    stopper = threading.Thread(target=check.stop)
+
+    def endless(store: Store, bundles: Sequence[Bundle], *, report: Report) -> dict[str, Compiled]:
+        stopper.start()
+        for _ in range(10_000):
+            report("e", compiled)
+            threading.Event().wait(0.001)
+        return {"e": compiled}
+
+    monkeypatch.setattr("appliance.drivers.storecheck.compile_bundles", endless)
+    with caplog.at_level(logging.INFO):
+        check.start()
+        check.wait()
+        stopper.join()
+    assert "rebuilt expert" not in caplog.text
+
+
+def check_beside(
+    store: Store, bundles: Mapping[str, Bundle], serving: Mapping[str, Compiled], caplog: pytest.LogCaptureFixture
+) -> None:
+    check = StoreCheck(store, bundles, serving, share=1.0)
+    with caplog.at_level(logging.INFO):
+        check.start()
+        check.wait()
+
+
+def flip_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 def test_a_damaged_template_is_replaced_without_being_asked(bench: Workbench) -> None:
@@ -541,7 +943,7 @@ _COMPILE_UNTIL_KILLED = """
 import os, signal, sys
 from pathlib import Path
 from tests import kit_models as kit
-from appliance.drivers.compile import compile_bundles
+from appliance.drivers.compile import Report, compile_bundles
 from appliance.drivers.store import Store
 catalog, last = Path(sys.argv[2] + "-again"), int(sys.argv[3])
 bundles = [kit.write_bundle(catalog, f"e{i}", kit.fine_tune(i, width=200)) for i in range(6)]

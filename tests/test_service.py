@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import resource
 import sqlite3
 import subprocess
+import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from threading import Event
 from typing import Any
 
+import psutil
 import pytest
 from paho.mqtt.enums import MQTTProtocolVersion
 
 from appliance import client
 from appliance.core.types import Finished
 from appliance.drivers import journal
+from appliance.drivers.records import Picture, Records
 from appliance.lab.simulate import simulated
 from tests.kit_box import (
+    ALARMS,
     ERROR,
     INFER,
     RESULT,
     STATS,
     STATUS,
     Box,
+    add_golden,
     bomb,
     hear_all,
     hear_verdicts,
     picture,
+    spoil_weights,
     write_catalog,
 )
 from tests.kit_brokers import AnyBroker, Camera, Mosquitto, Nats, broker, mosquitto, nats, until
@@ -372,20 +381,20 @@ def test_a_journal_that_cannot_be_written_stops_nobody(tmp_path: Path, catalog: 
         assert "journal incomplete" in box.log_text
 
 
-def test_pictures_accepted_under_another_catalogue_are_rejected_by_name(tmp_path: Path, nats: Nats) -> None:
-    folder = write_catalog(tmp_path / "catalog", 2)
-    box = Box(tmp_path / "box", folder, nats)
-    with box, Camera(nats.port, RESULT) as camera:
-        for number in range(300):
-            camera.publish(INFER + "c-e0", picture(number))
-        camera.hear()
-        box.kill()
-        graph = folder / "graph.toml"
-        graph.write_text(graph.read_text().replace("c-e0", "c-other"))
-        box.start()
-        bodies = (json.loads(camera.hear(60).payload) for _ in range(300))
-        rejected = next(body for body in bodies if body["outcome"] == "rejected")
-        assert (rejected["component"], rejected["reason"]) == ("c-e0", "unknown-component")
+def test_a_picture_accepted_under_another_catalogue_is_rejected_by_name(
+    tmp_path: Path, catalog: Path, nats: Nats
+) -> None:
+    """A former process took it into the spool, and then its component's name changed."""
+    box, payload = Box(tmp_path / "box", catalog, nats), picture()
+    known = Picture("r1", "line1", "-", "-", "c-former", hashlib.sha256(payload).hexdigest(), time.time())
+    accepted = Event()
+    with Records.open(tmp_path / "box" / "state", spool_bytes=1 << 20, verdict_days=1) as records:
+        records.accept(known, payload, lambda answer: accepted.set())
+        assert accepted.wait(20)
+    with Camera(nats.port, RESULT) as camera, box:
+        body = json.loads(camera.hear(60).payload)
+    assert (body["request_id"], body["outcome"], body["reason"]) == ("r1", "rejected", "unknown-component")
+    assert body["component"] == "c-former"
 
 
 def test_a_live_journal_replayed_makes_the_same_loads_and_evictions(tmp_path: Path, catalog: Path) -> None:
@@ -407,6 +416,45 @@ def _stats_of(camera: Camera, verdicts: int) -> dict[str, Any]:
     heard = camera.hear()
     body: dict[str, Any] = json.loads(heard.payload)
     return body if heard.topic == STATS and sum(body["verdicts"].values()) == verdicts else {}
+
+
+def test_an_expert_whose_weights_changed_on_disk_answers_nothing_and_raises_an_alarm(
+    tmp_path: Path, nats: Nats
+) -> None:
+    """Its golden samples are run before its first picture. The other serves on, and the box says what is wrong."""
+    catalog = write_catalog(tmp_path / "catalog", 2)
+    add_golden(catalog / "e1" / "1")
+    with Camera(nats.port, RESULT, ALARMS) as camera, Box(tmp_path / "box", catalog, nats) as box:
+        until(lambda: "store_checked" in box.log_text)
+        spoil_weights(tmp_path / "box" / "store", "e1")
+        camera.publish(INFER + "c-e1", picture(1))
+        payloads = (payload for _ in range(20) if (payload := camera.hear().payload))  # empty: nothing is wrong yet
+        bodies = [json.loads(payload) for payload in islice(payloads, 2)]
+        verdict = next(body for body in bodies if "outcome" in body)
+        alarm = next(body for body in bodies if "alarm" in body)
+        assert (verdict["outcome"], verdict["reason"]) == ("error", "golden-mismatch")
+        assert verdict["findings"] == []
+        assert alarm["experts"]["e1"]["reason"] == "golden-mismatch"
+        camera.publish(INFER + "c-e0", picture(2))
+        assert json.loads(camera.hear().payload)["outcome"] in ("pass", "fail")
+
+
+def test_memory_that_the_system_refuses_is_made_do_without(tmp_path: Path, nats: Nats) -> None:
+    """Three experts of 45 MB, a budget for all, and address space for less: each picture gets its verdict."""
+    catalog = write_catalog(tmp_path / "catalog", {f"big{n}": conv_net(n, width=3350) for n in range(3)})
+    with Box(tmp_path / "box", catalog, nats) as box, Camera(nats.port, RESULT, STATS) as camera:
+        camera.publish(INFER + "c-big0", picture(0))
+        hear_verdicts(camera, 1)
+        most = psutil.Process(box.pid).memory_info().vms + 70_000_000
+        resource.prlimit(box.pid, resource.RLIMIT_AS, (most, most))
+        for number in range(1, 13):
+            camera.publish(INFER + f"c-big{number % 3}", picture(number))
+            (verdict,) = hear_verdicts(camera, 1).values()
+            assert verdict["outcome"] in ("pass", "fail"), verdict
+        stats = until(lambda: _stats_of(camera, 13), 30)
+        assert stats["out_of_memory"] > 0
+        assert "out-of-memory" in stats["alarms"]
+        assert 0 < stats["resident"] < 3
 
 
 def test_weights_and_memory_stay_inside_their_budget(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shutil import rmtree
 
 import pytest
 from pydantic import ByteSize
@@ -11,11 +12,11 @@ from appliance import catalog as catalogs
 from appliance import profile as profiles
 from appliance.config import Config, Experts, Memory, Paths
 from appliance.drivers.devices import memory_bytes
-from appliance.drivers.store import Compiled
+from appliance.drivers.store import Compiled, Store
 from appliance.errors import ApplianceError, ConfigError
 from appliance.startup import checked, install, probabilities, waiting_to_compile
-from tests.kit_box import write_catalog
-from tests.kit_models import fine_tune, greedy_net
+from tests.kit_box import manifest_text, write_catalog
+from tests.kit_models import conv_net, fine_tune, greedy_net, write_bundle
 
 PROFILE = Path(__file__).parents[1] / "profiles" / "default.json"
 
@@ -90,6 +91,97 @@ def test_a_check_reads_every_byte_and_compiles_again_what_is_damaged(tmp_path: P
     assert list(found["damaged"]) == [str(path)]
     assert found["unavailable"] == {}
     assert checked(config)["damaged"] == {}
+
+
+def test_a_check_says_how_far_it_is(tmp_path: Path) -> None:
+    config, told = _config(tmp_path, 2), list[tuple[str, int, int]]()
+    checked(config, tell=lambda *step: told.append(step))
+    assert told == [("experts", 1, 2), ("experts", 2, 2)]
+    told.clear()
+    checked(config, tell=lambda *step: told.append(step))
+    assert {what for what, _, _ in told} == {"bytes"}
+    assert [done for _, done, _ in told] == sorted({done for _, done, _ in told})
+    assert told[-1][1] == told[-1][2] > 0
+
+
+def test_compiled_experts_that_no_bundle_names_are_told_and_stay(tmp_path: Path) -> None:
+    config, folder = _with_one_gone(tmp_path)
+    before = _files(folder)
+    found = checked(config)
+    [(name, size)] = found["unused"].items()
+    assert name.startswith("gone/1-")
+    assert size > 160_000
+    assert found["freed_bytes"] is None
+    assert _files(folder) == before
+
+
+def test_compiled_experts_that_no_bundle_names_are_pruned_when_told_to(tmp_path: Path) -> None:
+    config, folder = _with_one_gone(tmp_path)
+    kept = install(config).compiled["kept"]
+    old = kept.template_path.with_name("plain-of-a-head-that-nobody-has.onnx")
+    old.write_bytes(b"old")
+    size = sum(_files(folder).values())
+    found = checked(config, prune=True)
+    assert len(found["unused"]) == 1
+    assert found["freed_bytes"] == size - sum(_files(folder).values()) > 10_000
+    assert checked(config)["unused"] == {}
+    assert not old.exists()
+    made = install(config)
+    assert {path.name for path in (folder / "segments").iterdir()} == {s.id for s in made.compiled["kept"].segments}
+    assert [path.name for path in (folder / "architectures").iterdir()] == [made.compiled["kept"].architecture]
+    made.store.verify(made.compiled["kept"])
+
+
+def test_what_a_running_service_may_need_is_not_pruned(tmp_path: Path) -> None:
+    config, folder = _with_one_gone(tmp_path)
+    service = Store(config.paths.store)
+    service.join()
+    weights = {
+        path for path in _files(folder) if path.parent.name != "experts" and path.parent.parent.name != "experts"
+    }
+    checked(config, prune=True)
+    assert weights <= _files(folder).keys()
+    del service
+    checked(config, prune=True)
+    assert [path.name for path in (folder / "experts").glob("*/*.json")] == ["1-" + _model_digest(config) + ".json"]
+    assert len(list((folder / "architectures").iterdir())) == 1
+
+
+def test_every_version_on_disk_keeps_what_was_compiled_of_it(tmp_path: Path) -> None:
+    """The newest serves; an older one may be pinned tomorrow, also if its manifest cannot be read today."""
+    catalog = write_catalog(tmp_path / "catalog", {"e": fine_tune(1, width=200)})
+    config = _with_catalog(catalog, tmp_path)
+    install(config)
+    second = write_bundle(catalog, "e", fine_tune(2, width=200), version=2)
+    (second.folder / "expert.toml").write_text(manifest_text(second), "utf-8")
+    assert checked(config, prune=True)["unused"] == {}
+    (catalog / "e" / "1" / "expert.toml").write_text("nonsense")
+    assert checked(config, prune=True)["unused"] == {}
+    rmtree(second.folder)
+    third = write_bundle(catalog, "e", fine_tune(3, width=200), version=2)
+    (third.folder / "expert.toml").write_text(manifest_text(third), "utf-8")
+    [name] = checked(config)["unused"]
+    assert name == f"e/2-{second.manifest.model.sha256[:12]}", "the same version of another model"
+
+
+def _with_one_gone(folder: Path) -> tuple[Config, Path]:
+    """A box of two experts of different architectures and one trunk, of which one has left the catalogue."""
+    nets = {"kept": fine_tune(1, width=200), "gone": conv_net(2, width=201)}
+    catalog = write_catalog(folder / "catalog", nets)
+    config = _with_catalog(catalog, folder)
+    assert checked(config)["unused"] == {}
+    rmtree(catalog / "gone")
+    (catalog / "graph.toml").write_text("schema = 1\nname = 'test'\n[components]\nc-kept = 'kept'")
+    return config, Store(config.paths.store).folder
+
+
+def _model_digest(config: Config) -> str:
+    return catalogs.load(config.paths.catalog).bundles["kept"].manifest.model.sha256[:12]
+
+
+def _files(folder: Path) -> dict[Path, int]:
+    kinds = ("architectures", "experts", "segments")
+    return {path: path.stat().st_size for kind in kinds for path in (folder / kind).rglob("*") if path.is_file()}
 
 
 def test_an_expert_that_was_there_before_shares_with_one_that_is_new(tmp_path: Path) -> None:

@@ -46,9 +46,9 @@ class Shelf:
         source.write_bytes(b"".join(tensors) or b"nothing")
         return kit.write_bundle(self.folder / "models", name, source)
 
-    def keep(self, bundle: Bundle, tensors: Sequence[bytes]) -> Compiled:
+    def keep(self, bundle: Bundle, tensors: Sequence[bytes], **costs: Any) -> Compiled:
         with self.store.workshop() as folder:
-            return self.store.keep(bundle, _made(tensors, folder), folder)
+            return self.store.keep(bundle, _made(tensors, folder, **costs), folder)
 
     def put(self, name: str, tensors: Sequence[bytes]) -> Bundle:
         bundle = self.bundle(name, tensors)
@@ -69,7 +69,7 @@ class Shelf:
         return {path.name for path in (self.store.folder / "segments").glob("*")}
 
 
-def _made(tensors: Sequence[bytes], folder: Path) -> dict[str, Any]:
+def _made(tensors: Sequence[bytes], folder: Path, **costs: Any) -> dict[str, Any]:
     distinct = list(dict.fromkeys(tensors))
     offsets, size = sharing.layout([len(tensor) for tensor in distinct])
     content = bytearray(size)
@@ -78,6 +78,7 @@ def _made(tensors: Sequence[bytes], folder: Path) -> dict[str, Any]:
     (folder / "segment").write_bytes(content)
     template = b"the template of %d tensors" % len(tensors)
     (folder / "template.onnx").write_bytes(template)
+    (folder / "plain.onnx").write_bytes(b"plain")
     return {
         "architecture": _sha256(template),
         "segment": _sha256(content),
@@ -93,7 +94,17 @@ def _made(tensors: Sequence[bytes], folder: Path) -> dict[str, Any]:
             for i, tensor in enumerate(tensors)
         ],
         "outputs": ["logits"],
-        "costs": [0.001, 0.0],
+        "output_bytes": 28,
+        "plain": _sha256(b"plain"),
+        "costs": {
+            "is_plain": False,
+            "item_seconds": 0.001,
+            "fixed_seconds": 0.0,
+            "activation_item_bytes": 1000,
+            "activation_fixed_bytes": 500,
+            "private_bytes": 70,
+            **costs,
+        },
     }
 
 
@@ -300,7 +311,7 @@ def test_a_store_is_checked_beside_the_service(shelf: Shelf, caplog: pytest.LogC
     experts = fine_tunes(shelf, 2)
     bundle = experts["e1"][0]
     flip_bit(shelf.store.segment_path(shelf.found(bundle).segments[0].id))
-    check = StoreCheck(shelf.store, share=1.0)
+    check = StoreCheck(shelf.store, {}, {}, share=1.0)
     with caplog.at_level(logging.INFO):
         check.start()
         check.wait()
@@ -311,7 +322,7 @@ def test_a_store_is_checked_beside_the_service(shelf: Shelf, caplog: pytest.LogC
 
 def test_a_check_that_goes_on_for_days_is_stopped_at_once(shelf: Shelf, caplog: pytest.LogCaptureFixture) -> None:
     fine_tunes(shelf, 2)
-    check = StoreCheck(shelf.store, share=1e-9)
+    check = StoreCheck(shelf.store, {}, {}, share=1e-9)
     with caplog.at_level(logging.INFO):
         check.start()
         check.stop()
@@ -329,6 +340,37 @@ def test_what_was_not_written_as_it_was_made_is_not_kept(shelf: Shelf) -> None:
     assert shelf.store.find(bundle) is None
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_who_measures_an_architecture_first_decides_for_all(shelf: Shelf, first: bool) -> None:
+    one, other = shelf.bundle("one", [b"a" * 500]), shelf.bundle("other", [b"b" * 500])
+    shelf.keep(one, [b"a" * 500], is_plain=first, item_seconds=0.1)
+    shelf.keep(other, [b"b" * 500], is_plain=not first, item_seconds=0.2)
+    found = [shelf.found(bundle) for bundle in (one, other)]
+    assert [compiled.plain_path is not None for compiled in found] == [first, first]
+    assert [compiled.item_seconds for compiled in found] == [0.1, 0.1]
+    assert [compiled.private_bytes for compiled in found] == [70 * first] * 2
+
+
+def test_an_expert_without_a_plain_graph_is_compiled_again_when_its_architecture_wants_one(shelf: Shelf) -> None:
+    bundle = shelf.bundle("e", [b"a" * 500])
+    compiled = shelf.keep(bundle, [b"a" * 500], is_plain=False)
+    (compiled.template_path.parent / "architecture.json").unlink()
+    shelf.keep(shelf.bundle("other", [b"b" * 500]), [b"b" * 500], is_plain=True)
+    assert shelf.store.find(bundle) is None
+    shelf.keep(bundle, [b"a" * 500], is_plain=False)
+    assert shelf.found(bundle).plain_path is not None
+
+
+@pytest.mark.parametrize("missing", ["costs", "plain"])
+def test_what_a_child_relied_on_must_still_be_there(shelf: Shelf, missing: str) -> None:
+    """It began when the architecture was known otherwise."""
+    tensors = [b"a" * 500]
+    if missing == "plain":
+        shelf.keep(shelf.bundle("before", tensors), tensors, is_plain=True)
+    with shelf.store.workshop() as folder, pytest.raises(StoreError, match=r"architecture\.json"):
+        shelf.store.keep(shelf.bundle("e", tensors), {**_made(tensors, folder), missing: None}, folder)
+
+
 def test_another_runtime_version_has_a_store_of_its_own(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = shelf.put("e", [b"a" * 500])
     before = _files(shelf.store.folder)
@@ -343,7 +385,7 @@ def test_another_runtime_version_has_a_store_of_its_own(shelf: Shelf, monkeypatc
 
 def test_a_kill_at_any_moment_leaves_a_sound_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keeps and shares in a child that kills itself at its first step on disk, then at its second, and so on."""
-    monkeypatch.setattr("appliance.drivers.store._flush", lambda path: None)  # matters to power cuts only
+    monkeypatch.setattr("appliance.drivers.sealed._flush", lambda path: None)  # matters to power cuts only
     survived = False
     for step in itertools.count(1):
         (tmp_path / str(step)).mkdir()

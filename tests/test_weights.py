@@ -20,44 +20,7 @@ from appliance.drivers.disk import CHUNK_BYTES, READERS
 from appliance.drivers.weights import Weights
 from appliance.errors import Cancelled, LoadError, OutOfMemory
 from tests.kit_brokers import until
-
-
-class Disk:
-    """Segment files with random content in a folder, and how often each was asked for."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.asked: list[str] = []
-
-    def segment(self, size: int, seed: int = 0) -> Segment:
-        content = np.random.default_rng(seed).bytes(size)
-        name = hashlib.sha256(content).hexdigest()
-        (self.folder / name).write_bytes(content)
-        return Segment(name, size)
-
-    def path(self, name: str) -> Path:
-        self.asked.append(name)
-        return self.folder / name
-
-
-class Reads:
-    """Watches direct reads: those of the segment `first` do not end before they are told to go on."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, first: Segment) -> None:
-        self.begun, self.others_begun, self.go_on = threading.Event(), threading.Event(), threading.Event()
-        self.ended: list[str] = []
-        really_read = os.preadv
-
-        def reading(descriptor: int, buffers: Any, offset: int) -> int:
-            name = Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
-            (self.begun if name == first.id else self.others_begun).set()
-            if name == first.id:
-                self.go_on.wait()
-            count = really_read(descriptor, buffers, offset)
-            self.ended.append(name)
-            return count
-
-        monkeypatch.setattr(os, "preadv", reading)
+from tests.kit_segments import Disk, Reads
 
 
 @pytest.fixture
@@ -161,17 +124,16 @@ def test_what_is_needed_is_read_before_what_is_loaded_ahead(
     disk: Disk, memory: Weights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ahead, needed = disk.segment(12 * CHUNK_BYTES, 1), disk.segment(12 * CHUNK_BYTES, 2)
-    reads = Reads(monkeypatch, first=ahead)
+    reads = Reads(monkeypatch, [ahead, needed], slow=[ahead])
     with ThreadPoolExecutor(2) as pool:
         early = pool.submit(memory.load, [ahead], ahead=True)
-        reads.begun.wait()
+        assert reads.begun[ahead.id].wait(30)
         late = pool.submit(memory.load, [needed])
-        reads.others_begun.wait()
+        assert reads.begun[needed.id].wait(30)
         reads.go_on.set()
         late.result()
         early.result()
-    last_needed = max(number for number, name in enumerate(reads.ended) if name == needed.id)
-    between = reads.ended[: last_needed + 1].count(ahead.id)
+    between = reads.until_last_of(needed).count(ahead.id)
     assert between <= READERS, "no read ahead begins while something needed is read"
     with memory.view(ahead.id) as view:
         assert hashlib.sha256(view).hexdigest() == ahead.id
@@ -181,15 +143,17 @@ def test_a_load_ahead_that_is_needed_after_all_no_longer_waits(
     disk: Disk, memory: Weights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow, segment = disk.segment(12 * CHUNK_BYTES, 1), disk.segment(12 * CHUNK_BYTES, 2)
-    reads = Reads(monkeypatch, first=slow)
+    reads = Reads(monkeypatch, [slow], slow=[slow])
     with ThreadPoolExecutor(3) as pool:
         first = pool.submit(memory.load, [slow])
-        reads.begun.wait()
+        assert reads.begun[slow.id].wait(30)
         early = pool.submit(memory.load, [segment], ahead=True)
-        pool.submit(memory.load, [segment]).result()
-        early.result()
-        assert not first.done()
-        reads.go_on.set()
+        try:
+            pool.submit(memory.load, [segment]).result(20)
+            early.result(20)
+            assert not first.done()
+        finally:
+            reads.go_on.set()
     assert disk.asked == [slow.id, segment.id]
 
 
@@ -197,26 +161,28 @@ def test_a_load_ahead_that_is_hurried_no_longer_waits(
     disk: Disk, memory: Weights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow, segment = disk.segment(12 * CHUNK_BYTES, 1), disk.segment(12 * CHUNK_BYTES, 2)
-    reads = Reads(monkeypatch, first=slow)
+    reads = Reads(monkeypatch, [slow], slow=[slow])
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(memory.load, [slow])
-        reads.begun.wait()
+        assert reads.begun[slow.id].wait(30)
         early = pool.submit(memory.load, [segment], ahead=True)
-        until(lambda: memory.is_mapped(segment))
-        memory.hurry([segment])
-        early.result(20)
-        assert not first.done()
-        reads.go_on.set()
+        try:
+            until(lambda: memory.is_mapped(segment))
+            memory.hurry([segment])
+            early.result(20)
+            assert not first.done()
+        finally:
+            reads.go_on.set()
 
 
 def test_a_cancelled_load_ends_with_an_error_and_without_memory(
     disk: Disk, memory: Weights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     segment = disk.segment(12 * CHUNK_BYTES)
-    reads = Reads(monkeypatch, first=segment)
+    reads = Reads(monkeypatch, [segment], slow=[segment])
     with ThreadPoolExecutor(1) as pool:
         load = pool.submit(memory.load, [segment])
-        reads.begun.wait()
+        assert reads.begun[segment.id].wait(30)
         memory.cancel([segment])
         reads.go_on.set()
         with pytest.raises(Cancelled):
@@ -232,10 +198,10 @@ def test_who_asks_after_a_cancellation_is_not_cancelled_too(
     disk: Disk, memory: Weights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     segment = disk.segment(12 * CHUNK_BYTES)
-    reads = Reads(monkeypatch, first=segment)
+    reads = Reads(monkeypatch, [segment], slow=[segment])
     with ThreadPoolExecutor(2) as pool:
         unwanted = pool.submit(memory.load, [segment], ahead=True)
-        reads.begun.wait()
+        assert reads.begun[segment.id].wait(30)
         memory.cancel([segment])
         wanted = pool.submit(memory.load, [segment])
         reads.go_on.set()

@@ -1,19 +1,18 @@
 """The child process that compiles: `python -m appliance.drivers.compile_child`, requests in, descriptions out.
 
-The files are foreign, so everything that opens them happens here: it parses, optimises, lifts, proves the template
-against the bundle's golden samples and the plain session, and measures it. It knows neither the store's layout nor
-other experts; what it makes lies in the folder that the request names.
+The files are foreign, so everything that opens them happens here: it parses, optimises, lifts, proves what is to
+serve against the bundle's golden samples and the whole graph's session, and measures it. It knows neither the store's
+layout nor other experts; what it makes lies in the folder that the request names.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import statistics
-import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +23,20 @@ from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, TensorProto
 
 from appliance import sandbox
-from appliance.core import costs
-from appliance.drivers import runtime
+from appliance.drivers import runtime, sealed, trial
 from appliance.drivers.sharing import layout
-from appliance.drivers.template import content, dtype_of, lift, packed, views
+from appliance.drivers.template import content, dtype_of, lift, packed, plain_form, views
+from appliance.drivers.trial import Pixels, Trial, runtime_errors
 from appliance.errors import ModelError, StoreError
 
-Pixels = NDArray[np.float32]
-"""Prepared pictures (N, C, H, W)."""
-Run = Callable[[Sequence[Pixels]], list[NDArray[Any]]]
-
-_BATCHES = (1, 2, 4, 8)
-_MEASURE_SECONDS = 2.0
 _ROUNDING = 1e-4
-"""Largest difference between template and plain session, relative to the largest output (measured: up to 4e-7)."""
+"""Largest difference to the whole graph's session, relative to the largest output (measured: up to 4e-7)."""
 _EXPORT_AGAIN = "export the expert again"
-_REPORT = "report this model: it cannot be served as a template"
+_REPORT = "report this model: it cannot be served"
 
 
 def compile_one(request: dict[str, Any]) -> dict[str, Any]:
-    """Compile one expert into `request["folder"]`: `template.onnx` and `segment`; the reply describes them.
+    """Compile one expert into `request["folder"]`: template.onnx, plain.onnx and segment; the reply describes them.
 
     The request names `model`, `inputs` (name, channels, width, height each), `outputs` that must exist, `max_batch`,
     `golden` (a path or None), `tolerance`, and `known`, the folder of architectures that were measured already.
@@ -68,8 +61,8 @@ def _check_room(folder: Path, size: int) -> None:
 
 
 def _compiled(request: dict[str, Any], folder: Path) -> dict[str, Any]:
-    plain = _optimise(_portable(request), folder)
-    limit = _batch_limit(plain, request["max_batch"])
+    reference = _optimise(_portable(request), folder)
+    limit = _batch_limit(reference, request["max_batch"])
     template = lift(_parse(folder / "optimised.onnx"), [spec["name"] for spec in request["inputs"]])
     (folder / "optimised.onnx").unlink()
     digests, distinct = _distinct(template.weights)
@@ -77,13 +70,22 @@ def _compiled(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     pack = packed(list(distinct.values()), starts, size)
     places = dict(zip(distinct, starts, strict=True))
     offsets = [places[digest] for digest in digests]
+    plain = plain_form(template)
     (folder / "segment").write_bytes(pack.data)
     (folder / "template.onnx").write_bytes(template.model)
-    run = _runner(folder / "template.onnx", views(template.weights, offsets, pack))
-    _prove_equal(run, plain, _noise(request, min(2, limit)), request)
-    _prove_golden(run, template.outputs, limit, request)
-    home = Path(request["known"]) / template.signature
-    is_known = (home / "template.onnx").is_file() and (home / "architecture.json").is_file()
+    (folder / "plain.onnx").write_bytes(plain)
+    weights = views(template.weights, offsets, pack)
+    openers = {
+        False: partial(trial.as_template, folder / "template.onnx", weights),
+        True: partial(trial.as_plain, folder / "plain.onnx", weights),
+    }
+    known = _known(Path(request["known"]) / template.signature)
+    for is_plain, opened in openers.items():
+        if known is None or known["is_plain"] == is_plain:
+            _prove(opened(), reference, template.outputs, limit, request)
+    output_bytes = _output_bytes(reference, request)
+    del reference  # what it leaves free would be taken for what is measured
+    costs = None if known else trial.measured(openers[False], openers[True], partial(_noise, request), limit)
     return {
         "architecture": template.signature,
         "segment": hashlib.sha256(pack.data).hexdigest(),
@@ -99,8 +101,18 @@ def _compiled(request: dict[str, Any], folder: Path) -> dict[str, Any]:
             for i, (tensor, offset, digest) in enumerate(zip(template.weights, offsets, digests, strict=True))
         ],
         "outputs": list(template.outputs),
-        "costs": None if is_known else _measured(run, limit, request),
+        "output_bytes": output_bytes,
+        "plain": hashlib.sha256(plain).hexdigest() if known is None or known["is_plain"] else None,
+        "costs": None if costs is None else asdict(costs),
     }
+
+
+def _known(home: Path) -> dict[str, Any] | None:
+    """What the first expert of this architecture found out for all of them."""
+    try:
+        return sealed.read(home / "architecture.json")
+    except (OSError, ValueError):
+        return None
 
 
 def _distinct(weights: Sequence[TensorProto]) -> tuple[list[str], dict[str, bytes]]:
@@ -163,37 +175,15 @@ def _optimise(model: ModelProto, folder: Path) -> Any:
     """The plain session of a graph, which leaves `optimised.onnx` in the folder."""
     source = folder / "portable.onnx"
     source.write_bytes(model.SerializeToString())
-    with _runtime_errors("cannot be opened"):
+    with runtime_errors("cannot be opened"):
         session = runtime.open_session(source, optimise=True, save_as=folder / "optimised.onnx")
     source.unlink()
     return session
 
 
-def _runner(path: Path, weights: Mapping[str, NDArray[Any]]) -> Run:
-    """A function from pictures to outputs that feeds the template its weights as serving will."""
-    with _runtime_errors("cannot be opened as a template"):
-        session = runtime.open_session(path)
-
-    def run(pictures: Sequence[Pixels]) -> list[NDArray[Any]]:
-        with _runtime_errors("does not run as a template"):
-            return list(session.run(None, {f"x{i}": picture for i, picture in enumerate(pictures)} | dict(weights)))
-
-    return run
-
-
-@contextmanager
-def _runtime_errors(what: str) -> Iterator[None]:
-    try:
-        yield
-    except runtime.ERRORS as error:
-        if runtime.says_out_of_memory(error):
-            raise MemoryError from error
-        raise ModelError(f"the graph {what}: {str(error)[:400]}", _EXPORT_AGAIN) from error
-
-
-def _batch_limit(plain: Any, max_batch: int) -> int:
+def _batch_limit(reference: Any, max_batch: int) -> int:
     """The largest batch that the graph takes. Raises ModelError when the manifest promises another."""
-    fixed = {shape[0] for shape in (value.shape for value in plain.get_inputs()) if isinstance(shape[0], int)}
+    fixed = {shape[0] for shape in (value.shape for value in reference.get_inputs()) if isinstance(shape[0], int)}
     if fixed - {1}:
         raise ModelError(f"the graph takes batches of {max(fixed)} only", "export it with a free or single batch")
     if fixed and max_batch > 1:
@@ -212,19 +202,26 @@ def _noise(request: dict[str, Any], count: int) -> list[Pixels]:
     ]
 
 
-def _prove_equal(run: Run, plain: Any, pictures: list[Pixels], request: dict[str, Any]) -> None:
-    """Template and plain session give the same to rounding."""
+def _prove(ours: Trial, reference: Any, outputs: Sequence[str], limit: int, request: dict[str, Any]) -> None:
+    _prove_equal(ours, reference, _noise(request, min(2, limit)), request)
+    _prove_golden(ours, outputs, limit, request)
+
+
+def _prove_equal(ours: Trial, reference: Any, pictures: list[Pixels], request: dict[str, Any]) -> None:
+    """It gives what the session of the whole graph gives, to rounding."""
     names = [spec["name"] for spec in request["inputs"]]
-    with _runtime_errors("does not run"):
-        expected = plain.run(None, dict(zip(names, pictures, strict=True)))
-    for output, ours, theirs in zip(plain.get_outputs(), run(pictures), expected, strict=True):
+    with runtime_errors("does not run"):
+        expected = reference.run(None, dict(zip(names, pictures, strict=True)))
+    for output, found, theirs in zip(reference.get_outputs(), ours.run(pictures), expected, strict=True):
         scale = max(1.0, float(np.max(np.abs(theirs[np.isfinite(theirs)]), initial=0.0)))
-        if ours.shape != theirs.shape or not np.allclose(ours, theirs, rtol=0, atol=_ROUNDING * scale, equal_nan=True):
-            raise ModelError(f"output {output.name} of the template differs from the plain session's", _REPORT)
+        if found.shape != theirs.shape or not np.allclose(
+            found, theirs, rtol=0, atol=_ROUNDING * scale, equal_nan=True
+        ):
+            raise ModelError(f"output {output.name} differs from the plain session's when weights are apart", _REPORT)
 
 
-def _prove_golden(run: Run, outputs: Sequence[str], limit: int, request: dict[str, Any]) -> None:
-    """The template gives what the original framework gave on the bundle's golden samples."""
+def _prove_golden(ours: Trial, outputs: Sequence[str], limit: int, request: dict[str, Any]) -> None:
+    """It gives what the original framework gave on the bundle's golden samples."""
     if request["golden"] is None:
         return
     golden = _golden_arrays(Path(request["golden"]))
@@ -232,7 +229,7 @@ def _prove_golden(run: Run, outputs: Sequence[str], limit: int, request: dict[st
     if missing:
         raise ModelError(f"golden.npz has no samples for the input {missing[0]}", _EXPORT_AGAIN)
     pictures = [np.ascontiguousarray(golden[spec["name"]], np.float32) for spec in request["inputs"]]
-    results = [run([p[i : i + limit] for p in pictures]) for i in range(0, len(pictures[0]), limit)]
+    results = [ours.run([p[i : i + limit] for p in pictures]) for i in range(0, len(pictures[0]), limit)]
     for number, name in enumerate(outputs):
         if name in golden and results:
             _compare(name, np.concatenate([result[number] for result in results]), golden[name], request["tolerance"])
@@ -254,27 +251,11 @@ def _compare(name: str, found: NDArray[Any], expected: NDArray[Any], tolerance: 
         raise ModelError(f"output {name} is {worst:.3g} off golden.npz, allowed is {tolerance:.3g}", _EXPORT_AGAIN)
 
 
-def _measured(run: Run, limit: int, request: dict[str, Any]) -> list[float]:
-    """K and B in seconds on one thread, from the median of a few runs per batch size."""
-    end = time.perf_counter() + _MEASURE_SECONDS
-    samples: list[tuple[int, float]] = []
-    for count in (size for size in _BATCHES if size <= limit):
-        pictures = _noise(request, count)
-        run(pictures)
-        samples.append((count, statistics.median(list(_timed(run, pictures, end)))))
-        if time.perf_counter() > end:
-            break
-    return list(costs.fit(samples))
-
-
-def _timed(run: Run, pictures: list[Pixels], end: float) -> Iterator[float]:
-    for _ in range(5):
-        begun = time.perf_counter()
-        run(pictures)
-        now = time.perf_counter()
-        yield now - begun
-        if now > end:
-            return
+def _output_bytes(reference: Any, request: dict[str, Any]) -> int:
+    """What one picture's results take: all of them, also those that the head does not read."""
+    names = [spec["name"] for spec in request["inputs"]]
+    with runtime_errors("does not run"):
+        return sum(int(o.nbytes) for o in reference.run(None, dict(zip(names, _noise(request, 1), strict=True))))
 
 
 if __name__ == "__main__":

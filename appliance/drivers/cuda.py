@@ -211,6 +211,7 @@ class CudaPlace:
             "gpu_mem_limit": str(self.activation_bytes),
             "arena_extend_strategy": "kSameAsRequested",
             "cudnn_conv_algo_search": "HEURISTIC",  # EXHAUSTIVE runs every algorithm on first sight of a shape
+            "use_tf32": "0",  # ten bits of mantissa would be further from golden outputs than their tolerance allows
             "prefer_nhwc": "0",  # it would turn around weights that are inputs in every run
             "external_data_loader_reading_threads": "0",  # each session would pin 128 MiB for files we do not have
         }

@@ -43,6 +43,11 @@ class Turn:
     is_ahead: bool = False
     is_cancelled: bool = False
 
+    def check(self) -> None:
+        """Raises Cancelled."""
+        if self.is_cancelled:
+            raise Cancelled("the load was cancelled", "load it again")
+
 
 @dataclass(frozen=True, slots=True)
 class OpenFile:
@@ -90,8 +95,7 @@ class Reader:
         """Return when this load may read. Raises Cancelled."""
         with self._calm:
             self._calm.wait_for(lambda: turn.is_cancelled or not self._gives_way(turn))
-        if turn.is_cancelled:
-            raise Cancelled("the load was cancelled", "load it again")
+        turn.check()
 
     @contextmanager
     def opened(self, path: Path, size: int) -> Iterator[OpenFile]:

@@ -99,6 +99,8 @@ class PinnedTier:
                 self._copies[segment_id] = self._copies.pop(segment_id)
 
     def close(self) -> None:
+        for name in list(self._copies):
+            self._forget(name)
         if self._block is not None:
             self._accelerator.unpin(self._block)
 
@@ -136,11 +138,11 @@ class Windows:
 
     def __init__(self, accelerator: Pinning) -> None:
         self._accelerator = accelerator
+        self._block = accelerator.pin(_WINDOWS * WINDOW_BYTES)
         self._free: SimpleQueue[Window] = SimpleQueue()  # first in, first out: the one whose copy is the oldest
-        self._all: list[Window] = []
-        for _ in range(_WINDOWS):
-            self._all.append(Window(accelerator.pin(WINDOW_BYTES)))
-            self._free.put(self._all[-1])
+        for start in range(0, _WINDOWS * WINDOW_BYTES, WINDOW_BYTES):
+            memory = self._block.memory[start : start + WINDOW_BYTES]
+            self._free.put(Window(Pinned(self._block.address + start, memory)))
 
     @contextmanager
     def one(self) -> Iterator[Pinned]:
@@ -160,5 +162,6 @@ class Windows:
             self._free.put(window)
 
     def close(self) -> None:
-        for window in self._all:
-            self._accelerator.unpin(window.pinned)
+        for _ in range(_WINDOWS):
+            self._free.get().pinned.memory.release()
+        self._accelerator.unpin(self._block)

@@ -74,7 +74,7 @@ class SegmentTable(ABC, Generic[Room]):
             self._bring(segment, ahead)
 
     def cancel(self, segments: Sequence[Segment]) -> None:
-        """Let the loads of these end soon, with Cancelled and without their memory; what is here already stays.
+        """Let the loads of these end soon, all with Cancelled and without their memory; what is here already stays.
 
         Who asks for one of them from now on is not meant: it is brought anew.
         """
@@ -173,18 +173,23 @@ class SegmentTable(ABC, Generic[Room]):
         failure: ApplianceError | None = LoadError(f"segment {segment.id[:12]} was not brought to its end", "try again")
         try:
             tier = self._fill(segment, entry.room, entry.turn)
+            self._finish(entry)
             failure = None
             return tier
         except ApplianceError as error:
             failure = error
             raise
         finally:  # whatever happened, those who wait for this segment must not wait for ever
-            if failure is None:
-                entry.filled.set_result(None)
-            else:
+            if failure is not None:
                 with self._lock:
                     self._forget(segment.id)
                 entry.filled.set_exception(failure)
+
+    def _finish(self, entry: _Entry[Room]) -> None:
+        """The segment is here from now on. Raises Cancelled when it was cancelled a moment before."""
+        with self._lock:
+            entry.turn.check()
+            entry.filled.set_result(None)
 
     def _ready(self, name: str) -> Room:
         entry = self._entries.get(name)

@@ -1,6 +1,7 @@
 """The store on disk: templates, weight segments and what makes an expert of them, shared, checked and kept tidy.
 
     <store>/<runtime, instruction set, provider>/architectures/<signature>/template.onnx, architecture.json
+                                                                           plain-<sha256>.onnx
                                                  segments/<sha256>
                                                  experts/<name>/<version>-<model sha256, 12 digits>.json
                                                  quarantine/<what was damaged>, <the same>.reason
@@ -17,7 +18,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
-import json
 import logging
 import math
 import os
@@ -36,16 +36,20 @@ from typing import Any
 import numpy as np
 
 from appliance import catalog
-from appliance.catalog import Bundle
+from appliance.catalog import Bundle, Catalog
 from appliance.core.types import Segment
-from appliance.drivers import devices, sharing
+from appliance.drivers import devices, sealed, sharing
 from appliance.drivers.sharing import Content, Recipe
-from appliance.errors import StoreError
+from appliance.errors import CatalogError, StoreError
 
 _log = logging.getLogger(__name__)
 
-_LAYOUT = 2
+_LAYOUT = 3
 """Part of the store's key: raise it when templates, segments or these files change their form."""
+_COPIES_OF_OUTPUTS = 3
+"""The last layer's sums, what is made of them, and the copy that is handed out."""
+_COPIES_WHEN_PACKED = 2
+"""At most, of weights that the runtime packs (1.0 to 1.2, 1.31.1, 2026-11)."""
 _STALE_SECONDS = 3600.0
 _PIECE_BYTES = 4 << 20
 _COMPILE_AGAIN = "the next start compiles it again"
@@ -167,21 +171,59 @@ class Store:
             if reason is not None:
                 raise StoreError(f"{path} {reason}", _COMPILE_AGAIN)
 
-    def check(self, rest: Callable[[float], bool] = lambda seconds: False) -> list[Damage]:
+    def check(
+        self,
+        rest: Callable[[float], bool] = lambda seconds: False,
+        tell: Callable[[int, int], None] = lambda read_bytes, all_bytes: None,
+    ) -> list[Damage]:
         """Read every byte that any expert needs, each once, and put what is damaged into quarantine.
 
-        After each piece `rest` hears how many seconds it took, and may wait; when it returns True, the check ends.
+        After each piece `tell` hears how many bytes of how many have been read, and `rest` how many seconds the piece
+        took; that one may wait, and when it returns True, the check ends.
         """
         expected = {path: digest for c in self._entries().values() for path, digest in self._digests(c).items()}
+        total, read = sum(path.stat().st_size for path in expected if path.exists()), 0
+
+        def heard(seconds: float, size: int) -> bool:
+            nonlocal read
+            read += size
+            tell(read, total)
+            return rest(seconds)
+
         found = []
         for path, digest in expected.items():
             try:
-                reason = _damage(path, digest, rest)
+                reason = _damage(path, digest, heard)
             except InterruptedError:
                 break
             if reason is not None and path.exists():
                 found.append(self._set_aside(path, reason))
         return found
+
+    def unused(self, catalogue: Catalog) -> dict[str, int]:
+        """The bytes of every compiled expert that no bundle on disk names, of whatever version; by its file's name.
+
+        A bundle that cannot be read names all that was ever made of its version.
+        """
+        compiled = {path: self._named_by(path) for path in self._unused_paths(catalogue)}
+        return {f"{path.parent.name}/{path.stem}": c.bytes if c is not None else 0 for path, c in compiled.items()}
+
+    def prune(self, catalogue: Catalog) -> int:
+        """Remove the unused experts, and what nobody needs without them. The bytes that the store takes less.
+
+        Segments and architectures stay while another process uses the store; `tidy` removes the segments once it is
+        alone, and the next `prune` the rest.
+        """
+        before = self._size_bytes()
+        with self._change():
+            self._untidy.touch()
+            for path in self._unused_paths(catalogue):
+                path.unlink()
+        self.tidy()
+        with self._change(), self._alone() as is_alone:
+            if is_alone:
+                self._remove_unused_graphs()
+        return before - self._size_bytes()
 
     def repair(self, bundle: Bundle) -> None:
         """Put away what is seen at once to be damaged of this expert, so that compiling it makes it anew."""
@@ -211,7 +253,7 @@ class Store:
             )
         with self._change():
             self._untidy.touch()
-            self._keep_architecture(made, folder)
+            is_plain = self._keep_architecture(made, folder)
             self._keep_segment(Segment(made["segment"], made["bytes"]), folder / "segment")
             entry = {
                 "expert": manifest.name,
@@ -222,8 +264,10 @@ class Store:
                 "tensors": [{**tensor, "segment": 0} for tensor in made["tensors"]],
                 "inputs": [spec.name for spec in manifest.inputs],
                 "outputs": made["outputs"],
+                "output_bytes": made["output_bytes"],
+                "plain": made["plain"] if is_plain else None,
             }
-            _place_sealed(entry, folder, self._expert_path(bundle))
+            sealed.write(entry, folder, self._expert_path(bundle))
             return self._read(self._expert_path(bundle))
 
     def tidy(self) -> list[Damage]:
@@ -263,9 +307,16 @@ class Store:
     # Reading.
 
     def _read(self, path: Path) -> Compiled:
-        entry = _sealed(path)
+        entry = sealed.read(path)
         template = self.template_path(entry["architecture"])
-        cost = _sealed(template.parent / "architecture.json")
+        cost = sealed.read(template.parent / "architecture.json")
+        tensors = tuple(_slot(tensor) for tensor in entry["tensors"])
+        # Experts of one architecture differ in their last layer; it was measured on one of them.
+        wider_bytes = max(0, entry["output_bytes"] - cost["output_bytes"])
+        heavier_bytes = max(0, sum(slot.bytes for slot in tensors) - cost["weights_bytes"])
+        is_plain = cost["is_plain"]
+        if is_plain and entry["plain"] is None:
+            raise ValueError(f"{path} was made before its architecture was measured again")
         return Compiled(
             expert=entry["expert"],
             version=entry["version"],
@@ -273,14 +324,15 @@ class Store:
             architecture=entry["architecture"],
             template_path=template,
             segments=tuple(Segment(s["id"], s["bytes"]) for s in entry["segments"]),
-            tensors=tuple(
-                TensorSlot(t["name"], t["dtype"], tuple(t["shape"]), t["segment"], t["offset"], t["sha256"])
-                for t in entry["tensors"]
-            ),
+            tensors=tensors,
             inputs=tuple(entry["inputs"]),
             outputs=tuple(entry["outputs"]),
             item_seconds=cost["item_seconds"],
             fixed_seconds=cost["fixed_seconds"],
+            activation_fixed_bytes=cost["activation_fixed_bytes"],
+            activation_item_bytes=cost["activation_item_bytes"] + _COPIES_OF_OUTPUTS * wider_bytes,
+            private_bytes=cost["private_bytes"] + _COPIES_WHEN_PACKED * heavier_bytes if is_plain else 0,
+            plain_path=_plain_path(template, entry["plain"]) if is_plain else None,
         )
 
     def _named_by(self, path: Path) -> Compiled | None:
@@ -296,13 +348,14 @@ class Store:
 
     def _digests(self, compiled: Compiled) -> dict[Path, str]:
         segments = {self.segment_path(segment.id): segment.id for segment in compiled.segments}
-        return {compiled.template_path: compiled.architecture, **segments}
+        return {**_graphs(compiled), **segments}
 
     def _seen_damage(self, compiled: Compiled) -> Iterator[tuple[Path, str]]:
-        """What is missing or wrong at first sight: sizes, and the template's few bytes."""
-        reason = _damage(compiled.template_path, compiled.architecture)
-        if reason is not None:
-            yield compiled.template_path, reason
+        """What is missing or wrong at first sight: sizes, and the graphs' few bytes."""
+        for graph, digest in _graphs(compiled).items():
+            reason = _damage(graph, digest)
+            if reason is not None:
+                yield graph, reason
         for segment in compiled.segments:
             path = self.segment_path(segment.id)
             try:
@@ -313,26 +366,56 @@ class Store:
                 if found != segment.bytes:
                     yield path, f"has {found} bytes instead of {segment.bytes}"
 
+    def _unused_paths(self, catalogue: Catalog) -> list[Path]:
+        named = set[Path]()
+        for name, versions in catalogue.versions.items():
+            for version in versions:
+                try:
+                    named.add(self._expert_path(catalog.read_bundle(catalogue.folder / name / str(version))))
+                except CatalogError:
+                    named.update((self.folder / "experts" / name).glob(f"{version}-*.json"))
+        return sorted(set((self.folder / "experts").glob("*/*.json")) - named)
+
+    def _size_bytes(self) -> int:
+        folders = (self.folder / name for name in ("architectures", "segments", "experts"))
+        return sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
+
     def _expert_path(self, bundle: Bundle) -> Path:
         manifest = bundle.manifest
         return self.folder / "experts" / manifest.name / f"{manifest.version}-{manifest.model.sha256[:12]}.json"
 
     # Keeping.
 
-    def _keep_architecture(self, made: Mapping[str, Any], folder: Path) -> None:
-        if made["costs"] is None:  # the child found it here
-            return
-        item_seconds, fixed_seconds = made["costs"]
-        home = self.template_path(made["architecture"]).parent
-        _place(folder / "template.onnx", home / "template.onnx")
-        _place_sealed(
-            {"item_seconds": item_seconds, "fixed_seconds": fixed_seconds}, folder, home / "architecture.json"
-        )
+    def _keep_architecture(self, made: Mapping[str, Any], folder: Path) -> bool:
+        """Whether this architecture is served plain. What was found out first holds: experts must not differ by luck.
+
+        Raises StoreError when what the child relied on is gone.
+        """
+        template = self.template_path(made["architecture"])
+        if _damage(template, made["architecture"]) is not None:
+            sealed.place(folder / "template.onnx", template)
+        place = template.parent / "architecture.json"
+        try:
+            is_plain = bool(sealed.read(place)["is_plain"])
+        except (OSError, ValueError):
+            if made["costs"] is None:
+                raise StoreError(f"{place} is gone since the compile began", "start again") from None
+            weights_bytes = sum(_slot({**tensor, "segment": 0}).bytes for tensor in made["tensors"])
+            of_whom = {"output_bytes": made["output_bytes"], "weights_bytes": weights_bytes}
+            sealed.write({**made["costs"], **of_whom}, folder, place)
+            is_plain = bool(made["costs"]["is_plain"])
+        if is_plain:
+            if made["plain"] is None:
+                raise StoreError(f"{place} is another than when the compile began", "start again")
+            plain = _plain_path(template, made["plain"])
+            if _damage(plain, made["plain"]) is not None:
+                sealed.place(folder / "plain.onnx", plain)
+        return is_plain
 
     def _keep_segment(self, segment: Segment, source: Path) -> None:
         place = self.segment_path(segment.id)
         if _damage(place, segment.id) is not None:
-            _place(source, place)
+            sealed.place(source, place)
 
     def _set_aside(self, path: Path, reason: str) -> Damage:
         experts = tuple(sorted({c.expert for c in self._entries().values() if path in self._digests(c)}))
@@ -378,7 +461,7 @@ class Store:
                     for recipe in wanted[str(path)]:
                         if recipe not in made:
                             made[recipe] = self._merged([sources[digest] for digest in recipe], folder)
-                    _place_sealed(_regrouped(_sealed(path), wanted[str(path)], made, sources), folder, path)
+                    sealed.write(_regrouped(sealed.read(path), wanted[str(path)], made, sources), folder, path)
             except _Damaged as error:
                 if error.path.exists():  # not yet put away on account of another expert
                     found.append(self._set_aside(error.path, error.reason))
@@ -420,6 +503,35 @@ class Store:
         for path in (self.folder / "segments").glob("*"):
             if path.name not in named:
                 path.unlink()
+
+    def _remove_unused_graphs(self) -> None:
+        entries = self._entries().values()
+        architectures, graphs = {c.architecture for c in entries}, {path for c in entries for path in _graphs(c)}
+        for home in (self.folder / "architectures").glob("*"):
+            if home.name not in architectures:
+                shutil.rmtree(home)
+        for path in (self.folder / "architectures").glob("*/plain-*"):
+            if path not in graphs:
+                path.unlink()
+
+
+def _slot(tensor: Mapping[str, Any]) -> TensorSlot:
+    t = tensor
+    return TensorSlot(t["name"], t["dtype"], tuple(t["shape"]), t["segment"], t["offset"], t["sha256"])
+
+
+def _graphs(compiled: Compiled) -> dict[Path, str]:
+    """The files that hold its graph, and their digests."""
+    plain = compiled.plain_path
+    return {compiled.template_path: compiled.architecture} | ({} if plain is None else {plain: _digest_in(plain)})
+
+
+def _plain_path(template: Path, sha256: str) -> Path:
+    return template.with_name(f"plain-{sha256}.onnx")
+
+
+def _digest_in(plain: Path) -> str:
+    return plain.stem.removeprefix("plain-")
 
 
 class _Damaged(Exception):
@@ -463,10 +575,11 @@ def _slice(path: Path, slot: TensorSlot) -> bytes:
     return content
 
 
-def _damage(path: Path, expected: str, rest: Callable[[float], bool] = lambda seconds: False) -> str | None:
+def _damage(path: Path, expected: str, heard: Callable[[float, int], bool] = lambda seconds, size: False) -> str | None:
     """Why the file's content is not what its name says, or None.
 
-    Raises InterruptedError when `rest` says so, and StoreError when that cannot be known.
+    After each piece `heard` is told how many seconds it took, and how many bytes it has. Raises InterruptedError when
+    that returns True, and StoreError when the answer cannot be known.
 
     What was read of a large file is not kept in the page cache, which a limited box needs for other things.
     """
@@ -478,7 +591,7 @@ def _damage(path: Path, expected: str, rest: Callable[[float], bool] = lambda se
                 digest.update(piece)
                 if len(piece) == _PIECE_BYTES:
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-                if rest(time.perf_counter() - begun):
+                if heard(time.perf_counter() - begun, len(piece)):
                     raise InterruptedError
                 begun = time.perf_counter()
     except InterruptedError:
@@ -496,41 +609,6 @@ def _opened_lock(path: Path) -> int:
         return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError:  # somebody else's store, or one on a disk that is only read: it can be shared all the same
         return os.open(path, os.O_RDONLY)
-
-
-def _sealed(path: Path) -> dict[str, Any]:
-    """What a file of ours says. Raises ValueError when a single bit of it is not as it was written."""
-    found = json.loads(path.read_bytes())
-    content: dict[str, Any] = found["content"]
-    if found["sha256"] != _seal(content):
-        raise ValueError(f"{path} is damaged")
-    return content
-
-
-def _place_sealed(content: Mapping[str, Any], folder: Path, place: Path) -> None:
-    source = folder / place.name
-    source.write_text(json.dumps({"sha256": _seal(content), "content": content}), "utf-8")
-    _place(source, place)
-
-
-def _seal(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _place(source: Path, place: Path) -> None:
-    """Rename a file to its place, whole or not at all, also across a power cut."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    _flush(source)
-    source.replace(place)
-    _flush(place.parent)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _runtime_version() -> str:

@@ -18,6 +18,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
+from appliance.drivers.widths import Tail, free_axes
 from appliance.errors import ModelError
 
 INSIDE_SLOTS: Mapping[str, frozenset[int]] = {
@@ -32,6 +33,8 @@ INSIDE_SLOTS: Mapping[str, frozenset[int]] = {
 }
 """Float inputs that say how to compute rather than what was learned; kernels may want them constant."""
 _LIFTED_TYPES = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.INT8, TensorProto.UINT8}
+_NOWHERE = 1 << 40
+"""An offset beyond the end of every file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,25 @@ class Template:
         return hashlib.sha256(self.model).hexdigest()
 
 
+def plain_form(template: Template) -> bytes:
+    """The same graph for a session of one expert, to which its weights `w{i}` are given as initializers when it opens.
+
+    It lies beside a file `template.onnx`, which it says holds the weights. They are not there: the runtime (1.31.1)
+    insists on a file that exists, and whoever forgets a weight shall hear of it when it opens.
+    """
+    model = ModelProto.FromString(template.model)
+    pictures = [value for value in model.graph.input if not value.name.startswith("w")]
+    del model.graph.input[:]
+    model.graph.input.extend(pictures)
+    for number, weight in enumerate(template.weights):
+        tensor = model.graph.initializer.add(name=f"w{number}", data_type=weight.data_type, dims=weight.dims)
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in {"location": "template.onnx", "offset": str(_NOWHERE)}.items():
+            tensor.external_data.add(key=key, value=value)
+    content: bytes = model.SerializeToString(deterministic=True)
+    return content
+
+
 def lift(optimised: ModelProto, inputs: Sequence[str]) -> Template:
     """The canonical template of an optimised graph whose pictures enter by `inputs`.
 
@@ -57,7 +79,9 @@ def lift(optimised: ModelProto, inputs: Sequence[str]) -> Template:
     if graph.sparse_initializer:
         raise ModelError("the graph has sparse weights", "export them dense")
     canon = _Canon(graph, inputs)
-    nodes = [canon.renamed(node) for node in canon.order()]
+    order = canon.order()
+    nodes = [canon.renamed(node) for node in order]
+    free = free_axes(_tail(order, canon))
     value_types = {value.name: value.type for value in (*graph.input, *graph.output)}
     dimensions: dict[str, str] = {}
     model = helper.make_model(
@@ -65,7 +89,7 @@ def lift(optimised: ModelProto, inputs: Sequence[str]) -> Template:
             nodes,
             "template",
             [_picture(canon.names[name], value_types[name], dimensions) for name in inputs]
-            + [helper.make_tensor_value_info(canon.names[t.name], t.data_type, t.dims) for t in canon.lifted],
+            + [_weight(canon.names[t.name], t, free.get(t.name)) for t in canon.lifted],
             # Without shapes: the runtime infers them, and an exporter's dimension names mean nothing here.
             [helper.make_tensor_value_info(canon.names[v.name], _element_type(v), None) for v in graph.output],
             [_constant(canon.names[tensor.name], tensor) for tensor in canon.kept],
@@ -135,6 +159,11 @@ class _Canon:
         else:
             self.names[tensor.name] = f"w{len(self.lifted)}"
             self.lifted.append(tensor)
+
+
+def _tail(order: Sequence[NodeProto], canon: _Canon) -> Tail:
+    outputs = {value.name for value in canon.graph.output}
+    return Tail(order, [_reads(node) for node in order], outputs, {t.name: list(t.dims) for t in canon.lifted})
 
 
 def _inside(graph: GraphProto) -> set[str]:
@@ -211,6 +240,14 @@ def _picture(name: str, declared: Any, dimensions: dict[str, str]) -> ValueInfoP
         else:
             shape.append(d.dim_value if d.HasField("dim_value") else None)
     return helper.make_tensor_value_info(name, declared.tensor_type.elem_type, shape)
+
+
+def _weight(name: str, tensor: TensorProto, free: tuple[int, str] | None) -> ValueInfoProto:
+    shape: list[int | str] = list(tensor.dims)
+    if free is not None:
+        axis, symbol = free
+        shape[axis] = symbol
+    return helper.make_tensor_value_info(name, tensor.data_type, shape)
 
 
 def _element_type(value: ValueInfoProto) -> int:
