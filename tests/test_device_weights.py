@@ -173,6 +173,9 @@ def test_what_is_being_read_into_the_host_tier_stays_there(
             reads.go_on.set()
         load.result(30)
     assert all(seen(memory, segment) for segment in (first, slow, large))
+    memory.drop([slow])
+    memory.load([slow])
+    assert memory.hits["host"] == 1
 
 
 def test_loads_at_once_share_the_windows(disk: Disk, new: Callable[..., DeviceWeights]) -> None:
