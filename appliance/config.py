@@ -89,6 +89,26 @@ class Memory(Settings):
     """Byte budgets, per device."""
 
     weights: ByteSize = Field(ByteSize(1_000_000_000), description="Budget of the experts' weights in main memory.")
+    activations: ByteSize = Field(
+        ByteSize(256_000_000), description="Budget of what running batches take beside the weights, in main memory."
+    )
+    gpu_weights: ByteSize | None = Field(
+        None, description="The same for weights on each GPU; by default four fifths of what is free there at the start."
+    )
+    gpu_activations: ByteSize = Field(ByteSize(1_000_000_000), description="The same for running batches on each GPU.")
+    gpu_host_tier: ByteSize = Field(
+        ByteSize(1_000_000_000),
+        description="Pinned main memory, for each GPU, in which weights that left it wait to come back.",
+    )
+
+
+class Experts(Settings):
+    """Experts that are treated otherwise than use alone would have it."""
+
+    pin: tuple[Level, ...] = Field((), description="These are loaded at the start and never evicted.")
+    preload: tuple[Level, ...] = Field(
+        (), description="These are loaded at the start, in this order, as far as memory is free."
+    )
 
 
 class Executors(Settings):
@@ -96,6 +116,9 @@ class Executors(Settings):
 
     cpu: Annotated[int, Field(ge=1, le=64)] | None = Field(
         None, description="CPU executors; from the profile by default."
+    )
+    gpus: Annotated[int, Field(ge=0, le=16)] | None = Field(
+        None, description="GPUs that run experts, one executor each; by default all that can."
     )
     load_slots: Annotated[int, Field(ge=1, le=16)] = Field(2, description="Loads in flight per device.")
 
@@ -130,6 +153,7 @@ class Config(Settings):
     mqtt: Mqtt = Mqtt()
     broker: Broker = Broker()
     memory: Memory = Memory()
+    experts: Experts = Experts()
     executors: Executors = Executors()
     limits: Limits = Limits()
 

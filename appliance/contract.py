@@ -87,6 +87,11 @@ def status_topic(config: Config) -> str:
     return config.topic("box", config.box.name, "status")
 
 
+def alarm_topic(config: Config, name: str) -> str:
+    """Retained while the alarm is raised, then cleared."""
+    return config.topic("box", config.box.name, "alarm", name)
+
+
 def check_publishable(topic: str) -> None:
     """Raise MessageError `topic-name` unless the topic may be given to paho.
 

@@ -25,10 +25,11 @@ def print_check(found: Mapping[str, Any], console: Console) -> None:
     table.add_row("compiled experts", escape(found["store"]))
     console.print(table)
     console.print(escape(found["graph"]), soft_wrap=True, highlight=False)
-    if found["budget_bytes"] > found["memory_bytes"]:
-        console.print("[red]The budget is larger than the memory: lower memory.weights[/red]")
+    if found["budget_bytes"] < found["configured_budget_bytes"]:
+        asked = megabytes(found["configured_budget_bytes"])
+        console.print(f"[red]This process may not use memory enough for memory.weights of {asked}: lower it[/red]")
     for name in found["too_large"]:
-        console.print(f"[red]{name} alone is larger than the budget: raise memory.weights[/red]")
+        console.print(f"[red]{name} alone is larger than a budget: raise memory.weights or memory.activations[/red]")
     for name, why in found["unavailable"].items():
         console.print(f"[red]{name} cannot serve[/red] ({why['reason']}): {escape(why['detail'])}")
     for path, reason in found["damaged"].items():

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter, deque
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, assert_never
 
@@ -20,15 +20,21 @@ from appliance import __version__, contract
 from appliance import config as settings
 from appliance.config import Config
 from appliance.contract import Address
+from appliance.core.drift import Balance, DriftAlarm
 from appliance.core.types import (
     Action,
     Arrived,
+    CancelLoad,
+    CancelRun,
+    Device,
     Event,
     Evict,
     Finished,
+    HurryLoad,
     Load,
     Outcome,
     Publish,
+    Quarantine,
     Refusal,
     Request,
     Run,
@@ -37,21 +43,22 @@ from appliance.core.types import (
     Verdict,
 )
 from appliance.drivers import devices, runtime, systemd
+from appliance.drivers.alarms import Alarm, Alarms
 from appliance.drivers.album import Album, Subject
 from appliance.drivers.broker import Broker
-from appliance.drivers.executors import Executors, Inspection, LoaderLane
+from appliance.drivers.engine import Engine
+from appliance.drivers.executors import Executors, Inspection
 from appliance.drivers.inbox import Inbox
 from appliance.drivers.intake import Intake, component_of
 from appliance.drivers.journal import Journal, Opening
 from appliance.drivers.mqtt import Door, DoorState
 from appliance.drivers.outbox import Note, Outbox
-from appliance.drivers.records import GROUP_BYTES, QUEUED_BYTES, Conclusion, Recorded, Records, Spooled
-from appliance.drivers.residents import Residents
-from appliance.drivers.sessions import Sessions
+from appliance.drivers.records import Conclusion, Recorded, Records, Spooled
 from appliance.drivers.store import Compiled
 from appliance.drivers.storecheck import StoreCheck
 from appliance.drivers.weights import Weights
 from appliance.errors import ApplianceError, BrokerError, MessageError
+from appliance.promise import DECODING_BYTES_PER_PIXEL, passing_bytes, promised_bytes
 from appliance.startup import CPU, Installation, install
 
 log = logging.getLogger(__name__)
@@ -62,18 +69,6 @@ STUCK_SECONDS = 60.0  # a batch or a network thread without a sign for this long
 DRAIN_SECONDS = 10.0
 LONGEST_WAIT_SECONDS = 3600.0
 RECENT_MOVES = 64
-WORKING_BYTES = 64_000_000
-"""Beside weights and what the process has when it starts: decoded and golden pictures (2 x 16 MB), activations of the
-running batches, template sessions, SQLite's caches and what the allocator keeps for the next batch."""
-DECODING_BYTES_PER_PIXEL = 16
-"""For the picture that an executor decodes: as Pillow holds it, as bytes, and as the array (measured: 14)."""
-
-
-def promised_bytes(config: Config, executors: int, at_start_bytes: int) -> int:
-    """The most anonymous memory that the process ever has: the promise of docs/architecture.md, held by tests."""
-    decoding = DECODING_BYTES_PER_PIXEL * config.limits.picture_pixels * executors
-    on_their_way = settings.INBOX_BYTES + QUEUED_BYTES + GROUP_BYTES + 2 * int(config.limits.picture_bytes)
-    return int(config.memory.weights) + at_start_bytes + WORKING_BYTES + decoding + on_their_way
 
 
 def serve(config: Config, *, stopping: threading.Event | None = None) -> None:
@@ -138,12 +133,11 @@ class Service:
         self._outcomes: Counter[str] = Counter()
         self._next_stats = 0.0
         self._memory = devices.MemoryWatch()
+        self._drift = DriftAlarm()
         self._has_drained = False
 
         self._store_check = StoreCheck(installation.store)
-        self._weights = Weights(installation.store.segment_path)
-        sessions = Sessions(self._weights, runtime.CpuPlace(), activation_bytes=WORKING_BYTES // 2)
-        self._residents = Residents(installation.compiled, self._weights, sessions)
+        self._engines = {device.name: self._engine(device) for device in installation.devices}
         self._album = Album(
             records.payload,
             self._subject,
@@ -151,12 +145,15 @@ class Service:
             int(config.limits.picture_bytes),
             config.limits.picture_pixels,
         )
-        work = Inspection(sessions, installation.catalog.bundles, self._album.look)
+        bundles = installation.catalog.bundles
+        work = {name: Inspection(e.sessions, bundles, self._album.look) for name, e in self._engines.items()}
         names = {executor.name: executor.device for executor in installation.executors}
-        self._executors = Executors(names, work, self._inbox.tell)
-        self._loaders = LoaderLane(CPU, config.executors.load_slots, self._residents.bring, self._inbox.tell)
+        self._executors = Executors(
+            names, lambda batch, given_up: work[batch.device](batch, given_up), self._inbox.tell
+        )
 
         self._outbox = Outbox(config, records)
+        self._alarms = Alarms(config, self._outbox.note)
         self._intake = Intake(
             config,
             installation.catalog,
@@ -175,12 +172,19 @@ class Service:
         self._outbox.connect(self._door)
         self._journal = self._open_journal()
 
+    def _engine(self, device: Device) -> Engine:
+        memory = Weights(self._installation.store.segment_path)
+        return Engine.on(device, self._installation.compiled, memory, runtime.CpuPlace(), self._inbox.tell)
+
     def run(self, stop: threading.Event) -> None:
         """Serve until `stop`, then finish what runs. Raises ApplianceError when going on would lose something."""
         self._intake.start()
         self._door.start()
         self._memory.begin()
         self._store_check.start()
+        self._alarm_of_experts()
+        self._alarm_of_budget()
+        self._decide(Tick())  # whoever is loaded before anybody asks
         self._say.status(self._status())
         log.info("serving experts=%d unavailable=%d", len(self._versions), len(self._installation.unavailable))
         while not stop.is_set():
@@ -194,7 +198,8 @@ class Service:
             self._outbox.note(Note(contract.status_topic(self._config), b"offline", retain=True))
         self._store_check.stop()
         self._executors.stop()
-        self._loaders.stop()
+        for engine in self._engines.values():
+            engine.loaders.stop()
         self._intake.stop()
         self._door.disconnect()
         if self._journal is not None:
@@ -240,15 +245,23 @@ class Service:
         match action:
             case Load():
                 self._moved("load", action.expert)
-                self._loaders.load(action)
+                self._engines[action.device].loaders.load(action)
+            case CancelLoad(device, expert):
+                self._engines[device].loaders.cancel(expert)
+            case HurryLoad(device, expert):
+                self._engines[device].loaders.hurry(expert)
             case Evict():
                 self._moved("evict", action.expert)
-                self._residents.evict(action)
+                self._engines[action.device].residents.evict(action)
             case Run(batch):
                 self._running[batch.id] = time.monotonic()
                 self._executors.run(batch)
+            case CancelRun(batch):
+                self._executors.cancel(batch.id)
             case Publish(verdict):
                 self._conclude(verdict)
+            case Quarantine():
+                self._alarm_of_experts()
             case _:
                 assert_never(action)
 
@@ -338,13 +351,15 @@ class Service:
         if state is DoorState.READY:
             self._outbox.note(Note(contract.status_topic(self._config), b"online", retain=True))
             self._outbox.note(Note(self._box_topic("info"), self._info(), retain=True))
+            self._alarms.tell_all()
             self._outbox.ready()
             self._say.ready()
         self._say.status(self._status())
 
     def _status(self) -> str:
-        serving = f"serving {len(self._versions)} experts"
-        broken = f", {len(self._installation.unavailable)} unavailable" if self._installation.unavailable else ""
+        unavailable = self._controller.unavailable
+        serving = f"serving {len(self._versions.keys() - unavailable.keys())} experts"
+        broken = f", {len(unavailable)} unavailable" if unavailable else ""
         link = "" if self._door.state is DoorState.READY else f"; broker: {self._door.state} {self._door.detail}"
         disk = f"; the disk refuses to write: {self._records.trouble}" if self._records.trouble else ""
         return serving + broken + link + disk
@@ -357,7 +372,7 @@ class Service:
                 "version": __version__,
                 "runtime": self._installation.store.key,
                 "experts": len(self._versions),
-                "unavailable": {name: r.reason for name, r in self._installation.unavailable.items()},
+                "unavailable": {name: r.reason for name, r in self._controller.unavailable.items()},
                 "weights_budget_bytes": int(config.memory.weights),
                 "picture_bytes": int(config.limits.picture_bytes),
                 "picture_pixels": config.limits.picture_pixels,
@@ -370,6 +385,7 @@ class Service:
 
     def _publish_stats(self) -> None:
         self._memory.look()
+        self._look_at_memory()
         self._say.status(self._status())
         if self._door.state is not DoorState.READY:
             return
@@ -386,18 +402,42 @@ class Service:
             "spooled": stored.spooled,
             "unpublished": stored.unpublished,
             "resident": len(ledger.resident),
-            "weights_bytes": self._weights.mapped_bytes,
-            "weights_peak_bytes": self._weights.peak_bytes,
+            "weights_bytes": self._engines[CPU].memory.mapped_bytes,
+            "weights_peak_bytes": self._engines[CPU].memory.peak_bytes,
             "weights_budget_bytes": ledger.device.budget_bytes,
+            "devices": {name: self._numbers(name) for name in self._engines},
+            "cancelled_runs": counts["cancelled_runs"],
+            "loads_ahead": counts["loads_ahead"],
+            "out_of_memory": counts["out_of_memory"],
+            "fallbacks": counts["fallbacks"],
+            "alarms": self._alarms.raised,
             **self._memory.numbers(),
+            "memory_drift": round(self._drift.drift, 4),
             "anonymous_promise_bytes": promised_bytes(
-                self._config, len(self._installation.executors), self._memory.at_start_bytes
+                self._config,
+                weights_bytes=ledger.device.budget_bytes,
+                executors=len(self._installation.executors),
+                at_start_bytes=self._memory.at_start_bytes,
             ),
         }
         cache = {"schema_version": 1, "resident": list(ledger.resident), "moves": list(self._moves)}
         self._tell("stats", stats)
         if self._tell("cache", cache):
             self._moves.clear()
+
+    def _numbers(self, device: str) -> dict[str, Any]:
+        ledger, memory = self._controller.ledgers[device], self._engines[device].memory
+        return {
+            "resident": len(ledger.resident),
+            "weights_booked_bytes": ledger.used_bytes,
+            "weights_bytes": memory.mapped_bytes,
+            "weights_budget_bytes": ledger.device.budget_bytes,
+            "withheld_bytes": ledger.withheld_bytes,
+            "activations_bytes": ledger.running_bytes,
+            "activations_peak_bytes": ledger.running_peak_bytes,
+            "activations_budget_bytes": ledger.device.activation_bytes,
+            "hits": dict(memory.hits),
+        }
 
     def _tell(self, name: str, numbers: dict[str, Any]) -> bool:
         """Best effort: the next second brings newer ones. A broker that takes no message of this size gets none."""
@@ -414,6 +454,35 @@ class Service:
         return self._config.topic("box", self._config.box.name, name)
 
     # Health.
+
+    def _look_at_memory(self) -> None:
+        """Compare what is booked with what is there, and say when the two part, or when the system refused memory."""
+        config, ledger = self._config, self._controller.ledgers[CPU]
+        decoding = DECODING_BYTES_PER_PIXEL * self._album.largest_pixels * len(self._installation.executors)
+        balance = Balance(
+            booked_bytes=self._memory.at_start_bytes + ledger.used_bytes,
+            unbooked_bytes=int(config.memory.activations) + passing_bytes(config) + decoding,
+            measured_bytes=self._memory.now_bytes,
+        )
+        if not self._drift.look(balance, time.monotonic()):
+            self._alarms.set(Alarm.MEMORY_DRIFT, None)
+        elif Alarm.MEMORY_DRIFT not in self._alarms.raised:
+            self._alarms.set(Alarm.MEMORY_DRIFT, {"drift": round(self._drift.drift, 4), **asdict(balance)})
+        short = {name: ledger.withheld_bytes for name, ledger in self._controller.ledgers.items()}
+        if not any(short.values()):
+            self._alarms.set(Alarm.OUT_OF_MEMORY, None)
+        elif Alarm.OUT_OF_MEMORY not in self._alarms.raised:
+            self._alarms.set(Alarm.OUT_OF_MEMORY, {"withheld_bytes": short})
+
+    def _alarm_of_budget(self) -> None:
+        made, wanted = self._installation, int(self._config.memory.weights)
+        given = self._controller.ledgers[CPU].device.budget_bytes
+        numbers = {"weights_bytes": given, "configured_bytes": wanted, "memory_bytes": made.memory_bytes}
+        self._alarms.set(Alarm.MEMORY_BUDGET, numbers if given < wanted else None)
+
+    def _alarm_of_experts(self) -> None:
+        broken = {name: {"reason": r.reason, "detail": r.detail} for name, r in self._controller.unavailable.items()}
+        self._alarms.set(Alarm.EXPERTS, {"experts": broken} if broken else None)
 
     def _is_progressing(self, now: float) -> bool:
         """The loop turns, no batch hangs, and neither do the threads that every picture passes."""
@@ -467,6 +536,8 @@ class Service:
             made.devices,
             made.executors,
             dict(made.unavailable),
+            self._config.experts.pin,
+            self._config.experts.preload,
         )
         return Journal(path, opening)
 

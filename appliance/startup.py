@@ -15,12 +15,14 @@ from appliance.catalog import Bundle, Catalog
 from appliance.config import Config
 from appliance.core.controller import Controller
 from appliance.core.graph import draw
-from appliance.core.types import Device, Executor, Expert, Refusal
+from appliance.core.memory import Ledger
+from appliance.core.types import Device, Executor, Expert, Footprint, Refusal
 from appliance.drivers import devices
 from appliance.drivers.compile import compile_bundles
 from appliance.drivers.store import Compiled, Store
-from appliance.errors import ApplianceError
+from appliance.errors import ApplianceError, ConfigError
 from appliance.profile import Profile
+from appliance.promise import weights_budget
 
 CPU = "cpu"
 COMPILE_JOBS = 2
@@ -39,6 +41,7 @@ class Installation:
     store: Store
     compiled: Mapping[str, Compiled]
     unavailable: Mapping[str, Refusal]
+    memory_bytes: int
 
     @property
     def experts(self) -> dict[str, Expert]:
@@ -47,7 +50,7 @@ class Installation:
         return {
             name: Expert(
                 name,
-                compiled.segments,
+                {CPU: footprint(compiled)},
                 {CPU: self.profile.cost(compiled.item_seconds, compiled.fixed_seconds, compiled.bytes)},
                 min(self.catalog.bundles[name].manifest.model.max_batch, self.profile.batch_cap),
                 usage.get(name, 0.0),
@@ -57,7 +60,8 @@ class Installation:
 
     @property
     def devices(self) -> tuple[Device, ...]:
-        return (Device(CPU, int(self.config.memory.weights), self.config.executors.load_slots),)
+        memory, slots = self.config.memory, self.config.executors.load_slots
+        return (Device(CPU, weights_budget(self.config, self.memory_bytes), slots, int(memory.activations)),)
 
     @property
     def executors(self) -> tuple[Executor, ...]:
@@ -65,7 +69,24 @@ class Installation:
         return tuple(Executor(f"{CPU}-{number}", CPU) for number in range(count))
 
     def controller(self) -> Controller:
-        return Controller(self.catalog.graph, self.experts, self.devices, self.executors, self.unavailable)
+        """Raises ConfigError when the experts that shall stay do not fit together."""
+        special = self.config.experts
+        made = Controller(
+            self.catalog.graph,
+            self.experts,
+            self.devices,
+            self.executors,
+            self.unavailable,
+            pinned=special.pin,
+            preload=special.preload,
+        )
+        staying = {name for ledger in made.ledgers.values() for name in ledger.pinned}
+        for name in special.pin:
+            if name in self.compiled and name not in staying:
+                raise ConfigError(
+                    f"experts.pin: {name} has no room beside the others", "raise memory.weights, or pin fewer"
+                )
+        return made
 
 
 def install(config: Config, report: Report = lambda expert, result: None) -> Installation:
@@ -75,6 +96,7 @@ def install(config: Config, report: Report = lambda expert, result: None) -> Ins
     """
     profile = profiles.load(config.paths.profile)
     catalog = catalogs.load(config.paths.catalog)
+    _check_named(config, catalog)
     store = Store(config.paths.store)
     unavailable = {name: refusal_of(error) for name, error in catalog.broken.items()}
     for name, error in catalog.broken.items():
@@ -101,7 +123,16 @@ def install(config: Config, report: Report = lambda expert, result: None) -> Ins
             unavailable[name] = refusal_of(result)
         else:
             found[name] = result
-    return Installation(config, catalog, profile, store, dict(sorted(found.items())), unavailable)
+    memory_bytes = devices.memory_bytes()
+    return Installation(config, catalog, profile, store, dict(sorted(found.items())), unavailable, memory_bytes)
+
+
+def _check_named(config: Config, catalog: Catalog) -> None:
+    """Raises ConfigError for an expert that the settings name and the catalogue lacks."""
+    for key, names in (("pin", config.experts.pin), ("preload", config.experts.preload)):
+        for name in names:
+            if name not in catalog.bundles and name not in catalog.broken:
+                raise ConfigError(f"experts.{key} names {name}, which has no bundle", "correct the name")
 
 
 def waiting_to_compile(config: Config) -> list[Bundle]:
@@ -127,6 +158,15 @@ def probabilities(catalog: Catalog) -> dict[str, float]:
     return chances
 
 
+def footprint(compiled: Compiled) -> Footprint:
+    return Footprint(
+        compiled.segments,
+        compiled.private_bytes,
+        compiled.activation_fixed_bytes,
+        compiled.activation_item_bytes,
+    )
+
+
 def refusal_of(error: ApplianceError) -> Refusal:
     return Refusal(error.reason, str(error))
 
@@ -138,25 +178,28 @@ def checked(config: Config) -> dict[str, Any]:
     """
     damaged = Store(config.paths.store).check()
     made = install(config)
-    experts, budget = made.experts, int(config.memory.weights)
-    total = sum({s.id: s.bytes for e in experts.values() for s in e.segments}.values())
-    largest = max(experts.values(), key=lambda e: e.bytes, default=None)
+    (device,) = made.devices
+    footprints, budget = {name: e.footprints[CPU] for name, e in made.experts.items()}, device.budget_bytes
+    total = sum({s.id: s.bytes for f in footprints.values() for s in f.segments}.values())
+    total += sum(f.private_bytes for f in footprints.values())
+    ledger = Ledger(device, footprints)
     return {
         "catalog": str(config.paths.catalog),
         "store": str(made.store.folder),
         "profile": made.profile.name,
-        "experts": len(experts),
+        "experts": len(footprints),
         "architectures": len({compiled.architecture for compiled in made.compiled.values()}),
         "versions": {name: list(versions) for name, versions in made.catalog.versions.items()},
         "components": len(made.catalog.graph.entries),
         "products": len(made.catalog.products),
         "weights_bytes": total,
         "budget_bytes": budget,
+        "configured_budget_bytes": int(config.memory.weights),
         "budget_share": budget / total if total else 1.0,
-        "memory_bytes": devices.memory_bytes(),
+        "memory_bytes": made.memory_bytes,
         "gpus": [gpu.name for gpu in devices.gpus()],
-        "too_large": sorted(e.name for e in experts.values() if e.bytes > budget),
-        "largest_expert": largest.name if largest else None,
+        "too_large": sorted(name for name in footprints if not ledger.ever_fits(name)),
+        "largest_expert": max(footprints, key=lambda name: footprints[name].weights_bytes, default=None),
         "executors": [executor.name for executor in made.executors],
         "damaged": {str(damage.path): damage.reason for damage in damaged},
         "unavailable": {name: {"reason": r.reason, "detail": r.detail} for name, r in made.unavailable.items()},

@@ -54,6 +54,8 @@ def _kind(annotation: Any, metadata: list[Any]) -> str:
     """A type in the words of someone who edits the file."""
     if get_origin(annotation) in (Union, UnionType):
         return " or ".join(_kind(part, metadata) for part in get_args(annotation) if part is not NoneType)
+    if get_origin(annotation) is tuple:
+        return f"list of {_kind(get_args(annotation)[0], metadata)}"
     if get_origin(annotation) is Literal:
         return ", ".join(f'`"{choice}"`' for choice in get_args(annotation))
     if hasattr(annotation, "__metadata__"):
@@ -88,6 +90,8 @@ def _default(value: object) -> str:
             return f"`{str(value).lower()}`"
         case ByteSize():
             return f'`"{value.human_readable(decimal=True, separator="").replace(".0", "")}"`'
+        case ():
+            return "`[]`"
         case str() | Path():
             return f'`"{value}"`'
         case _:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from appliance.core.controller import Controller
 from appliance.core.costs import Cost
 from appliance.core.graph import Condition, Edge, ExpertGraph, compile_graph
-from appliance.core.types import Box, Device, Executor, Expert, Finding, Request, Segment
+from appliance.core.types import Box, Device, Executor, Expert, Finding, Footprint, Request, Segment
 from appliance.lab.simulate import World
 
 SOUND = Finding("sound", 0.99, fails=False)
@@ -16,14 +16,20 @@ OPEN = Finding("open", 0.9, fails=True)
 BOXED = Finding("short", 0.8, fails=True, box=Box(1, 2, 3, 4))
 
 
-def expert(name: str, segments: Mapping[str, int] | int = 10, **kwargs: float) -> Expert:
-    """An expert with its own segment of so many bytes, or with the named ones."""
+def expert(name: str, segments: Mapping[str, int] | int = 10, on: Sequence[str] = ("cpu",), **kwargs: float) -> Expert:
+    """An expert with its own segment of so many bytes, or with the named ones, the same on each of the devices."""
     named = {f"{name}-weights": segments} if isinstance(segments, int) else segments
     cost = Cost(kwargs.pop("item", 0.01), kwargs.pop("fixed", 0.02), kwargs.pop("load", 0.1))
+    footprint = Footprint(
+        tuple(Segment(key, size) for key, size in named.items()),
+        int(kwargs.pop("private", 0)),
+        int(kwargs.pop("activation_fixed", 0)),
+        int(kwargs.pop("activation_item", 0)),
+    )
     return Expert(
         name,
-        tuple(Segment(key, size) for key, size in named.items()),
-        {"cpu": cost},
+        dict.fromkeys(on, footprint),
+        dict.fromkeys(on, cost),
         int(kwargs.pop("max_batch", 4)),
         kwargs.pop("probability", 0.1),
     )
@@ -41,10 +47,15 @@ def inspection_graph(classifiers: Sequence[str], detector: str = "detector") -> 
 
 
 def box(
-    experts: Sequence[Expert], graph: ExpertGraph, budget_bytes: int, executors: int = 2, load_slots: int = 2
+    experts: Sequence[Expert],
+    graph: ExpertGraph,
+    budget_bytes: int,
+    executors: int = 2,
+    load_slots: int = 2,
+    activation_bytes: int | None = None,
 ) -> tuple[Controller, tuple[Device, ...]]:
     """A controller of one CPU with so many executors."""
-    devices = (Device("cpu", budget_bytes, load_slots),)
+    devices = (Device("cpu", budget_bytes, load_slots, activation_bytes),)
     names = tuple(Executor(f"cpu-{number}", "cpu") for number in range(executors))
     return Controller(graph, {e.name: e for e in experts}, devices, names), devices
 

@@ -17,12 +17,13 @@ from appliance.errors import ApplianceError
 from appliance.lab import bench, soak
 from appliance.lab.bench import Switching
 from appliance.lab.shapes import SHAPES
+from appliance.lab.trunks import trunks
 
 FIELDS = {
     *("shape", "weights_bytes", "disk_bytes_per_second", "cold_load_bytes_per_second", "cold_load_fraction"),
     *("activate_seconds", "first_run_penalty_seconds", "evict_seconds", "ready_cpu_seconds"),
     *("plain_ready_cpu_seconds", "plain_ready_seconds", "template_run_seconds", "plain_run_seconds", "run_ratio"),
-    *("outputs_equal", "run_p99_ratio_while_loading", "python_stall_seconds"),
+    *("outputs_equal", "run_p99_ratio_while_loading", "python_stall_seconds", "bytes_per_second_at_once"),
     *("booked_bytes", "measured_bytes", "leftover_bytes", "targets"),
 }
 
@@ -96,6 +97,14 @@ def test_every_target_says_whether_it_was_met(found: Mapping[str, Any]) -> None:
     assert len(bench.targets(slow)) == 8
     fast = replace(slow, cold_load_fraction=0.8, activate_seconds=0.002, run_ratio=1.03)
     assert [t.name for t in bench.targets(fast) if t.met] == ["cold_load_fraction", "activate_seconds", "run_ratio"]
+
+
+def test_fine_tunes_of_one_trunk_take_a_quarter_of_their_bytes_on_disk_and_in_memory(tmp_path: Path) -> None:
+    found = trunks(30, tmp_path)
+    assert found["trunk_share"] == pytest.approx(0.8, abs=0.01)
+    assert [target["met"] for target in found["targets"]] == [True, True]
+    assert found["unshared_bytes"] > 30 * 1_600_000
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unknown_shape_is_refused_with_those_that_there_are(tmp_path: Path) -> None:

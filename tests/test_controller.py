@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -12,22 +13,31 @@ from hypothesis import strategies as st
 from appliance.core.controller import Controller
 from appliance.core.policies import PATIENCE_SECONDS
 from appliance.core.types import (
+    CANCELLED,
+    GOLDEN_MISMATCH,
+    OUT_OF_MEMORY,
+    Action,
     Arrived,
     Batch,
+    CancelLoad,
+    CancelRun,
     Device,
     Evict,
     Executor,
     Expert,
     Finding,
     Finished,
+    HurryLoad,
     Load,
     Loaded,
     LoadFailed,
     Outcome,
     Publish,
+    Quarantine,
     Refusal,
     Request,
     Run,
+    RunFailed,
     Segment,
     Tick,
 )
@@ -35,14 +45,14 @@ from appliance.lab.simulate import IllegalMove, PretendDevice, World, simulate
 from tests.kit import BOXED, DOUBTFUL, OPEN, SOUND, box, expert, inspection_graph, pretend, request
 
 BROKEN = Refusal("disk", "unreadable")
+FAILURES = (BROKEN, Refusal(OUT_OF_MEMORY, "cudaMalloc"), Refusal(GOLDEN_MISMATCH, "3 off"))
 
 
 def test_a_picture_of_an_absent_expert_is_loaded_run_and_answered() -> None:
     controller, _ = _one_expert()
     (load,) = controller.handle(Arrived(request("r", "c-a")), 0.0)
     assert load == Load("cpu", "a", (Segment("a-weights", 10),))
-    (run,) = controller.handle(Loaded("cpu", "a"), 0.1)
-    assert isinstance(run, Run)
+    run = _run(controller.handle(Loaded("cpu", "a"), 0.1))
     (publish,) = controller.handle(Finished(run.batch, ((SOUND,),), 0.03), 0.2)
     assert isinstance(publish, Publish)
     assert publish.verdict.outcome is Outcome.PASS
@@ -52,7 +62,7 @@ def test_a_picture_of_an_absent_expert_is_loaded_run_and_answered() -> None:
 def test_many_pictures_of_a_cold_expert_cause_one_load_and_go_in_batches() -> None:
     controller, devices = _one_expert()
     report = simulate(controller, pretend(_experts("a"), devices), [request(str(n), "c-a") for n in range(10)])
-    assert report.loads == 1
+    assert [a.expert for a in report.actions if isinstance(a, Load)] == ["a", "detector"]
     assert [len(a.batch.requests) for a in report.actions if isinstance(a, Run)] == [4, 4, 2]
 
 
@@ -112,7 +122,7 @@ def test_a_failed_load_is_tried_once_more_and_then_answered() -> None:
         world = World(experts, devices, lambda r, e: (SOUND,), lambda a, left=left: next(left, None))  # type: ignore[misc]
         report = simulate(controller, world, [request("r", "c-a")])
         assert [v.outcome for v in report.verdicts] == [outcome]
-        assert report.loads == 2
+        assert [a.expert for a in report.actions if isinstance(a, Load)][:2] == ["a", "a"]
 
 
 def test_a_failed_run_is_repeated_one_picture_at_a_time() -> None:
@@ -143,9 +153,8 @@ def test_a_request_past_its_deadline_is_late_at_once_and_only_once() -> None:
 def test_a_late_request_ignores_the_answer_that_comes_after_it() -> None:
     controller, _ = _one_expert()
     controller.handle(Arrived(request("r", "c-a", deadline=1.0)), 0.0)
-    (run,) = controller.handle(Loaded("cpu", "a"), 0.5)
-    assert isinstance(run, Run)
-    assert len(controller.handle(Tick(), 1.0)) == 1
+    run = _run(controller.handle(Loaded("cpu", "a"), 0.5))
+    assert controller.handle(Tick(), 1.0)[1:] == [CancelRun(run.batch)]
     assert controller.handle(Finished(run.batch, ((OPEN,),), 0.7), 1.2) == []
 
 
@@ -154,14 +163,12 @@ def test_a_cold_expert_waits_for_residents_with_work_until_its_patience_ends() -
     experts = [*_experts("a", "b", size=60), expert("c", 40)]
     controller, _ = box(experts, inspection_graph(["a", "b", "c"]), 100, executors=1)
     controller.handle(Arrived(request("a1", "c-a")), 0.0)
-    (run,) = controller.handle(Loaded("cpu", "a"), 0.1)
-    assert isinstance(run, Run)
+    run = _run(controller.handle(Loaded("cpu", "a"), 0.1))
     controller.handle(Arrived(request("c1", "c-c")), 0.1)
     controller.handle(Loaded("cpu", "c"), 0.2)
     controller.handle(Arrived(request("a2", "c-a")), 0.3)
     assert controller.handle(Arrived(request("b1", "c-b")), 0.4) == []
-    (run,) = controller.handle(Finished(run.batch, ((SOUND,),), 0.3), 0.5)[1:]
-    assert isinstance(run, Run)
+    run = _run(controller.handle(Finished(run.batch, ((SOUND,),), 0.3), 0.5))
     assert run.batch.expert == "c"
     assert controller.handle(Tick(), 1.0) == []
     assert controller.next_wakeup(1.0) == 0.4 + PATIENCE_SECONDS
@@ -172,7 +179,8 @@ def test_a_cold_expert_waits_for_residents_with_work_until_its_patience_ends() -
 
 def test_an_expert_loaded_for_waiting_pictures_stays_until_it_has_run() -> None:
     """However long another waits: a load that is evicted before its run would be for nothing."""
-    controller, _ = box(_experts("a", "b", "c", size=50), inspection_graph(["a", "b", "c"]), 100, executors=1)
+    experts = [*(expert(name, 50) for name in "abc"), expert("detector", 200)]
+    controller, _ = box(experts, inspection_graph(["a", "b", "c"]), 100, executors=1)
     controller.handle(Arrived(request("a1", "c-a")), 0.0)
     controller.handle(Loaded("cpu", "a"), 0.1)
     controller.handle(Arrived(request("b1", "c-b")), 0.2)
@@ -184,17 +192,197 @@ def test_an_expert_loaded_for_waiting_pictures_stays_until_it_has_run() -> None:
 def test_an_expert_whose_pictures_are_all_late_may_leave() -> None:
     controller, _ = box(_experts("a", "b", size=100), inspection_graph(["a", "b"]), 100, executors=1)
     controller.handle(Arrived(request("a1", "c-a")), 0.0)
-    (run,) = controller.handle(Loaded("cpu", "a"), 0.1)
-    assert isinstance(run, Run)
+    run = _run(controller.handle(Loaded("cpu", "a"), 0.1))
     controller.handle(Finished(run.batch, ((SOUND,),), 0.1), 0.2)
     controller.handle(Arrived(request("b1", "c-b", deadline=1.0)), 0.3)
     controller.handle(Arrived(request("b2", "c-b", deadline=1.0)), 0.3)
-    (run,) = controller.handle(Loaded("cpu", "b"), 0.4)
+    run = _run(controller.handle(Loaded("cpu", "b"), 0.4))
     controller.handle(Arrived(request("b3", "c-b", deadline=1.0)), 0.5)
     controller.handle(Tick(), 1.0)
-    assert isinstance(run, Run)
     controller.handle(Finished(run.batch, ((SOUND,),) * 2, 0.1), 1.1)
     assert controller.ledgers["cpu"].is_evictable("b")
+
+
+def test_a_batch_whose_pictures_are_all_late_is_cancelled_once_and_not_repeated() -> None:
+    controller, _ = _one_expert()
+    controller.handle(Arrived(request("r1", "c-a", deadline=1.0)), 0.0)
+    controller.handle(Arrived(request("r2", "c-a", deadline=2.0)), 0.0)
+    run = _run(controller.handle(Loaded("cpu", "a"), 0.5))
+    assert [type(action) for action in controller.handle(Tick(), 1.0)] == [Publish]
+    assert controller.handle(Tick(), 2.0)[1:] == [CancelRun(run.batch)]
+    assert controller.handle(Tick(), 2.1) == []
+    assert controller.handle(RunFailed(run.batch, Refusal(CANCELLED, "")), 2.2) == []
+    assert controller.scheduler.is_idle
+    assert controller.counts["run_failures"] == 0
+
+
+def test_whom_a_running_batch_may_lead_to_is_loaded_ahead_into_free_memory() -> None:
+    controller, _ = box(_experts("a", size=50), inspection_graph(["a"]), 100, executors=1)
+    controller.handle(Arrived(request("r", "c-a")), 0.0)
+    _, ahead = controller.handle(Loaded("cpu", "a"), 0.1)
+    assert ahead == Load("cpu", "detector", (Segment("detector-weights", 50),), ahead=True)
+
+
+def test_nobody_leaves_for_what_is_loaded_ahead() -> None:
+    controller, _ = box(_experts("a", "b", size=50), inspection_graph(["a", "b"]), 149, executors=1)
+    controller.handle(Arrived(request("a", "c-a")), 0.0)
+    controller.handle(Arrived(request("b", "c-b")), 0.0)
+    controller.handle(Loaded("cpu", "a"), 0.1)
+    assert [a for a in controller.handle(Loaded("cpu", "b"), 0.2) if isinstance(a, Load | Evict)] == []
+
+
+def test_what_is_loaded_ahead_gives_way_to_who_waits() -> None:
+    controller, _ = box(_experts("a", "b", size=50), inspection_graph(["a", "b"]), 100, executors=1)
+    controller.handle(Arrived(request("a", "c-a")), 0.0)
+    controller.handle(Loaded("cpu", "a"), 0.1)
+    assert controller.handle(Arrived(request("b", "c-b")), 0.2) == [CancelLoad("cpu", "detector")]
+    assert controller.handle(Arrived(request("b2", "c-b")), 0.2) == []
+    evict, load = controller.handle(LoadFailed("cpu", "detector", Refusal(CANCELLED, "")), 0.3)
+    assert (evict, load) == (
+        Evict("cpu", "detector", (Segment("detector-weights", 50),)),
+        Load("cpu", "b", (Segment("b-weights", 50),)),
+    )
+    assert controller.counts["load_failures"] == 0
+
+
+def test_what_is_loaded_ahead_is_hurried_when_somebody_needs_it() -> None:
+    controller, _ = _one_expert()
+    controller.handle(Arrived(request("r", "c-a")), 0.0)
+    run = _run(controller.handle(Loaded("cpu", "a"), 0.1))
+    assert controller.handle(Finished(run.batch, ((DOUBTFUL,),), 0.1), 0.2) == [HurryLoad("cpu", "detector")]
+    assert controller.handle(Tick(), 0.3) == []
+    assert _run(controller.handle(Loaded("cpu", "detector"), 0.4)).batch.requests == ("r",)
+
+
+def test_pinned_experts_are_loaded_at_the_start_and_never_leave() -> None:
+    experts = _experts("a", "b", "c", size=30)
+    controller, devices = _pinning(experts, 90, pinned=["b"], preload=["a"])
+    assert controller.handle(Tick(), 0.0) == [
+        Load("cpu", "b", (Segment("b-weights", 30),), ahead=True),
+        Load("cpu", "a", (Segment("a-weights", 30),), ahead=True),
+    ]
+    controller, devices = _pinning(experts, 90, pinned=["b"], preload=["a"])
+    stream = [request(f"{n}", f"c-{name}", n * 0.3) for n, name in enumerate("abccabcbacbabc" * 4)]
+    report = simulate(controller, pretend(experts, devices, DOUBTFUL), stream)
+    assert len(report.verdicts) == len(stream)
+    assert [a for a in report.actions if isinstance(a, Evict) and a.expert == "b"] == []
+    assert report.evictions > 0
+
+
+def test_an_expert_that_has_no_room_beside_the_pinned_ones_is_refused_and_not_kept_waiting() -> None:
+    controller, _ = _pinning(_experts("a", "b", size=60), 100, pinned=["b"])
+    (publish, *_) = controller.handle(Arrived(request("r", "c-a")), 0.0)
+    assert isinstance(publish, Publish)
+    assert publish.verdict.refusal is not None
+    assert publish.verdict.refusal.reason == "no-room"
+
+
+def test_what_is_preloaded_gives_way_to_who_waits_and_a_pinned_expert_comes_later() -> None:
+    controller, _ = _pinning(_experts("a", "b", "c", size=30), 60, pinned=["b"], preload=["c"])
+    controller.handle(Tick(), 0.0)
+    assert controller.handle(Arrived(request("r", "c-a")), 0.1) == [CancelLoad("cpu", "b"), CancelLoad("cpu", "c")]
+    _, load = controller.handle(LoadFailed("cpu", "b", Refusal(CANCELLED, "")), 0.2)
+    assert load == Load("cpu", "a", (Segment("a-weights", 30),))
+    controller.handle(LoadFailed("cpu", "c", Refusal(CANCELLED, "")), 0.3)
+    run = _run(controller.handle(Loaded("cpu", "a"), 0.4))
+    moves = controller.handle(Finished(run.batch, ((SOUND,),), 0.1), 0.5)
+    assert [m.expert for m in moves if isinstance(m, Load)] == []
+    assert controller.ledgers["cpu"].resident == ("a", "b")
+
+
+def test_a_batch_is_only_as_large_as_its_activations_have_room() -> None:
+    experts = [expert("a", activation_fixed=10, activation_item=30), expert("detector")]
+    controller, devices = box(experts, inspection_graph(["a"]), 100, executors=1, activation_bytes=100)
+    report = simulate(controller, pretend(experts, devices), [request(str(n), "c-a") for n in range(5)])
+    assert [len(a.batch.requests) for a in report.actions if isinstance(a, Run)] == [3, 2]
+    assert controller.ledgers["cpu"].running_bytes == 0
+
+
+def test_an_expert_whose_activations_never_fit_is_an_error_that_says_so() -> None:
+    experts = [expert("a", activation_item=101), expert("detector")]
+    controller, _ = box(experts, inspection_graph(["a"]), 100, activation_bytes=100)
+    (publish,) = controller.handle(Arrived(request("r", "c-a")), 0.0)
+    assert isinstance(publish, Publish)
+    assert publish.verdict.refusal is not None
+    assert "101 of activations on cpu" in publish.verdict.refusal.detail
+
+
+def test_small_batches_do_not_keep_a_large_one_waiting_for_ever() -> None:
+    experts = [expert("small", item=0.5, activation_item=10), expert("large", activation_item=100), expert("detector")]
+    controller, devices = box(experts, inspection_graph(["small", "large"]), 100, executors=2, activation_bytes=100)
+    stream = [request(f"s{n}", "c-small", n * 0.2) for n in range(60)]
+    large = request("large", "c-large", 1.0)
+    report = simulate(controller, pretend(experts, devices), sorted([*stream, large], key=lambda r: r.arrived_seconds))
+    (waited,) = [v.waited_seconds for v in report.verdicts if v.request == "large"]
+    assert waited < PATIENCE_SECONDS + 3.0
+
+
+NO_MEMORY = Refusal(OUT_OF_MEMORY, "cudaMalloc")
+
+
+def test_a_load_that_finds_no_memory_evicts_and_is_tried_once_more() -> None:
+    controller, _ = box(_experts("a", "b", size=30), inspection_graph(["a", "b"]), 100, executors=1, load_slots=1)
+    controller.handle(Arrived(request("a", "c-a")), 0.0)
+    run = _run(controller.handle(Loaded("cpu", "a"), 0.1))
+    controller.handle(Loaded("cpu", "detector"), 0.2)
+    controller.handle(Finished(run.batch, ((SOUND,),), 0.1), 0.3)
+    controller.handle(Arrived(request("b", "c-b")), 0.4)
+    moves = controller.handle(LoadFailed("cpu", "b", NO_MEMORY), 0.5)
+    assert [(type(move), move.expert) for move in moves if isinstance(move, Evict | Load)] == [
+        (Evict, "b"),
+        (Evict, "a"),
+        (Load, "b"),
+    ]
+    assert controller.ledgers["cpu"].used_bytes == 60
+
+
+def test_who_finds_no_memory_twice_asks_the_cpu_and_then_is_told() -> None:
+    experts = [expert(name, on=("gpu", "cpu")) for name in ("a", "detector")]
+    devices = (Device("gpu", 100), Device("cpu", 100))
+    names = (Executor("gpu-0", "gpu"), Executor("cpu-0", "cpu"))
+    for broken, outcome, where in ((("gpu",), Outcome.PASS, "cpu"), (("gpu", "cpu"), Outcome.ERROR, None)):
+        for kind in (Load, Run):
+
+            def fails(
+                action: Load | Run, broken: Sequence[str] = broken, kind: type[Load | Run] = kind
+            ) -> Refusal | None:
+                device = action.device if isinstance(action, Load) else action.batch.device
+                return NO_MEMORY if isinstance(action, kind) and device in broken else None
+
+            controller = Controller(inspection_graph(["a"]), {e.name: e for e in experts}, devices, names)
+            world = World(experts, devices, lambda r, e: (SOUND,), fails)
+            (verdict,) = simulate(controller, world, [request("r", "c-a")]).verdicts
+            assert verdict.outcome is outcome
+            assert [step.executor for step in verdict.steps] == ([f"{where}-0"] if where else [])
+            assert where or (verdict.refusal == NO_MEMORY)
+
+
+def test_memory_withheld_after_a_shortage_is_given_back_load_by_load() -> None:
+    controller, _ = _one_expert()
+    ledger = controller.ledgers["cpu"]
+    controller.handle(Arrived(request("r", "c-a")), 0.0)
+    controller.handle(LoadFailed("cpu", "a", NO_MEMORY), 0.1)
+    assert ledger.withheld_bytes == 100
+    controller.handle(Loaded("cpu", "a"), 0.2)
+    assert ledger.withheld_bytes == 93
+
+
+def test_an_expert_that_fails_its_golden_samples_serves_no_more() -> None:
+    why = Refusal(GOLDEN_MISMATCH, "output logits is 3 off")
+    controller, _ = box(_experts("a"), inspection_graph(["a"]), 100, executors=1)
+    controller.handle(Arrived(request("r1", "c-a")), 0.0)
+    run = _run(controller.handle(Loaded("cpu", "a"), 0.1))
+    controller.handle(Arrived(request("r2", "c-a")), 0.2)
+    moves = controller.handle(RunFailed(run.batch, why), 0.3)
+    assert moves[0] == Quarantine("a", why)
+    assert [(m.verdict.request, m.verdict.refusal) for m in moves if isinstance(m, Publish)] == [
+        ("r1", why),
+        ("r2", why),
+    ]
+    (publish,) = controller.handle(Arrived(request("r3", "c-a")), 0.4)
+    assert isinstance(publish, Publish)
+    assert publish.verdict.refusal == why
+    assert controller.ledgers["cpu"].is_evictable("a")
 
 
 def test_load_and_run_overlap() -> None:
@@ -209,19 +397,19 @@ def test_the_pretend_world_refuses_illegal_moves() -> None:
     a, b = expert("a"), expert("b")
     with pytest.raises(IllegalMove, match="not ready"):
         device.run(Batch(1, "cpu-0", "cpu", "a", ("r",)))
-    device.load(Load("cpu", "a", a.segments), a)
+    device.load(Load("cpu", "a", a.footprints["cpu"].segments), a)
     with pytest.raises(IllegalMove, match="twice"):
-        device.load(Load("cpu", "a", a.segments), a)
+        device.load(Load("cpu", "a", a.footprints["cpu"].segments), a)
     with pytest.raises(IllegalMove, match="loads at once"):
-        device.load(Load("cpu", "b", b.segments), b)
+        device.load(Load("cpu", "b", b.footprints["cpu"].segments), b)
     with pytest.raises(IllegalMove, match="while it loads"):
-        device.evict(Evict("cpu", "a", a.segments))
+        device.evict(Evict("cpu", "a", a.footprints["cpu"].segments))
     device.loading.clear()
     device.run(Batch(1, "cpu-0", "cpu", "a", ("r",)))
     with pytest.raises(IllegalMove, match="while it runs"):
-        device.evict(Evict("cpu", "a", a.segments))
+        device.evict(Evict("cpu", "a", a.footprints["cpu"].segments))
     with pytest.raises(IllegalMove, match="exceed the budget"):
-        device.load(Load("cpu", "b", b.segments), b)
+        device.load(Load("cpu", "b", b.footprints["cpu"].segments), b)
 
 
 SHARED = [Segment(f"s{n}", 5 + 5 * n) for n in range(4)]
@@ -233,14 +421,19 @@ def workloads(draw: st.DrawFn) -> tuple[list[Expert], list[Request], int, int, i
     names = [f"e{n}" for n in range(draw(st.integers(1, 6)))]
     experts = [
         replace(
-            expert(name, draw(st.integers(5, 40)), load=draw(st.floats(0.01, 3)), probability=draw(st.floats(0, 1))),
+            expert(
+                name,
+                draw(st.integers(5, 40)),
+                load=draw(st.floats(0.01, 3)),
+                probability=draw(st.floats(0, 1)),
+                activation_fixed=draw(st.integers(0, 20)),
+                activation_item=draw(st.integers(0, 45)),
+            ),
             max_batch=draw(st.integers(1, 4)),
         )
         for name in [*names, "detector"]
     ]
-    experts = [
-        replace(e, segments=(*e.segments, *draw(st.lists(st.sampled_from(SHARED), max_size=2)))) for e in experts
-    ]
+    experts = [_with(e, draw(st.lists(st.sampled_from(SHARED), max_size=2)), draw(st.integers(0, 3))) for e in experts]
     gaps = draw(st.lists(st.tuples(st.floats(0, 1.5), st.sampled_from([*names, "nobody"]), st.booleans()), max_size=40))
     now, requests = 0.0, []
     for number, (gap, name, hurried) in enumerate(gaps):
@@ -250,19 +443,25 @@ def workloads(draw: st.DrawFn) -> tuple[list[Expert], list[Request], int, int, i
     return experts, requests, draw(st.integers(45, 160)), draw(st.integers(1, 3)), draw(st.integers(1, 3)), fails
 
 
+def _with(expert: Expert, shared: list[Segment], private_bytes: int) -> Expert:
+    own = expert.footprints["cpu"]
+    grown = replace(own, segments=(*own.segments, *shared), private_bytes=private_bytes)
+    return replace(expert, footprints={"cpu": grown})
+
+
 @given(workloads(), st.randoms(use_true_random=False))
 def test_every_request_gets_exactly_one_verdict_whatever_fails(
     workload: tuple[list[Expert], list[Request], int, int, int, dict[str, int]], chance: object
 ) -> None:
     experts, requests, budget, executors, slots, fails = workload
     graph = inspection_graph([e.name for e in experts if e.name != "detector"])
-    controller, devices = box(experts, graph, budget, executors, slots)
+    controller, devices = box(experts, graph, budget, executors, slots, activation_bytes=60)
     left = dict(fails)
 
     def broken(action: Load | Run) -> Refusal | None:
         name = action.expert if isinstance(action, Load) else action.batch.expert
         left[name] = left.get(name, 0) - 1
-        return BROKEN if left[name] >= 0 else None
+        return FAILURES[left[name] % (3 if isinstance(action, Run) else 2)] if left[name] >= 0 else None
 
     def answer(request: str, expert: str) -> tuple[Finding, ...] | Refusal:
         number = int(request[1:])
@@ -275,7 +474,9 @@ def test_every_request_gets_exactly_one_verdict_whatever_fails(
     assert controller.scheduler.is_idle
     assert not controller.progress
     assert all(queue.total_seconds == 0.0 for queue in controller.scheduler.queues.values())
-    assert all(ledger.is_evictable(name) for ledger in controller.ledgers.values() for name in ledger.resident)
+    for ledger in controller.ledgers.values():
+        assert all(ledger.is_evictable(name) for name in ledger.resident)
+        assert ledger.running_bytes == 0
     unhurried = {r.id for r in requests if r.deadline_seconds is None}
     assert not [v for v in report.verdicts if v.outcome is Outcome.LATE and v.request in unhurried]
 
@@ -287,7 +488,14 @@ def test_no_verdict_is_lost_whatever_the_devices_hold(
     """Some experts fit nowhere, some on one device only."""
     experts, requests, _, executors, slots, _ = workload
     devices = tuple(Device(f"d{n}", budget, slots) for n, budget in enumerate(budgets))
-    experts = [replace(e, costs=dict.fromkeys((d.name for d in devices), e.costs["cpu"])) for e in experts]
+    experts = [
+        replace(
+            e,
+            costs=dict.fromkeys((d.name for d in devices), e.costs["cpu"]),
+            footprints=dict.fromkeys((d.name for d in devices), e.footprints["cpu"]),
+        )
+        for e in experts
+    ]
     names = tuple(Executor(f"{d.name}-{n}", d.name) for d in devices for n in range(executors))
     graph = inspection_graph([e.name for e in experts if e.name != "detector"])
     controller = Controller(graph, {e.name: e for e in experts}, devices, names)
@@ -323,6 +531,21 @@ def test_nobody_starves_behind_busy_residents(arrivals: list[str]) -> None:
 
 def _experts(*names: str, size: int = 10) -> list[Expert]:
     return [expert(name, size) for name in names] + [expert("detector", size)]
+
+
+def _pinning(
+    experts: list[Expert], budget_bytes: int, pinned: Sequence[str] = (), preload: Sequence[str] = ()
+) -> tuple[Controller, tuple[Device, ...]]:
+    graph = inspection_graph([e.name for e in experts if e.name != "detector"])
+    devices = (Device("cpu", budget_bytes, 2),)
+    executors = (Executor("cpu-0", "cpu"),)
+    named = {e.name: e for e in experts}
+    return Controller(graph, named, devices, executors, pinned=pinned, preload=preload), devices
+
+
+def _run(actions: Sequence[Action]) -> Run:
+    (run,) = [action for action in actions if isinstance(action, Run)]
+    return run
 
 
 def _one_expert() -> tuple[Controller, tuple[Device, ...]]:

@@ -258,7 +258,7 @@ def test_the_options_of_a_session_name_device_stream_and_limit() -> None:
 def test_why_a_gpu_cannot_be_used_is_said_in_words(
     monkeypatch: pytest.MonkeyPatch, missing: str, why: str | None
 ) -> None:
-    gpus = [] if missing == "driver" else [Gpu(0, "one", 1 << 30, "1")]
+    gpus = [] if missing == "driver" else [Gpu(0, "one", 2 << 30, 1 << 30, "1")]
     monkeypatch.setattr(devices, "gpus", lambda: gpus)
     monkeypatch.setattr(cuda, "_has_bindings", lambda: missing != "package")
     providers = ["CPUExecutionProvider", *([] if missing == "provider" else ["CUDAExecutionProvider"])]

@@ -63,11 +63,12 @@ def test_the_instruction_set_is_fit_for_a_folder_name_and_always_the_same() -> N
         ({"cpu.max": "20000 100000"}, 1),
         ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, len(os.sched_getaffinity(0))),
         ({"cpu/cpu.cfs_quota_us": "100000", "cpu/cpu.cfs_period_us": "100000"}, 1),
+        ({"system.slice/cpu.max": "100000 100000"}, 1),
     ],
 )
 def test_a_quota_of_the_cgroup_lowers_the_cores(tmp_path: Path, files: dict[str, str], expected: int) -> None:
     write(tmp_path, files)
-    assert devices.cores(tmp_path) == expected
+    assert devices.cores(tmp_path, _inside(tmp_path)) == expected
 
 
 @pytest.mark.parametrize(
@@ -78,11 +79,27 @@ def test_a_quota_of_the_cgroup_lowers_the_cores(tmp_path: Path, files: dict[str,
         ({"memory.max": "450000000"}, 450_000_000),
         ({"memory/memory.limit_in_bytes": "450000000"}, 450_000_000),
         ({"memory/memory.limit_in_bytes": "9223372036854771712"}, psutil.virtual_memory().total),
+        ({"system.slice/coe.service/memory.max": "450000000"}, 450_000_000),
+        ({"system.slice/memory.max": "300000000", "system.slice/coe.service/memory.max": "450000000"}, 300_000_000),
+        ({"memory/box/memory.limit_in_bytes": "450000000"}, 450_000_000),
+        ({"system.slice/other.service/memory.max": "450000000"}, psutil.virtual_memory().total),
     ],
 )
 def test_a_limit_of_the_cgroup_lowers_the_memory(tmp_path: Path, files: dict[str, str], expected: int) -> None:
     write(tmp_path, files)
-    assert devices.memory_bytes(tmp_path) == expected
+    assert devices.memory_bytes(tmp_path, _inside(tmp_path)) == expected
+
+
+def test_a_process_whose_groups_cannot_be_read_has_the_limits_of_the_root(tmp_path: Path) -> None:
+    write(tmp_path, {"memory.max": "450000000"})
+    assert devices.memory_bytes(tmp_path, tmp_path / "missing") == 450_000_000
+
+
+def _inside(folder: Path) -> Path:
+    """What the kernel says of a process in a service's group, of version 2 and of version 1."""
+    path = folder / "own"
+    path.write_text("4:memory:/box\n3:cpu,cpuacct:/\n0::/system.slice/coe.service\n")
+    return path
 
 
 def test_gpus_are_named_with_their_memory_and_a_box_without_a_driver_has_none() -> None:

@@ -232,6 +232,28 @@ def test_what_is_needed_is_brought_before_what_is_loaded_ahead() -> None:
     lane.stop()
 
 
+def test_a_load_ahead_that_is_hurried_is_brought_as_one_that_is_needed() -> None:
+    begun: SimpleQueue[Load] = SimpleQueue()
+    hurried: SimpleQueue[str] = SimpleQueue()
+    reports: SimpleQueue[Event] = SimpleQueue()
+    go = threading.Event()
+
+    def bring(action: Load, cancellation: Cancellation) -> None:
+        begun.put(action)
+        assert not action.ahead or go.wait(TIMEOUT)
+
+    lane = LoaderLane("cpu", 1, bring, reports.put, hurried.put)
+    lane.load(ahead("in work"))
+    assert begun.get(timeout=TIMEOUT) == ahead("in work")
+    lane.load(ahead("waiting"))
+    lane.hurry("waiting")
+    assert begun.get(timeout=TIMEOUT) == load("waiting")
+    lane.hurry("in work")
+    assert [hurried.get(timeout=TIMEOUT) for _ in range(2)] == ["waiting", "in work"]
+    go.set()
+    lane.stop()
+
+
 def test_a_load_ahead_keeps_no_needed_load_waiting() -> None:
     reports: SimpleQueue[Event] = SimpleQueue()
     begun, go = threading.Event(), threading.Event()

@@ -30,8 +30,9 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "appliance.core": ("appliance.core",),
     **dict.fromkeys(FRONT, (*FRONT, *CORE_VALUES)),
     "appliance.drivers": ("appliance.drivers", *FRONT, *CORE_VALUES),
-    "appliance.startup": ("appliance.drivers", *FRONT, "appliance.core"),
-    "appliance.service": ("appliance.startup", "appliance.drivers", *FRONT, "appliance.core"),
+    "appliance.promise": ("appliance.drivers", *FRONT),
+    "appliance.startup": ("appliance.promise", "appliance.drivers", *FRONT, "appliance.core"),
+    "appliance.service": ("appliance.startup", "appliance.promise", "appliance.drivers", *FRONT, "appliance.core"),
     "appliance.logs": (),
     "appliance.report": (),
     "appliance.lab": (

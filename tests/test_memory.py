@@ -7,11 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from appliance.core.memory import Freed, Ledger, Residency
-from appliance.core.types import Device, Segment
+from appliance.core.types import Device, Footprint, Segment
 from appliance.errors import NoRoom
 
 TRUNK, HEAD_A, HEAD_B, OTHER = Segment("trunk", 80), Segment("a", 20), Segment("b", 20), Segment("other", 50)
-SEGMENTS = {"a": (TRUNK, HEAD_A), "b": (TRUNK, HEAD_B), "c": (OTHER,), "huge": (Segment("huge", 200),)}
+FOOTPRINTS = {
+    "a": Footprint((TRUNK, HEAD_A)),
+    "b": Footprint((TRUNK, HEAD_B)),
+    "c": Footprint((OTHER,)),
+    "huge": Footprint((Segment("huge", 200),)),
+}
 
 
 def test_an_expert_goes_from_absent_over_loading_to_ready() -> None:
@@ -96,7 +101,7 @@ def test_illegal_moves_are_refused(move: str) -> None:
 def test_used_bytes_are_always_the_distinct_segments_held(moves: list[tuple[str, bool]], data: st.DataObject) -> None:
     shared = [Segment(str(n), 10 * (n + 1)) for n in range(5)]
     sets = {name: tuple(data.draw(st.lists(st.sampled_from(shared), min_size=1, max_size=3))) for name in "abcd"}
-    ledger = Ledger(Device("cpu", 100), sets)
+    ledger = Ledger(Device("cpu", 100), {name: Footprint(held) for name, held in sets.items()})
     for name, succeeds in moves:
         if not ledger.is_absent(name):
             continue
@@ -111,7 +116,7 @@ def test_used_bytes_are_always_the_distinct_segments_held(moves: list[tuple[str,
 
 
 def _ledger(budget: int = 300) -> Ledger:
-    return Ledger(Device("cpu", budget), SEGMENTS)
+    return Ledger(Device("cpu", budget), FOOTPRINTS)
 
 
 def _ready(ledger: Ledger, expert: str) -> None:

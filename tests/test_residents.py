@@ -113,6 +113,21 @@ def yard(made: tuple[Store, Mapping[str, Compiled]]) -> Iterator[Yard]:
     yard.pool.shutdown()
 
 
+def test_what_is_hurried_is_read_as_what_is_needed_from_then_on(yard: Yard) -> None:
+    brought, _ = yard.bring("e1", ahead=True)
+    assert yard.disk.asked.get(timeout=TIMEOUT) == (yard.own("e1"), True)
+    yard.residents.hurry("e1")
+    yard.disk.deliver(yard.own("e1"), yard.trunk)
+    assert yard.disk.asked.get(timeout=TIMEOUT) == (yard.trunk, False)
+    brought.result(TIMEOUT)
+
+
+def test_what_is_hurried_before_it_began_is_not_forgotten(yard: Yard) -> None:
+    yard.residents.hurry("e1")
+    yard.bring("e1", ahead=True)
+    assert yard.disk.asked.get(timeout=TIMEOUT) == (yard.own("e1"), False)
+
+
 def test_what_is_brought_runs_until_it_is_evicted(yard: Yard) -> None:
     yard.disk.deliver(yard.own("e1"), yard.trunk)
     yard.bring("e1")[0].result(TIMEOUT)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from appliance.core.memory import Ledger
@@ -50,7 +48,7 @@ def test_the_backlog_of_a_taken_batch_is_what_its_run_costs() -> None:
     scheduler.put(Task("0", "a", 0.0), RESIDENT)
     scheduler.put(Task("1", "b", 0.0), RESIDENT)
     queue = scheduler.queues["cpu-0"]
-    batch = scheduler.take(queue, lambda expert: True)
+    batch = scheduler.take(queue, RESIDENT["cpu"], 0.0)
     assert batch is not None
     assert queue.total_seconds == 11.0 + 22.0
     scheduler.finished(batch)
@@ -78,8 +76,8 @@ def test_of_the_ready_groups_the_one_that_waited_longest_runs() -> None:
     scheduler.put(Task("0", "a", 0.0), RESIDENT)
     scheduler.put(Task("1", "b", 1.0), RESIDENT)
     queue = scheduler.queues["cpu-0"]
-    assert scheduler.take(queue, lambda expert: False) is None
-    batch = scheduler.take(queue, lambda expert: expert == "b")
+    assert scheduler.take(queue, ABSENT["cpu"], 0.0) is None
+    batch = scheduler.take(queue, _ledgers("b")["cpu"], 0.0)
     assert batch is not None
     assert batch.requests == ("1",)
 
@@ -87,7 +85,7 @@ def test_of_the_ready_groups_the_one_that_waited_longest_runs() -> None:
 def test_an_executor_that_was_not_running_cannot_finish() -> None:
     scheduler = _scheduler(1)
     scheduler.put(Task("0", "a", 0.0), RESIDENT)
-    batch = scheduler.take(scheduler.queues["cpu-0"], lambda expert: True)
+    batch = scheduler.take(scheduler.queues["cpu-0"], RESIDENT["cpu"], 0.0)
     assert batch is not None
     scheduler.finished(batch)
     with pytest.raises(AssertionError, match="was not running"):
@@ -97,10 +95,11 @@ def test_an_executor_that_was_not_running_cannot_finish() -> None:
 def test_an_executor_whose_device_can_never_hold_the_expert_gets_nothing() -> None:
     """However idle it is: the task would wait there for ever."""
     executors = (Executor("gpu-0", "gpu"), Executor("cpu-0", "cpu"))
-    large = expert("large", 50)
-    large = replace(large, costs={"cpu": large.costs["cpu"], "gpu": large.costs["cpu"]})
-    segments = {"large": large.segments}
-    ledgers = {"gpu": Ledger(Device("gpu", 49), segments), "cpu": Ledger(Device("cpu", 50), segments)}
+    large = expert("large", 50, on=("gpu", "cpu"))
+    ledgers = {
+        name: Ledger(Device(name, budget), {"large": large.footprints[name]})
+        for name, budget in (("gpu", 49), ("cpu", 50))
+    }
     scheduler = Scheduler(executors, {"large": large})
     for number in range(20):
         scheduler.put(Task(str(number), "large", 0.0), ledgers)
@@ -112,7 +111,7 @@ def test_a_task_that_runs_alone_neither_takes_nor_joins_others() -> None:
     for number, alone in enumerate([False, False, True, False]):
         scheduler.put(Task(str(number), "a", 0.0, alone), RESIDENT)
     queue, batches = scheduler.queues["cpu-0"], []
-    while (batch := scheduler.take(queue, lambda expert: True)) is not None:
+    while (batch := scheduler.take(queue, RESIDENT["cpu"], 0.0)) is not None:
         batches.append(batch.requests)
         scheduler.finished(batch)
     assert batches == [("0", "1"), ("2",), ("3",)]
@@ -122,11 +121,13 @@ def _scheduler(executors: int) -> Scheduler:
     return Scheduler(tuple(Executor(f"cpu-{n}", "cpu") for n in range(executors)), EXPERTS)
 
 
-def _ledgers(*, loaded: bool) -> dict[str, Ledger]:
-    ledger = Ledger(Device("cpu", 1000), {name: e.segments for name, e in EXPERTS.items()})
-    for name in EXPERTS if loaded else ():
+def _ledgers(*ready: str, activation_bytes: int | None = None) -> dict[str, Ledger]:
+    device = Device("cpu", 1000, activation_bytes=activation_bytes)
+    ledger = Ledger(device, {name: e.footprints["cpu"] for name, e in EXPERTS.items()})
+    for name in ready:
         ledger.begin_load(name)
+        ledger.finish_load(name)
     return {"cpu": ledger}
 
 
-RESIDENT, ABSENT = _ledgers(loaded=True), _ledgers(loaded=False)
+RESIDENT, ABSENT = _ledgers(*EXPERTS), _ledgers()

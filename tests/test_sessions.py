@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from appliance.catalog import Bundle
+from appliance.core.types import Segment
 from appliance.drivers import runtime
 from appliance.drivers.arena import Arena
 from appliance.drivers.cancellation import Cancellation
@@ -511,17 +512,42 @@ def test_plain_experts_come_and_go_without_growth(plain_shop: Shop) -> None:
     assert plain_shop.memory.mapped_bytes == 0
 
 
-def test_a_dropped_plain_experts_session_is_gone_though_an_error_still_tells_of_it(plain_shop: Shop) -> None:
-    compiled = plain_shop.ready("byte")
-    lent = plain_shop.sessions._residents["byte"].session
-    session = weakref.ref(lent)
-    del lent
+class WatchedPlace(runtime.CpuPlace):
+    """It remembers the plain session that it opened last, without keeping it."""
+
+    session: weakref.ref[Any]
+
+    def open_plain(self, path: Path, weights: Mapping[str, Any]) -> Any:
+        session = super().open_plain(path, weights)
+        object.__setattr__(self, "session", weakref.ref(session))
+        return session
+
+
+class WatchedWeights(Weights):
+    """They are not released while a session reads them."""
+
+    place: WatchedPlace
+
+    def release(self, segments: Sequence[Segment]) -> None:
+        assert self.place.session() is None
+        super().release(segments)
+
+
+def test_a_plain_session_is_closed_before_its_weights_are_released_though_an_error_still_tells_of_it(
+    plain_made: tuple[Store, Sequence[Bundle], Mapping[str, Compiled]],
+) -> None:
+    store, bundles, compiled = plain_made
+    memory = WatchedWeights(store.segment_path)
+    memory.place = WatchedPlace()
+    sessions = Sessions(memory, memory.place, activation_bytes=64 << 20)
+    shop = Shop({b.manifest.name: b for b in bundles}, compiled, memory, sessions)
+    shop.ready("byte")
     with pytest.raises(RunError) as caught:
-        run(plain_shop, "byte", kit.noise(1, 1, 8, 8))
-    plain_shop.sessions.drop("byte")
-    plain_shop.memory.drop(compiled.segments)
+        run(shop, "byte", kit.noise(1, 1, 8, 8))
+    assert memory.place.session() is not None
+    sessions.drop("byte")
+    memory.close()
     assert caught.value.__traceback__ is not None
-    assert session() is None
 
 
 def test_a_damaged_plain_graph_is_never_opened(plain_shop: Shop, tmp_path: Path) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pydantic import ByteSize
 
 from appliance import catalog as catalogs
 from appliance import profile as profiles
-from appliance.config import Config, Memory, Paths
+from appliance.config import Config, Experts, Memory, Paths
+from appliance.drivers.devices import memory_bytes
 from appliance.drivers.store import Compiled
 from appliance.errors import ApplianceError, ConfigError
 from appliance.startup import checked, install, probabilities, waiting_to_compile
@@ -44,6 +46,29 @@ def test_a_hostile_expert_is_set_aside_and_the_others_serve(tmp_path: Path) -> N
     assert list(made.compiled) == ["e0"]
     assert made.unavailable["greedy"].reason in ("model", "model-unsafe")
     assert isinstance(results["greedy"], ApplianceError)
+
+
+def test_settings_that_name_an_expert_that_nobody_has_are_refused(tmp_path: Path) -> None:
+    config = _config(tmp_path, 1).model_copy(update={"experts": Experts(pin=("e9",))})
+    with pytest.raises(ConfigError, match=r"experts\.pin names e9, which has no bundle"):
+        install(config)
+
+
+def test_pinned_experts_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
+    config = _config(tmp_path, 2)
+    size = install(config).compiled["e0"].bytes
+    small = config.model_copy(
+        update={"experts": Experts(pin=("e0", "e1")), "memory": Memory(weights=ByteSize(2 * size - 1))}
+    )
+    with pytest.raises(ConfigError, match=r"experts\.pin: e1 has no room beside the others"):
+        install(small).controller()
+
+
+def test_a_budget_that_the_machine_does_not_have_is_lowered(tmp_path: Path) -> None:
+    config = _config(tmp_path, 1).model_copy(update={"memory": Memory(weights=ByteSize(1 << 60))})
+    (device,) = install(config).devices
+    assert 0 < device.budget_bytes < memory_bytes()
+    assert checked(config)["budget_bytes"] == device.budget_bytes
 
 
 def test_a_check_tells_what_fits(tmp_path: Path) -> None:

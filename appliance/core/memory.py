@@ -1,8 +1,8 @@
 """The ledger of one device: which experts are absent, loading or ready, and which bytes they hold.
 
 Experts hold segments; a segment is held once however many experts share it, and counted by reference. The ledger
-books bytes before they are read, so `used_bytes` never trails what the device really holds. It refuses illegal moves;
-whom to evict is decided in `policies`.
+books bytes before they are read, so `used_bytes` never trails what the device really holds; what batches take while
+they run is booked apart. It refuses illegal moves; whom to evict is decided in `policies`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from appliance.core.types import Device, Segment
+from appliance.core.types import Device, Footprint, Segment
 from appliance.errors import NoRoom
 
 
@@ -31,20 +31,25 @@ class Freed:
 
 
 class Ledger:
-    """Invariant: `used_bytes` is the sum of the distinct segments held, and never above the budget."""
+    """Invariant: `used_bytes` is the sum of the distinct segments held and of what is private to their holders, and
+    never above the budget; `running_bytes` is what the batches in work take, and never above theirs.
 
-    def __init__(self, device: Device, segments: Mapping[str, tuple[Segment, ...]]) -> None:
-        self.device = device
-        self.used_bytes = 0
-        self.peak_bytes = 0
-        self._segments = segments
+    `footprints` has the experts that the device can serve. Those of them that are `pinned` never leave; what they all
+    take is nobody else's.
+    """
+
+    def __init__(
+        self, device: Device, footprints: Mapping[str, Footprint], pinned: frozenset[str] = frozenset()
+    ) -> None:
+        self.device, self.pinned = device, pinned
+        self.used_bytes = self.peak_bytes = 0
+        self.running_bytes = self.running_peak_bytes = 0
+        self.withheld_bytes = 0
+        self._footprints = footprints
+        self._needs: dict[str, int] = {}
         self._holders: Counter[str] = Counter()
         self._residency: dict[str, Residency] = {}
         self._pins: Counter[str] = Counter()
-
-    @property
-    def free_bytes(self) -> int:
-        return self.device.budget_bytes - self.used_bytes
 
     @property
     def resident(self) -> tuple[str, ...]:
@@ -66,14 +71,25 @@ class Ledger:
 
     def missing(self, expert: str) -> tuple[Segment, ...]:
         """The expert's segments that nobody holds yet."""
-        return tuple(s for s in _distinct(self._segments[expert]) if not self._holders[s.id])
+        return tuple(s for s in self._footprints[expert].distinct if not self._holders[s.id])
 
     def missing_bytes(self, expert: str) -> int:
-        return _bytes(self.missing(expert))
+        return _bytes(self.missing(expert)) + self._footprints[expert].private_bytes
+
+    def free_bytes(self, expert: str) -> int:
+        """What a load of the expert may take without anybody leaving: withholding never shuts it out for good."""
+        spare = max(0, self.device.budget_bytes - self._need_bytes(expert))
+        return self.device.budget_bytes - self.used_bytes - min(self.withheld_bytes, spare)
 
     def ever_fits(self, expert: str) -> bool:
-        """Whether the expert fits into the whole budget."""
-        return _bytes(_distinct(self._segments[expert])) <= self.device.budget_bytes
+        """Whether the device can serve the expert: its weights fit into the budget beside those of who is pinned, and
+        a run of one picture into that for activations."""
+        footprint, working = self._footprints.get(expert), self.device.activation_bytes
+        return (
+            footprint is not None
+            and self._need_bytes(expert) <= self.device.budget_bytes
+            and (working is None or footprint.activation_bytes(1) <= working)
+        )
 
     def begin_load(self, expert: str, leaving: Sequence[str] = ()) -> tuple[list[Freed], tuple[Segment, ...]]:
         """Book the expert's memory while `leaving` give theirs back, in one move.
@@ -84,10 +100,10 @@ class Ledger:
         assert self.is_absent(expert), f"{expert} is loaded twice"
         assert all(self.is_evictable(name) for name in leaving), f"one of {leaving} is pinned or not ready"
         missing = self.missing(expert)
-        need, could_free = _bytes(missing), self.free_bytes + self._freed_bytes(leaving, expert)
+        need, could_free = self.missing_bytes(expert), self.free_bytes(expert) + self._freed_bytes(leaving, expert)
         if need > could_free:
             raise NoRoom(need, could_free)
-        self._holders.update(s.id for s in _distinct(self._segments[expert]))
+        self._holders.update(s.id for s in self._footprints[expert].distinct)
         freed = [Freed(name, self._release(name)) for name in leaving]
         self._residency[expert] = Residency.LOADING
         self.used_bytes += need
@@ -97,6 +113,9 @@ class Ledger:
     def finish_load(self, expert: str) -> None:
         assert self._residency.get(expert) is Residency.LOADING, f"{expert} was not loading"
         self._residency[expert] = Residency.READY
+        if expert in self.pinned:
+            self.pin(expert)
+        self.withheld_bytes = self.withheld_bytes * 15 // 16
 
     def abort_load(self, expert: str) -> tuple[Segment, ...]:
         """The load failed: give its memory back; returns the segments that nobody holds any more."""
@@ -112,42 +131,84 @@ class Ledger:
         assert self._pins[expert] > 0, f"{expert} was not pinned"
         self._pins[expert] -= 1
 
+    def most_items(self, expert: str, limit: int) -> int:
+        """The largest batch, up to `limit`, whose activations fit beside those of the batches in work."""
+        footprint, working = self._footprints[expert], self.device.activation_bytes
+        if working is None:
+            return limit
+        free_bytes = working - self.running_bytes - footprint.activation_fixed_bytes
+        if not footprint.activation_item_bytes:
+            return limit if free_bytes >= 0 else 0
+        return max(0, min(limit, free_bytes // footprint.activation_item_bytes))
+
+    def begin_run(self, expert: str, items: int) -> None:
+        """The expert stays and its batch's activations are booked, until the run ends."""
+        assert items <= self.most_items(expert, items), f"{items} pictures of {expert} do not fit"
+        self.pin(expert)
+        self.running_bytes += self._footprints[expert].activation_bytes(items)
+        self.running_peak_bytes = max(self.running_peak_bytes, self.running_bytes)
+
+    def end_run(self, expert: str, items: int) -> None:
+        self.unpin(expert)
+        self.running_bytes -= self._footprints[expert].activation_bytes(items)
+
+    def withhold(self, less_bytes: int = 0) -> None:
+        """The device ran out of memory, whatever is booked: from now on hold what is held now, or so much less.
+
+        Every load that succeeds gives a sixteenth of what is withheld back, for whoever took that memory may be gone.
+        """
+        self.withheld_bytes = min(self.device.budget_bytes, self.device.budget_bytes - self.used_bytes + less_bytes)
+
+    @property
+    def excess_bytes(self) -> int:
+        """How much has to leave because it is withheld."""
+        return max(0, self.used_bytes + self.withheld_bytes - self.device.budget_bytes)
+
+    def evict(self, expert: str) -> Freed:
+        """The expert leaves, and nobody comes."""
+        assert self.is_evictable(expert), f"{expert} is pinned or not ready"
+        return Freed(expert, self._release(expert))
+
     def is_evictable(self, expert: str) -> bool:
         return self.is_ready(expert) and not self._pins[expert]
 
     def victims(self, ranked: Iterable[str], expert: str) -> list[str]:
         """The first of `ranked` whose leaving makes room for `expert`, and no more than needed. Raises NoRoom."""
         need, chosen = self.missing_bytes(expert), list[str]()
-        could_free = self.free_bytes
+        free = could_free = self.free_bytes(expert)
         for victim in ranked:
             if could_free >= need:
                 break
             chosen.append(victim)
-            could_free = self.free_bytes + self._freed_bytes(chosen, expert)
+            could_free = free + self._freed_bytes(chosen, expert)
         if could_free < need:
             raise NoRoom(need, could_free)
         return chosen
 
+    def _need_bytes(self, expert: str) -> int:
+        """Of the expert and all who are pinned together."""
+        if expert not in self._needs:
+            together = [self._footprints[name] for name in self.pinned | {expert}]
+            segments = {segment for footprint in together for segment in footprint.segments}
+            self._needs[expert] = _bytes(segments) + sum(footprint.private_bytes for footprint in together)
+        return self._needs[expert]
+
     def _freed_bytes(self, leaving: Sequence[str], coming: str) -> int:
-        """Bytes of the segments whose last holder leaves and that `coming` does not use."""
-        kept = {s.id for s in self._segments[coming]}
-        left = Counter(s for name in leaving for s in _distinct(self._segments[name]) if s.id not in kept)
-        return sum(segment.bytes for segment, count in left.items() if count == self._holders[segment.id])
+        """Private bytes of who leaves, and those of the segments that nobody then holds and `coming` does not use."""
+        kept = {s.id for s in self._footprints[coming].segments}
+        left = Counter(s for name in leaving for s in self._footprints[name].distinct if s.id not in kept)
+        shared = sum(segment.bytes for segment, count in left.items() if count == self._holders[segment.id])
+        return shared + sum(self._footprints[name].private_bytes for name in leaving)
 
     def _release(self, expert: str) -> tuple[Segment, ...]:
         del self._residency[expert]
         freed = []
-        for segment in _distinct(self._segments[expert]):
+        for segment in self._footprints[expert].distinct:
             self._holders[segment.id] -= 1
             if not self._holders[segment.id]:
                 freed.append(segment)
-        self.used_bytes -= _bytes(freed)
+        self.used_bytes -= _bytes(freed) + self._footprints[expert].private_bytes
         return tuple(freed)
-
-
-def _distinct(segments: tuple[Segment, ...]) -> Iterable[Segment]:
-    """An expert may use one segment twice; it holds it once."""
-    return dict.fromkeys(segments)
 
 
 def _bytes(segments: Iterable[Segment]) -> int:

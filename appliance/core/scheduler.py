@@ -6,22 +6,26 @@ A group is CoServe's arranged queue: a task goes directly behind the last one fo
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from appliance.core.memory import Ledger
-from appliance.core.policies import Offer, assign
+from appliance.core.policies import PATIENCE_SECONDS, Offer, assign
 from appliance.core.types import Batch, Executor, Expert
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One request's question to one expert. `alone`: run it in a batch of its own, after a failed run."""
+    """One request's question to one expert. `alone`: run it in a batch of its own, after a failed run.
+
+    `barred` are devices that it has failed on for good.
+    """
 
     request: str
     expert: str
     since_seconds: float
     alone: bool = False
+    barred: frozenset[str] = frozenset()
 
 
 @dataclass(slots=True)
@@ -64,7 +68,11 @@ class Scheduler:
 
     def put(self, task: Task, ledgers: Mapping[str, Ledger]) -> None:
         """Give the task to an executor whose device can hold the expert (CoServe §4.3). One such device must exist."""
-        able = [queue for queue in self.queues.values() if ledgers[queue.executor.device].ever_fits(task.expert)]
+        able = [
+            queue
+            for queue in self.queues.values()
+            if queue.executor.device not in task.barred and ledgers[queue.executor.device].ever_fits(task.expert)
+        ]
         offer = assign([self._offer(queue, task.expert, ledgers) for queue in able])
         queue = self.queues[offer.executor]
         device = queue.executor.device
@@ -76,13 +84,25 @@ class Scheduler:
         queue.total_seconds += offer.extra_seconds
         self._demand[device][task.expert] += 1
 
-    def take(self, queue: Queue, is_ready: Callable[[str], bool]) -> Batch | None:
-        """The next batch: of the groups whose expert is ready, the one whose first task has waited longest."""
-        ready = [group for group in queue.groups.values() if is_ready(group.expert)]
-        if not ready:
-            return None
-        group = min(ready, key=lambda g: g.since_seconds)
-        tasks = self._split(group)
+    def take(self, queue: Queue, ledger: Ledger, now: float) -> Batch | None:
+        """The next batch: of the groups whose expert is ready, the one whose first task has waited longest.
+
+        Where activations do not fit beside what runs, the next group goes first; but not for longer than patience
+        lasts, or small batches would keep a large one waiting for ever.
+        """
+        ready = [group for group in queue.groups.values() if ledger.is_ready(group.expert)]
+        while ready:
+            group = min(ready, key=lambda g: g.since_seconds)
+            most = ledger.most_items(group.expert, self._experts[group.expert].max_batch)
+            if most:
+                return self._batch(queue, group, most)
+            if now >= group.since_seconds + PATIENCE_SECONDS:
+                break
+            ready.remove(group)
+        return None
+
+    def _batch(self, queue: Queue, group: Group, most: int) -> Batch:
+        tasks = self._split(group, most)
         self._forget(queue, group, len(tasks))
         device = queue.executor.device
         batch = Batch(self._next_batch, queue.executor.name, device, group.expert, tuple(t.request for t in tasks))
@@ -145,9 +165,10 @@ class Scheduler:
             return 0.0
         return self._experts[expert].costs[device].load_seconds
 
-    def _split(self, group: Group) -> list[Task]:
+    @staticmethod
+    def _split(group: Group, most: int) -> list[Task]:
         """As many of the oldest tasks as one run takes; a task that must run alone does."""
-        limit = 1 if group.first.alone else self._experts[group.expert].max_batch
+        limit = 1 if group.first.alone else most
         tasks: list[Task] = []
         while group.tasks and len(tasks) < limit and not (tasks and group.first.alone):
             tasks.append(group.tasks.popitem(last=False)[1])

@@ -60,6 +60,12 @@ class Refusal:
     detail: str
 
 
+OUT_OF_MEMORY = "out-of-memory"
+CANCELLED = "cancelled"
+GOLDEN_MISMATCH = "golden-mismatch"
+"""Reasons of refusals that decide what happens next."""
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One expert's part in a verdict."""
@@ -101,27 +107,57 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
+class Footprint:
+    """What an expert takes of one device's memory.
+
+    `private_bytes` are what the runtime keeps of it beside its segments, such as weights that it packed for itself.
+    """
+
+    segments: tuple[Segment, ...]
+    private_bytes: int = 0
+    activation_fixed_bytes: int = 0
+    activation_item_bytes: int = 0
+
+    @property
+    def distinct(self) -> tuple[Segment, ...]:
+        """An expert may use one segment twice; it holds it once."""
+        return tuple(dict.fromkeys(self.segments))
+
+    @property
+    def weights_bytes(self) -> int:
+        """Of the expert when it shares with nobody."""
+        return sum(segment.bytes for segment in self.distinct) + self.private_bytes
+
+    def activation_bytes(self, items: int) -> int:
+        """Of a run of so many pictures, while it lasts."""
+        return self.activation_fixed_bytes + items * self.activation_item_bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Expert:
-    """What deciding needs to know of an expert. `costs` by device; `probability` of use by a request, 0..1."""
+    """What deciding needs to know of an expert; `probability` of use by a request, 0..1.
+
+    `footprints` and `costs` have the devices that can serve it: compiled weights differ from one kind to the other.
+    """
 
     name: str
-    segments: tuple[Segment, ...]
+    footprints: Mapping[str, Footprint]
     costs: Mapping[str, Cost]
     max_batch: int
     probability: float = 0.0
 
-    @property
-    def bytes(self) -> int:
-        return sum(segment.bytes for segment in self.segments)
-
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A memory with a budget for weights, and how many loads it takes at a time."""
+    """A memory with budgets for weights and for the activations of what runs, and how many loads it takes at a time.
+
+    Without a budget for activations, they are not counted.
+    """
 
     name: str
     budget_bytes: int
     load_slots: int = 2
+    activation_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,13 +221,29 @@ Event = Arrived | Loaded | LoadFailed | Finished | RunFailed | Tick
 class Load:
     """Bring `segments` (those not yet held on the device) into memory; then the expert is ready.
 
-    `ahead` of any task for it, and so after every load that a task waits for.
+    What is loaded `ahead` nobody waits for yet: it gives way to other loads.
     """
 
     device: str
     expert: str
     segments: tuple[Segment, ...]
     ahead: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CancelLoad:
+    """End a load that began ahead, soon: it ends with LoadFailed, or with Loaded if it was quicker."""
+
+    device: str
+    expert: str
+
+
+@dataclass(frozen=True, slots=True)
+class HurryLoad:
+    """A load that began ahead is needed now: it gives way no more."""
+
+    device: str
+    expert: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,8 +261,23 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
+class CancelRun:
+    """End a batch whose requests all have their verdicts: it ends with RunFailed, or Finished if it was quicker."""
+
+    batch: Batch
+
+
+@dataclass(frozen=True, slots=True)
 class Publish:
     verdict: Verdict
 
 
-Action = Load | Evict | Run | Publish
+@dataclass(frozen=True, slots=True)
+class Quarantine:
+    """The expert serves no more, and why."""
+
+    expert: str
+    refusal: Refusal
+
+
+Action = Load | CancelLoad | HurryLoad | Evict | Run | CancelRun | Publish | Quarantine

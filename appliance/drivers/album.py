@@ -44,6 +44,8 @@ class Album:
         self._max_bytes, self._max_pixels = max_bytes, max_pixels
         self._pictures = _Cache()
         self._golden = _Cache()
+        self.largest_pixels = 0
+        """Of the pictures decoded so far: what decoding may have taken."""
 
     def look(self, request: str) -> Views:
         """The request's picture and reference. Raises PictureError when they cannot be decoded or do not match."""
@@ -83,7 +85,9 @@ class Album:
             raise MessageError("deadline", f"{request} has its verdict already", "nothing to do") from error
 
     def _decoded(self, payload: bytes) -> Picture:
-        return images.decode(payload, max_bytes=self._max_bytes, max_pixels=self._max_pixels)
+        picture = images.decode(payload, max_bytes=self._max_bytes, max_pixels=self._max_pixels)
+        self.largest_pixels = max(self.largest_pixels, picture.shape[0] * picture.shape[1])
+        return picture
 
 
 class _Cache:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pynvml
 
-_CGROUP = Path("/sys/fs/cgroup")
+_CGROUPS = Path("/sys/fs/cgroup")
+_OWN_CGROUP = Path("/proc/self/cgroup")
 _UNLIMITED = 1 << 60
 """Version 1 cgroups say "no limit" with a number near 2**63."""
 _VECTOR_SETS = (
@@ -32,6 +34,7 @@ class Gpu:
     index: int
     name: str
     memory_bytes: int
+    free_bytes: int
     driver: str
 
 
@@ -56,16 +59,20 @@ def vector_set(flags: frozenset[str]) -> str:
     return next((name for name, needed in _VECTOR_SETS if flags.issuperset(needed)), "plain")
 
 
-def cores(cgroup: Path = _CGROUP) -> int:
-    """Whole processors that this process may use: its affinity, or less if its cgroup has a quota."""
+def cores(cgroups: Path = _CGROUPS, own: Path = _OWN_CGROUP) -> int:
+    """Whole processors that this process may use: its affinity, or less if a cgroup that it is in has a quota."""
     allowed = len(os.sched_getaffinity(0))
-    quota = _cpu_quota(cgroup)
-    return allowed if quota is None else max(1, min(allowed, int(quota)))
+    quotas = [quota for folder in _groups(cgroups, own, "cpu") if (quota := _cpu_quota(folder)) is not None]
+    return max(1, min([allowed, *(int(quota) for quota in quotas)]))
 
 
-def memory_bytes(cgroup: Path = _CGROUP) -> int:
-    """Main memory that this process may use: the box's, or less if its cgroup has a limit."""
-    limits = [_number(cgroup / "memory.max"), _number(cgroup / "memory" / "memory.limit_in_bytes")]
+def memory_bytes(cgroups: Path = _CGROUPS, own: Path = _OWN_CGROUP) -> int:
+    """Main memory that this process may use: the box's, or less if a cgroup that it is in has a limit.
+
+    systemd's MemoryMax= is one of them.
+    """
+    names = ("memory.max", "memory.limit_in_bytes")
+    limits = [_number(folder / name) for folder in _groups(cgroups, own, "memory") for name in names]
     return min([int(psutil.virtual_memory().total), *(n for n in limits if n is not None and n < _UNLIMITED)])
 
 
@@ -78,9 +85,10 @@ def gpus() -> list[Gpu]:
     try:
         driver = str(pynvml.nvmlSystemGetDriverVersion())
         handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        memories = [pynvml.nvmlDeviceGetMemoryInfo(h) for h in handles]
         return [
-            Gpu(i, str(pynvml.nvmlDeviceGetName(h)), int(pynvml.nvmlDeviceGetMemoryInfo(h).total), driver)
-            for i, h in enumerate(handles)
+            Gpu(i, str(pynvml.nvmlDeviceGetName(h)), int(memory.total), int(memory.free), driver)
+            for i, (h, memory) in enumerate(zip(handles, memories, strict=True))
         ]
     finally:
         pynvml.nvmlShutdown()
@@ -94,14 +102,30 @@ def _cpu_flags(cpuinfo: str) -> frozenset[str]:
     return frozenset()
 
 
-def _cpu_quota(cgroup: Path) -> float | None:
+def _groups(cgroups: Path, own: Path, controller: str) -> Iterator[Path]:
+    """The folders of the groups that this process is in, each with those around it, of versions 2 and 1.
+
+    A container may see its own group as the root, or name one that it does not see.
+    """
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        lines = []
+    for root, controllers in ((cgroups, ""), (cgroups / controller, controller)):
+        path = next((line.split(":", 2)[2] for line in lines if controllers in line.split(":")[1].split(",")), "/")
+        parts = [part for part in path.split("/") if part not in ("", "..")]
+        for depth in range(len(parts) + 1):
+            yield root.joinpath(*parts[:depth])
+
+
+def _cpu_quota(group: Path) -> float | None:
     """Processors' worth of time per period, if limited (cgroup version 2, then 1)."""
     try:
-        limit, period = (cgroup / "cpu.max").read_text().split()
+        limit, period = (group / "cpu.max").read_text().split()
         return None if limit == "max" else int(limit) / int(period)
     except (OSError, ValueError):
         pass
-    quota, length = _number(cgroup / "cpu" / "cpu.cfs_quota_us"), _number(cgroup / "cpu" / "cpu.cfs_period_us")
+    quota, length = _number(group / "cpu.cfs_quota_us"), _number(group / "cpu.cfs_period_us")
     return quota / length if quota is not None and quota > 0 and length else None
 
 
@@ -116,18 +140,18 @@ class MemoryWatch:
     """This process's anonymous memory: what it was before the first load, and the most it ever was when looked at."""
 
     def __init__(self) -> None:
-        self.at_start_bytes = self._now_bytes = self._peak_bytes = 0
+        self.at_start_bytes = self.now_bytes = self._peak_bytes = 0
 
     def begin(self) -> None:
         self.at_start_bytes = anonymous_bytes()
 
     def look(self) -> None:
-        self._now_bytes = anonymous_bytes()
-        self._peak_bytes = max(self._peak_bytes, self._now_bytes)
+        self.now_bytes = anonymous_bytes()
+        self._peak_bytes = max(self._peak_bytes, self.now_bytes)
 
     def numbers(self) -> dict[str, int]:
         return {
-            "anonymous_bytes": self._now_bytes,
+            "anonymous_bytes": self.now_bytes,
             "anonymous_peak_bytes": self._peak_bytes,
             "anonymous_at_start_bytes": self.at_start_bytes,
         }

@@ -80,6 +80,12 @@ class Reader:
         finally:
             self._tell(turn, ahead, -1)
 
+    def hurry(self, turn: Turn) -> None:
+        """Somebody waits for this load after all."""
+        with self._calm:
+            turn.is_ahead = False
+            self._calm.notify_all()
+
     def cancel(self, turn: Turn) -> None:
         with self._calm:
             turn.is_cancelled = True

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import Full, Queue
 from threading import Condition, Lock, Thread
 from typing import Any
@@ -134,8 +134,9 @@ class LoaderLane:
         slots: int,
         bring: Callable[[Load, Cancellation], None],
         report: Callable[[Event], None],
+        hurry: Callable[[str], None] = lambda expert: None,
     ) -> None:
-        self._device, self._bring, self._report = device, bring, report
+        self._device, self._bring, self._hurry, self._report = device, bring, hurry, report
         self._changed = Condition()
         self._waiting: list[_Ordered] = []
         self._in_work: list[_Ordered] = []
@@ -167,6 +168,18 @@ class LoaderLane:
             ordered.cancellation.cancel()
         for ordered in forgotten:
             self._report(self._done(ordered))
+
+    def hurry(self, expert: str) -> None:
+        """The expert's load, which began ahead, is needed now. Without such a load it does nothing."""
+        with self._changed:
+            self._waiting = [
+                _Ordered(replace(ordered.load, ahead=False), ordered.cancellation)
+                if ordered.load.expert == expert
+                else ordered
+                for ordered in self._waiting
+            ]
+            self._changed.notify_all()
+        self._hurry(expert)
 
     def stop(self) -> None:
         """Give the loads in work up, and return when they have been reported; those still waiting are forgotten."""

@@ -49,6 +49,8 @@ class Opening:
     devices: tuple[Device, ...]
     executors: tuple[Executor, ...]
     unavailable: Mapping[str, Refusal]
+    pinned: tuple[str, ...] = ()
+    preload: tuple[str, ...] = ()
 
 
 class Journal:

@@ -40,6 +40,10 @@ class SegmentMemory(Protocol):
         """Let the loads of these end soon, with Cancelled; those that are here already stay."""
         ...
 
+    def hurry(self, segments: Sequence[Segment]) -> None:
+        """Let the loads of these that began ahead give way no more."""
+        ...
+
     def drop(self, segments: Sequence[Segment]) -> None:
         """Give the memory back at once. Raises LoadError, dropping none, when one is absent, loading or held."""
         ...

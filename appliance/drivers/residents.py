@@ -14,12 +14,14 @@ from appliance.drivers.sessions import Sessions
 from appliance.drivers.store import Compiled
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Coming:
     """A load in work."""
 
+    expert: str
     segments: frozenset[Segment]
     cancellation: Cancellation
+    is_ahead: bool
 
 
 class Residents:
@@ -30,6 +32,7 @@ class Residents:
         self._lock = threading.Lock()
         self._active: set[str] = set()
         self._coming: list[_Coming] = []
+        self._hurried: set[str] = set()  # before they began
 
     def bring(self, load: Load, cancellation: Cancellation) -> None:
         """Make the expert ready. What came before an error stays to be evicted.
@@ -38,15 +41,24 @@ class Residents:
         all its segments were there; then a segment that another load needs is still brought.
         """
         compiled, doing = self._compiled[load.expert], f"the load of {load.expert}"
-        coming = _Coming(frozenset(compiled.segments), cancellation)
+        coming = _Coming(load.expert, frozenset(compiled.segments), cancellation, load.ahead)
         with self._announced(coming), cancellation.ended_by(lambda: self._give_up(coming)):
             for segment in compiled.segments:  # one by one, so that what has not begun never begins
                 cancellation.check(doing)
-                self._weights.load([segment], ahead=load.ahead)
+                self._weights.load([segment], ahead=coming.is_ahead)
         cancellation.check(doing)
         self._sessions.activate(compiled)
         with self._lock:
             self._active.add(load.expert)
+
+    def hurry(self, expert: str) -> None:
+        """Somebody waits for what is brought ahead, or is just about to be."""
+        with self._lock:
+            self._hurried.add(expert)
+            for coming in self._coming:
+                if coming.expert == expert:
+                    coming.is_ahead = False
+                    self._weights.hurry(list(coming.segments))
 
     def evict(self, eviction: Evict) -> None:
         """Give the expert's memory back at once. After a failed load some of it may never have been there."""
@@ -61,11 +73,13 @@ class Residents:
     def _announced(self, coming: _Coming) -> Iterator[None]:
         with self._lock:
             self._coming.append(coming)
+            coming.is_ahead &= coming.expert not in self._hurried
         try:
             yield
         finally:
             with self._lock:
                 self._coming.remove(coming)
+                self._hurried.discard(coming.expert)
 
     def _give_up(self, coming: _Coming) -> None:
         """Stop what no load that is still wanted is bringing. Who asks for it from now on has it brought anew."""

@@ -84,6 +84,13 @@ class SegmentTable(ABC, Generic[Room]):
                 if entry is not None and not entry.filled.done():
                     self._reader.cancel(entry.turn)
 
+    def hurry(self, segments: Sequence[Segment]) -> None:
+        """Let the loads of these give way no more; what is not being brought is not meant."""
+        with self._lock:
+            for segment in segments:
+                if segment.id in self._entries:
+                    self._reader.hurry(self._entries[segment.id].turn)
+
     def drop(self, segments: Sequence[Segment]) -> None:
         """Give the memory back at once. Raises LoadError, dropping none, when one is absent, loading or in use."""
         with self._lock:

@@ -34,15 +34,18 @@ from appliance.drivers.store import Compiled, Store
 from appliance.drivers.weights import Weights
 from appliance.errors import ApplianceError
 from appliance.lab.shapes import SHAPES, Shape, write_expert
+from appliance.lab.trunks import trunks
 
 Say = Callable[[str], None]
 Pictures = NDArray[np.float32]
 
+_FINE_TUNES = 100
 _EQUAL = 1e-4
 """Largest difference that is rounding, relative to the largest output."""
 _LEFTOVER_BYTES = 4 << 20
 _LEFTOVER_SHARE = 0.02
 _TICK_SECONDS = 0.0005
+_AT_ONCE = (1, 2, 4)
 _QUIET_RUNS = 3
 _ACTIVATION_BYTES = 64 << 20
 """Runs after the first, whose median the first is compared with."""
@@ -101,6 +104,7 @@ class Switching:
     run_p99_ratio_while_loading: float
     run_median_ratio_while_loading: float
     loads_beside_runs: int
+    bytes_per_second_at_once: dict[int, float]
     python_stall_seconds: float
     python_stall_idle_seconds: float
     booked_bytes: int
@@ -125,7 +129,9 @@ class Target:
 def switch(
     names: Sequence[str], *, pairs: int = 15, quick: bool = False, folder: Path, say: Say = lambda line: None
 ) -> dict[str, Any]:
-    """Measure the shapes one after the other; experts and store lie under `folder` meanwhile.
+    """Measure the shapes one after the other, and what fine-tunes of one trunk share unless shapes were named.
+
+    Experts and store lie under `folder` meanwhile.
 
     Raises ApplianceError when a shape is unknown or cannot be compiled here.
     """
@@ -143,6 +149,7 @@ def switch(
         "read_depth": READERS,
         "load_average": round(os.getloadavg()[0], 2),
         "shapes": shapes,
+        **({"sharing": trunks(_FINE_TUNES, folder, say)} if not names else {}),
     }
 
 
@@ -173,6 +180,8 @@ def _measured(shape: Shape, effort: Effort, folder: Path, say: Say) -> Switching
         runs = _runs(rig, effort.run_pairs)
         say(f"{shape.name}: {effort.sides} runs with and without loads beside them")
         beside = _beside_loads(rig, effort)
+        say(f"{shape.name}: several loads at once")
+        at_once = _at_once(rig, effort.pairs)
         say(f"{shape.name}: stalls")
         stall, idle_stall = _stalls(rig, effort.pairs)
     size = rig.experts[0].bytes
@@ -205,6 +214,7 @@ def _measured(shape: Shape, effort: Effort, folder: Path, say: Say) -> Switching
         run_p99_ratio_while_loading=_ratio(beside, effort.percentile),
         run_median_ratio_while_loading=_ratio(beside, 50),
         loads_beside_runs=beside.loads,
+        bytes_per_second_at_once=at_once,
         python_stall_seconds=stall,
         python_stall_idle_seconds=idle_stall,
         booked_bytes=memory.booked_bytes,
@@ -490,6 +500,25 @@ def _switching(rig: _Rig, expert: Compiled) -> Iterator[list[int]]:
 @contextmanager
 def _nothing() -> Iterator[list[int]]:
     yield []
+
+
+def _at_once(rig: _Rig, rounds: int) -> dict[int, float]:
+    """Bytes per second that come in when one, two or four different experts are loaded at a time, by turns."""
+    counts = [count for count in _AT_ONCE if count <= len(rig.experts)]
+    rates: dict[int, list[float]] = {count: [] for count in counts}
+    with ThreadPoolExecutor(max(counts)) as pool:
+        list(pool.map(lambda _: time.sleep(0.001), counts))  # its threads begin before the clock does
+        for number in range(rounds):
+            for count in counts if number % 2 else reversed(counts):
+                coming = rig.experts[:count]
+                size = sum(expert.bytes for expert in coming)
+                _touch(size)
+                begun = time.perf_counter()
+                list(pool.map(lambda expert: rig.weights.load(expert.segments), coming))
+                rates[count].append(size / (time.perf_counter() - begun))
+                for expert in coming:
+                    rig.weights.drop(expert.segments)
+    return {count: float(statistics.median(found)) for count, found in rates.items()}
 
 
 def _stalls(rig: _Rig, loads: int) -> tuple[float, float]:

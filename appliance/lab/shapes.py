@@ -135,14 +135,15 @@ def resnet_101(seed: int) -> ModelProto:
     return net.model(224, x, 2048, 1000)
 
 
-def small_net(channels: int) -> Callable[[int], ModelProto]:
-    """Networks of three convolutions for pictures of 32 x 32; 128 channels make 1.2 MB."""
+def small_net(channels: int, layers: int = 3) -> Callable[[int], ModelProto]:
+    """Networks of so many convolutions for pictures of 32 x 32; three of 128 channels make 1.2 MB."""
 
     def build(seed: int) -> ModelProto:
         net = _Net(np.random.default_rng(seed))
         x = net.node("Relu", net.conv("image", 3, channels, 3, stride=2))
         x = net.node("Relu", net.conv(x, channels, channels, 3, stride=2))
-        x = net.node("Relu", net.conv(x, channels, channels, 3))
+        for _ in range(layers - 2):
+            x = net.node("Relu", net.conv(x, channels, channels, 3))
         return net.model(32, x, channels, len(LABELS))
 
     return build

@@ -16,19 +16,25 @@ from typing import Any, assert_never
 
 from appliance.core.controller import Controller
 from appliance.core.types import (
+    CANCELLED,
     Action,
     Arrived,
     Batch,
+    CancelLoad,
+    CancelRun,
     Device,
     Event,
     Evict,
     Expert,
     Finding,
     Finished,
+    Footprint,
+    HurryLoad,
     Load,
     Loaded,
     LoadFailed,
     Publish,
+    Quarantine,
     Refusal,
     Request,
     Run,
@@ -51,9 +57,10 @@ class PretendDevice:
 
     device: Device
     held: dict[str, int] = field(default_factory=dict)
-    experts: dict[str, set[str]] = field(default_factory=dict)
+    experts: dict[str, Footprint] = field(default_factory=dict)
     loading: set[str] = field(default_factory=set)
-    running: Counter[str] = field(default_factory=Counter)
+    cancelled: set[str] = field(default_factory=set)
+    running: list[Batch] = field(default_factory=list)
     peak_bytes: int = 0
 
     def load(self, action: Load, expert: Expert) -> None:
@@ -62,28 +69,37 @@ class PretendDevice:
         for segment in action.segments:
             _require(segment.id not in self.held, f"segment {segment.id} is read twice")
             self.held[segment.id] = segment.bytes
-        needed = {segment.id for segment in expert.segments}
+        footprint = expert.footprints[self.device.name]
+        needed = {segment.id for segment in footprint.segments}
         _require(needed <= self.held.keys(), f"{action.expert} lacks {needed - self.held.keys()}")
-        used = sum(self.held.values())
+        self.experts[action.expert] = footprint
+        used = sum(self.held.values()) + sum(f.private_bytes for f in self.experts.values())
         _require(used <= self.device.budget_bytes, f"{used} bytes exceed the budget of {self.device.budget_bytes}")
         self.peak_bytes = max(self.peak_bytes, used)
-        self.experts[action.expert] = needed
         self.loading.add(action.expert)
+
+    def cancel(self, expert: str) -> None:
+        _require(expert in self.loading, f"the load of {expert} is cancelled, but nobody loads it")
+        self.cancelled.add(expert)
 
     def evict(self, action: Evict) -> None:
         _require(action.expert in self.experts, f"{action.expert} is not here")
-        _require(not self.running[action.expert], f"{action.expert} is evicted while it runs")
+        runs = any(batch.expert == action.expert for batch in self.running)
+        _require(not runs, f"{action.expert} is evicted while it runs")
         _require(action.expert not in self.loading, f"{action.expert} is evicted while it loads")
         del self.experts[action.expert]
         freed = {segment.id for segment in action.segments}
-        unused = self.held.keys() - {s for used in self.experts.values() for s in used}
+        unused = self.held.keys() - {s.id for footprint in self.experts.values() for s in footprint.segments}
         _require(freed <= unused, f"{freed - unused} are dropped while others use them")
         for segment in freed:
             del self.held[segment]
 
     def run(self, batch: Batch) -> None:
         _require(batch.expert in self.experts and batch.expert not in self.loading, f"{batch.expert} is not ready")
-        self.running[batch.expert] += 1
+        self.running.append(batch)
+        takes = sum(self.experts[b.expert].activation_bytes(len(b.requests)) for b in self.running)
+        most = self.device.activation_bytes
+        _require(most is None or takes <= most, f"{takes} bytes of activations exceed the budget of {most}")
 
 
 class World:
@@ -102,7 +118,9 @@ class World:
         self.experts = {expert.name: expert for expert in experts}
         self.devices = {device.name: PretendDevice(device) for device in devices}
         self.verdicts: list[Verdict] = []
+        self.quarantined: dict[str, Refusal] = {}
         self.busy: set[str] = set()
+        self._cancelled_runs: set[int] = set()
         self._answer, self._fails = answer, fails
 
     def obey(self, action: Action) -> tuple[float, Event] | None:
@@ -113,28 +131,46 @@ class World:
                 self.devices[device].load(action, self.experts[expert])
                 seconds = self.experts[expert].costs[device].load_seconds
                 return seconds, LoadFailed(device, expert, refusal) if refusal else Loaded(device, expert)
+            case CancelLoad(device, expert):
+                self.devices[device].cancel(expert)
+            case HurryLoad(device, expert):
+                _require(expert in self.devices[device].loading, f"{expert} is hurried, but nobody loads it")
             case Evict(device):
                 self.devices[device].evict(action)
             case Run(batch):
                 return self._run(action, batch)
+            case CancelRun(batch):
+                _require(batch.executor in self.busy, f"batch {batch.id} is cancelled, but does not run")
+                self._cancelled_runs.add(batch.id)
+            case Quarantine(expert, refusal):
+                _require(expert not in self.quarantined, f"{expert} is put into quarantine twice")
+                self.quarantined[expert] = refusal
             case Publish(verdict):
                 self.verdicts.append(verdict)
             case _:
                 assert_never(action)
         return None
 
-    def note(self, event: Event) -> None:
-        """The event is about to be told: what it reports is now so."""
+    def note(self, event: Event) -> Event:
+        """The event is about to be told: what it reports is now so. Returns it as it is if it was cancelled meanwhile;
+        a cancelled load or run takes here as long as it would have taken."""
         match event:
             case Loaded(device, expert) | LoadFailed(device, expert):
                 self.devices[device].loading.remove(expert)
+                if expert in self.devices[device].cancelled:
+                    self.devices[device].cancelled.remove(expert)
+                    return LoadFailed(device, expert, Refusal(CANCELLED, "nobody waits for it"))
             case Finished(batch) | RunFailed(batch):
-                self.devices[batch.device].running[batch.expert] -= 1
+                self.devices[batch.device].running.remove(batch)
                 self.busy.remove(batch.executor)
+                if batch.id in self._cancelled_runs:
+                    self._cancelled_runs.remove(batch.id)
+                    return RunFailed(batch, Refusal(CANCELLED, "nobody waits for it"))
             case Arrived() | Tick():
                 pass
             case _:
                 assert_never(event)
+        return event
 
     def _run(self, action: Run, batch: Batch) -> tuple[float, Event]:
         _require(batch.executor not in self.busy, f"{batch.executor} runs two batches at once")
@@ -178,7 +214,7 @@ def simulate(controller: Controller, world: World, arrivals: Sequence[Request]) 
         else:
             assert wakeup is not None
             now, event = max(now, wakeup), Tick()
-        world.note(event)
+        event = world.note(event)
         for action in controller.handle(event, now):
             taken.append(action)
             following = world.obey(action)
@@ -224,7 +260,13 @@ def simulated(path: Path, *, predict: bool) -> dict[str, Any]:
     opening, recorded = journal.read(path)
     events = list(recorded)
     controller = Controller(
-        opening.graph, {e.name: e for e in opening.experts}, opening.devices, opening.executors, opening.unavailable
+        opening.graph,
+        {e.name: e for e in opening.experts},
+        opening.devices,
+        opening.executors,
+        opening.unavailable,
+        pinned=opening.pinned,
+        preload=opening.preload,
     )
     answers = _recorded_answers(event for _, event in events)
     world = World(opening.experts, opening.devices, lambda request, expert: answers[request, expert])
