@@ -104,8 +104,19 @@ def print_switching(found: Mapping[str, Any], console: Console) -> None:
         for name, value in shape.items():
             if isinstance(value, float | int) and not isinstance(value, bool):
                 table.add_row(name.replace("_", " "), quantity(name, value), _goal(goals.pop(name, None)))
+        for count, rate in shape["bytes_per_second_at_once"].items():
+            table.add_row(f"{count} loads at once", quantity("bytes_per_second", rate), "")
         for name, target in goals.items():
             table.add_row(name.replace("_", " "), quantity(name, target["value"]), _goal(target))
+        console.print(table)
+
+    sharing = found.get("sharing")
+    if sharing is not None:
+        table = Table("", "fine-tunes of one trunk", "target", title="sharing", title_justify="left")
+        for name in ("experts", "trunk_share", "unshared_bytes", "disk_bytes", "resident_bytes"):
+            table.add_row(name.replace("_", " "), quantity(name, sharing[name]), "")
+        for target in sharing["targets"]:
+            table.add_row(target["name"].replace("_", " "), quantity(target["name"], target["value"]), _goal(target))
         console.print(table)
 
 

@@ -352,7 +352,7 @@ class Service:
         log.info("mqtt state=%s", state)
         if state is DoorState.READY:
             self._outbox.note(Note(contract.status_topic(self._config), b"online", retain=True))
-            self._outbox.note(Note(self._box_topic("info"), self._info(), retain=True))
+            self._outbox.note(Note(self._box_topic("info"), self.info(), retain=True))
             self._alarms.tell_all()
             self._outbox.ready()
             self._say.ready()
@@ -366,7 +366,8 @@ class Service:
         disk = f"; the disk refuses to write: {self._records.trouble}" if self._records.trouble else ""
         return serving + broken + link + disk
 
-    def _info(self) -> bytes:
+    def info(self) -> bytes:
+        """What the box is, for its info topic."""
         config = self._config
         return json.dumps(
             {
