@@ -28,6 +28,8 @@ class Profile(BaseModel):
     load_fixed_seconds: Seconds = Field(0.002, description="Part of a load that does not depend on its bytes.")
     disk_bytes_per_second: Annotated[float, Field(gt=0)] = Field(5e8, description="Read bandwidth for weights.")
 
+    gpu_speed: Annotated[float, Field(gt=0)] = Field(10.0, description="Times as fast as the CPU: a guess.")
+
     def cost(self, item_seconds: float, fixed_seconds: float, weights_bytes: int) -> Cost:
         """K and B as measured when the architecture was compiled; L from the bytes and this box's disk."""
         load_seconds = self.load_fixed_seconds + weights_bytes / self.disk_bytes_per_second

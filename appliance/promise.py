@@ -14,10 +14,11 @@ DECODING_BYTES_PER_PIXEL = 16
 """For the picture that an executor decodes: as Pillow holds it, as bytes, and as the array (measured: 14)."""
 
 
-def promised_bytes(config: Config, *, weights_bytes: int, executors: int, at_start_bytes: int) -> int:
+def promised_bytes(config: Config, *, weights_bytes: int, executors: int, at_start_bytes: int, gpus: int = 0) -> int:
     """The most anonymous memory that the process ever has, with this budget for weights."""
     decoding = DECODING_BYTES_PER_PIXEL * config.limits.picture_pixels * executors
-    return at_start_bytes + weights_bytes + int(config.memory.activations) + decoding + passing_bytes(config)
+    working = int(config.memory.activations) + gpus * int(config.memory.gpu_host_tier)
+    return at_start_bytes + weights_bytes + working + decoding + passing_bytes(config)
 
 
 def passing_bytes(config: Config) -> int:

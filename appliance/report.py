@@ -32,6 +32,8 @@ def print_check(found: Mapping[str, Any], console: Console) -> None:
         given = megabytes(found["budget_bytes"])
         says = f"memory.weights is {asked}, and there is memory for {given}: lower it"
         console.print(f"[red]{says}[/red]", soft_wrap=True)
+    for name, why in found["gpu_trouble"].items():
+        console.print(f"[red]{name} is not used:[/red] {escape(why)}")
     for name in found["too_large"]:
         console.print(f"[red]{name} alone is larger than a budget: raise memory.weights or memory.activations[/red]")
     for name, why in found["unavailable"].items():
@@ -102,8 +104,19 @@ def print_switching(found: Mapping[str, Any], console: Console) -> None:
         for name, value in shape.items():
             if isinstance(value, float | int) and not isinstance(value, bool):
                 table.add_row(name.replace("_", " "), quantity(name, value), _goal(goals.pop(name, None)))
+        for count, rate in shape["bytes_per_second_at_once"].items():
+            table.add_row(f"{count} loads at once", quantity("bytes_per_second", rate), "")
         for name, target in goals.items():
             table.add_row(name.replace("_", " "), quantity(name, target["value"]), _goal(target))
+        console.print(table)
+
+    sharing = found.get("sharing")
+    if sharing is not None:
+        table = Table("", "fine-tunes of one trunk", "target", title="sharing", title_justify="left")
+        for name in ("experts", "trunk_share", "unshared_bytes", "disk_bytes", "resident_bytes"):
+            table.add_row(name.replace("_", " "), quantity(name, sharing[name]), "")
+        for target in sharing["targets"]:
+            table.add_row(target["name"].replace("_", " "), quantity(target["name"], target["value"]), _goal(target))
         console.print(table)
 
 

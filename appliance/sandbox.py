@@ -21,12 +21,14 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
-from appliance.errors import ApplianceError, ModelError, StoreError, UnsafeModel
+from appliance.errors import ApplianceError, GoldenMismatch, ModelError, StoreError, UnsafeModel
 
 MAX_REQUEST_BYTES = 60_000
 """A request must fit a pipe's buffer (64 KiB), so that writing it to a child that never reads cannot block."""
 MAX_REPLY_BYTES = 16 << 20
 _DISTRUST = "do not serve this model; ask where it came from"
+_KINDS: dict[str, type[ApplianceError]] = {kind.reason: kind for kind in (StoreError, GoldenMismatch)}
+"""What a child may say beside ModelError."""
 _BREATH_SECONDS = 5  # for a child that closed its pipe to end by itself
 
 
@@ -117,7 +119,7 @@ class Child:
         if "limit" in answer:
             raise UnsafeModel(f"it broke the {answer['limit']} limit of {self.memory_bytes} bytes", _DISTRUST)
         if "error" in answer:
-            kind = StoreError if answer.get("reason") == StoreError.reason else ModelError
+            kind = _KINDS.get(str(answer.get("reason")), ModelError)
             raise kind(str(answer["error"]), str(answer.get("remedy", "")))
         return answer
 

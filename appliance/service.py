@@ -14,7 +14,7 @@ from collections import Counter, deque
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any, assert_never
+from typing import Any
 
 from appliance import __version__, contract
 from appliance import config as settings
@@ -24,13 +24,10 @@ from appliance.core.drift import Balance, DriftAlarm
 from appliance.core.types import (
     Action,
     Arrived,
-    CancelLoad,
-    CancelRun,
     Device,
     Event,
     Evict,
     Finished,
-    HurryLoad,
     Load,
     Outcome,
     Publish,
@@ -42,22 +39,23 @@ from appliance.core.types import (
     Tick,
     Verdict,
 )
-from appliance.drivers import devices, runtime, systemd
+from appliance.drivers import cuda, devices, runtime, systemd
 from appliance.drivers.alarms import Alarm, Alarms
 from appliance.drivers.album import Album, Subject
 from appliance.drivers.broker import Broker
-from appliance.drivers.engine import Engine
-from appliance.drivers.executors import Executors, Inspection
+from appliance.drivers.device_weights import DeviceWeights
+from appliance.drivers.engine import Engine, Engines, Order
 from appliance.drivers.inbox import Inbox
 from appliance.drivers.intake import Intake, component_of
 from appliance.drivers.journal import Journal, Opening
 from appliance.drivers.mqtt import Door, DoorState
 from appliance.drivers.outbox import Note, Outbox
+from appliance.drivers.place import SegmentMemory
 from appliance.drivers.records import Conclusion, Recorded, Records, Spooled
 from appliance.drivers.store import Compiled
 from appliance.drivers.storecheck import StoreCheck
 from appliance.drivers.weights import Weights
-from appliance.errors import ApplianceError, BrokerError, MessageError
+from appliance.errors import ApplianceError, BrokerError, DeviceError, MessageError, OutOfMemory
 from appliance.promise import DECODING_BYTES_PER_PIXEL, passing_bytes, promised_bytes
 from appliance.startup import CPU, Installation, install
 
@@ -119,9 +117,15 @@ class Service:
         self, installation: Installation, records: Records, say: systemd.Supervisor, broker: Broker | None
     ) -> None:
         config = installation.config
+        self._inbox = Inbox()
+        engines: dict[str, Engine] = {}
+        for device in installation.devices:
+            try:
+                engines[device.name] = self._engine(device, installation)
+            except (DeviceError, OutOfMemory) as error:  # only a GPU's; the CPU does its work
+                installation = installation.without(device.name, str(error))
         self._config, self._installation, self._records = config, installation, records
         self._say, self._broker = say, broker
-        self._inbox = Inbox()
         self._open: dict[str, _Open] = {}
         self._accepted_seconds: dict[int, float] = {}
         self._fed_through = 0
@@ -137,7 +141,6 @@ class Service:
         self._has_drained = False
 
         self._store_check = StoreCheck(installation.store, installation.catalog.bundles, installation.compiled)
-        self._engines = {device.name: self._engine(device) for device in installation.devices}
         self._album = Album(
             records.payload,
             self._subject,
@@ -145,12 +148,8 @@ class Service:
             int(config.limits.picture_bytes),
             config.limits.picture_pixels,
         )
-        bundles = installation.catalog.bundles
-        work = {name: Inspection(e.sessions, bundles, self._album.look) for name, e in self._engines.items()}
-        names = {executor.name: executor.device for executor in installation.executors}
-        self._executors = Executors(
-            names, lambda batch, given_up: work[batch.device](batch, given_up), self._inbox.tell
-        )
+        bundles, report = installation.catalog.bundles, self._inbox.tell
+        self._engines = Engines(engines, installation.executors, bundles, self._album.look, report)
 
         self._outbox = Outbox(config, records)
         self._alarms = Alarms(config, self._outbox.note)
@@ -172,9 +171,18 @@ class Service:
         self._outbox.connect(self._door)
         self._journal = self._open_journal()
 
-    def _engine(self, device: Device) -> Engine:
-        memory = Weights(self._installation.store.segment_path)
-        return Engine.on(device, self._installation.compiled, memory, runtime.CpuPlace(), self._inbox.tell)
+    def _engine(self, device: Device, installation: Installation) -> Engine:
+        """Raises DeviceError or OutOfMemory when a GPU does not do what it says."""
+        if device.name == CPU:
+            memory: SegmentMemory = Weights(installation.store.segment_path)
+            return Engine.on(device, installation.compiled, memory, runtime.CpuPlace(), self._inbox.tell)
+        assert installation.gpus.store is not None
+        accelerator = cuda.CudaAccelerator(int(device.name.removeprefix("cuda:")))
+        host_bytes, working = int(installation.config.memory.gpu_host_tier), device.activation_bytes or 0
+        path = installation.gpus.store.segment_path
+        memory = DeviceWeights(path, accelerator, device_bytes=device.budget_bytes, host_bytes=host_bytes)
+        place = cuda.CudaPlace(accelerator.index, accelerator.compute_stream, working)
+        return Engine.on(device, installation.gpus.compiled, memory, place, self._inbox.tell)
 
     def run(self, stop: threading.Event) -> None:
         """Serve until `stop`, then finish what runs. Raises ApplianceError when going on would lose something."""
@@ -184,6 +192,7 @@ class Service:
         self._store_check.start()
         self._alarm_of_experts()
         self._alarm_of_budget()
+        self._alarms.set(Alarm.GPU, {"gpus": dict(trouble)} if (trouble := self._installation.gpus.trouble) else None)
         self._decide(Tick())  # whoever is loaded before anybody asks
         self._say.status(self._status())
         log.info("serving experts=%d unavailable=%d", len(self._versions), len(self._installation.unavailable))
@@ -197,9 +206,7 @@ class Service:
         if not self._has_drained:  # a clean goodbye keeps the last will from saying so
             self._outbox.note(Note(contract.status_topic(self._config), b"offline", retain=True))
         self._store_check.stop()
-        self._executors.stop()
-        for engine in self._engines.values():
-            engine.loaders.stop()
+        self._engines.stop()
         self._intake.stop()
         self._door.disconnect()
         if self._journal is not None:
@@ -243,27 +250,22 @@ class Service:
 
     def _obey(self, action: Action) -> None:
         match action:
-            case Load():
-                self._moved("load", action.expert)
-                self._engines[action.device].loaders.load(action)
-            case CancelLoad(device, expert):
-                self._engines[device].loaders.cancel(expert)
-            case HurryLoad(device, expert):
-                self._engines[device].loaders.hurry(expert)
-            case Evict():
-                self._moved("evict", action.expert)
-                self._engines[action.device].residents.evict(action)
-            case Run(batch):
-                self._running[batch.id] = time.monotonic()
-                self._executors.run(batch)
-            case CancelRun(batch):
-                self._executors.cancel(batch.id)
             case Publish(verdict):
                 self._conclude(verdict)
             case Quarantine():
                 self._alarm_of_experts()
             case _:
-                assert_never(action)
+                self._note(action)
+                self._engines.obey(action)
+
+    def _note(self, order: Order) -> None:
+        match order:
+            case Load(expert=expert):
+                self._moves.append({"move": "load", "expert": expert})
+            case Evict(expert=expert):
+                self._moves.append({"move": "evict", "expert": expert})
+            case Run(batch):
+                self._running[batch.id] = time.monotonic()
 
     def _feed(self) -> None:
         """Pictures from the spool to the controller in order of acceptance, as many as may wait at once."""
@@ -350,7 +352,7 @@ class Service:
         log.info("mqtt state=%s", state)
         if state is DoorState.READY:
             self._outbox.note(Note(contract.status_topic(self._config), b"online", retain=True))
-            self._outbox.note(Note(self._box_topic("info"), self._info(), retain=True))
+            self._outbox.note(Note(self._box_topic("info"), self.info(), retain=True))
             self._alarms.tell_all()
             self._outbox.ready()
             self._say.ready()
@@ -364,7 +366,8 @@ class Service:
         disk = f"; the disk refuses to write: {self._records.trouble}" if self._records.trouble else ""
         return serving + broken + link + disk
 
-    def _info(self) -> bytes:
+    def info(self) -> bytes:
+        """What the box is, for its info topic."""
         config = self._config
         return json.dumps(
             {
@@ -379,7 +382,8 @@ class Service:
                 "executors": [executor.name for executor in self._installation.executors],
                 "cores": devices.cores(),
                 "memory_bytes": devices.memory_bytes(),
-                "gpus": [gpu.name for gpu in devices.gpus()],
+                "gpus": [gpu.name for gpu in self._installation.gpus.used],
+                "gpu_trouble": dict(self._installation.gpus.trouble),
             }
         ).encode()
 
@@ -402,10 +406,10 @@ class Service:
             "spooled": stored.spooled,
             "unpublished": stored.unpublished,
             "resident": len(ledger.resident),
-            "weights_bytes": self._engines[CPU].memory.mapped_bytes,
-            "weights_peak_bytes": self._engines[CPU].memory.peak_bytes,
+            "weights_bytes": self._engines.memory(CPU).mapped_bytes,
+            "weights_peak_bytes": self._engines.memory(CPU).peak_bytes,
             "weights_budget_bytes": ledger.device.budget_bytes,
-            "devices": {name: self._numbers(name) for name in self._engines},
+            "devices": {name: self._numbers(name) for name in self._controller.ledgers},
             "cancelled_runs": counts["cancelled_runs"],
             "loads_ahead": counts["loads_ahead"],
             "out_of_memory": counts["out_of_memory"],
@@ -417,6 +421,7 @@ class Service:
                 self._config,
                 weights_bytes=ledger.device.budget_bytes,
                 executors=len(self._installation.executors),
+                gpus=len(self._installation.gpus.used),
                 at_start_bytes=self._memory.at_start_bytes,
             ),
         }
@@ -426,7 +431,7 @@ class Service:
             self._moves.clear()
 
     def _numbers(self, device: str) -> dict[str, Any]:
-        ledger, memory = self._controller.ledgers[device], self._engines[device].memory
+        ledger, memory = self._controller.ledgers[device], self._engines.memory(device)
         return {
             "resident": len(ledger.resident),
             "weights_booked_bytes": ledger.used_bytes,
@@ -447,9 +452,6 @@ class Service:
             log.debug("untold topic=%s why=%s", name, error)
             return False
 
-    def _moved(self, what: str, expert: str) -> None:
-        self._moves.append({"move": what, "expert": expert})
-
     def _box_topic(self, name: str) -> str:
         return self._config.topic("box", self._config.box.name, name)
 
@@ -459,9 +461,10 @@ class Service:
         """Compare what is booked with what is there, and say when the two part, or when the system refused memory."""
         config, ledger = self._config, self._controller.ledgers[CPU]
         decoding = DECODING_BYTES_PER_PIXEL * self._album.largest_pixels * len(self._installation.executors)
+        host_tiers = len(self._installation.gpus.used) * int(config.memory.gpu_host_tier)
         balance = Balance(
             booked_bytes=self._memory.at_start_bytes + ledger.used_bytes,
-            unbooked_bytes=int(config.memory.activations) + passing_bytes(config) + decoding,
+            unbooked_bytes=int(config.memory.activations) + host_tiers + passing_bytes(config) + decoding,
             measured_bytes=self._memory.now_bytes,
         )
         if not self._drift.look(balance, time.monotonic()):

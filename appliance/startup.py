@@ -5,8 +5,8 @@ An expert that is broken or cannot be compiled is set aside with its reason; the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -15,10 +15,11 @@ from appliance import profile as profiles
 from appliance.catalog import Bundle, Catalog
 from appliance.config import Config
 from appliance.core.controller import Controller
+from appliance.core.costs import Cost
 from appliance.core.graph import draw
 from appliance.core.memory import Ledger
 from appliance.core.types import Device, Executor, Expert, Footprint, Refusal
-from appliance.drivers import devices
+from appliance.drivers import cuda, devices
 from appliance.drivers.compile import compile_bundles
 from appliance.drivers.store import Compiled, Store
 from appliance.errors import ApplianceError, ConfigError
@@ -26,12 +27,28 @@ from appliance.profile import Profile
 from appliance.promise import weights_budget
 
 CPU = "cpu"
+GPU_SHARE = 0.8
+"""Of a GPU's free memory for weights and activations, unless settings say otherwise: its libraries need some too."""
 COMPILE_JOBS = 2
 """Children that compile at the same time, where there are cores for them: each takes gigabytes for a large model."""
 
 Report = Callable[[str, Compiled | ApplianceError], None]
 Progress = Callable[[str, int, int], None]
 """Hears what is counted ("bytes" read, "experts" compiled), how many are done, and of how many."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gpus:
+    """The GPUs in use, their experts, and by its name why another one that is there or asked for is not in use."""
+
+    used: tuple[devices.Gpu, ...] = ()
+    store: Store | None = None
+    compiled: Mapping[str, Compiled] = field(default_factory=dict)
+    trouble: Mapping[str, str] = field(default_factory=dict)
+
+
+def gpu_name(gpu: devices.Gpu) -> str:
+    return f"cuda:{gpu.index}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +62,7 @@ class Installation:
     compiled: Mapping[str, Compiled]
     unavailable: Mapping[str, Refusal]
     memory_bytes: int
+    gpus: Gpus = Gpus()
 
     @property
     def experts(self) -> dict[str, Expert]:
@@ -53,23 +71,53 @@ class Installation:
         return {
             name: Expert(
                 name,
-                {CPU: footprint(compiled)},
-                {CPU: self.profile.cost(compiled.item_seconds, compiled.fixed_seconds, compiled.bytes)},
+                {device: footprint(c) for device, c in self._compiled_by_device(name)},
+                {device: self._cost(device, c) for device, c in self._compiled_by_device(name)},
                 min(self.catalog.bundles[name].manifest.model.max_batch, self.profile.batch_cap),
                 usage.get(name, 0.0),
             )
-            for name, compiled in self.compiled.items()
+            for name in self.compiled
         }
+
+    def compiled_on(self, device: str) -> Mapping[str, Compiled]:
+        """The experts as this device runs them."""
+        return self.compiled if device == CPU else self.gpus.compiled
+
+    def without(self, device: str, why: str) -> Installation:
+        """The same box, with a GPU less."""
+        left = tuple(gpu for gpu in self.gpus.used if gpu_name(gpu) != device)
+        return replace(self, gpus=replace(self.gpus, used=left, trouble={**self.gpus.trouble, device: why}))
+
+    def _compiled_by_device(self, expert: str) -> Iterator[tuple[str, Compiled]]:
+        for device in self.devices:
+            if expert in self.compiled_on(device.name):
+                yield device.name, self.compiled_on(device.name)[expert]
+
+    def _cost(self, device: str, compiled: Compiled) -> Cost:
+        speed = 1.0 if device == CPU else self.profile.gpu_speed
+        return self.profile.cost(compiled.item_seconds / speed, compiled.fixed_seconds / speed, compiled.bytes)
 
     @property
     def devices(self) -> tuple[Device, ...]:
         memory, slots = self.config.memory, self.config.executors.load_slots
-        return (Device(CPU, weights_budget(self.config, self.memory_bytes), slots, int(memory.activations)),)
+        working = int(memory.gpu_activations)
+        cpu_bytes = weights_budget(self.config, self.memory_bytes, len(self.gpus.used))
+        return (
+            *(
+                Device(gpu_name(gpu), int(memory.gpu_weights or GPU_SHARE * gpu.free_bytes - working), slots, working)
+                for gpu in self.gpus.used
+            ),
+            Device(CPU, cpu_bytes, slots, int(memory.activations)),
+        )
 
     @property
     def executors(self) -> tuple[Executor, ...]:
         count = self.config.executors.cpu or self.profile.cpu_executors or devices.cores()
-        return tuple(Executor(f"{CPU}-{number}", CPU) for number in range(count))
+        gpus = (gpu_name(gpu) for gpu in self.gpus.used)
+        return (
+            *(Executor(f"{name}-0", name) for name in gpus),  # runs from several threads make a GPU's memory grow
+            *(Executor(f"{CPU}-{number}", CPU) for number in range(count)),
+        )
 
     def controller(self) -> Controller:
         """Raises ConfigError when the experts that shall stay do not fit together."""
@@ -126,8 +174,28 @@ def install(config: Config, report: Report = lambda expert, result: None) -> Ins
             unavailable[name] = refusal_of(result)
         else:
             found[name] = result
-    memory_bytes = devices.memory_bytes()
-    return Installation(config, catalog, profile, store, dict(sorted(found.items())), unavailable, memory_bytes)
+    gpus = _install_gpus(config, [bundle for bundle in sound if bundle.manifest.name in found])
+    compiled = dict(sorted(found.items()))
+    return Installation(config, catalog, profile, store, compiled, unavailable, devices.memory_bytes(), gpus)
+
+
+def _install_gpus(config: Config, bundles: Sequence[Bundle]) -> Gpus:
+    """Which GPUs can be used, and the experts compiled for them. One that cannot be is served by the CPU alone."""
+    wanted = config.executors.gpus
+    if wanted == 0:
+        return Gpus()
+    there = devices.gpus()
+    trouble = {gpu_name(gpu): why for gpu in there if (why := cuda.usable_gpu(gpu.index)) is not None}
+    usable = [gpu for gpu in there if gpu_name(gpu) not in trouble]
+    if wanted is not None and len(usable) < wanted:
+        trouble.setdefault("gpu", f"executors.gpus is {wanted}, and {len(usable)} can be used")
+    used = tuple(usable[:wanted])
+    if not used:
+        return Gpus(trouble=trouble)
+    store = Store(config.paths.store, "cuda")
+    results = compile_bundles(store, bundles, report=lambda *_: None, jobs=min(devices.cores(), COMPILE_JOBS))
+    compiled = {name: result for name, result in results.items() if isinstance(result, Compiled)}
+    return Gpus(used, store, compiled, trouble)
 
 
 def _check_named(config: Config, catalog: Catalog) -> None:
@@ -191,7 +259,7 @@ def checked(config: Config, *, prune: bool = False, tell: Progress = lambda what
     made = install(config, count)
     unused = made.store.unused(made.catalog)
     freed_bytes = made.store.prune(made.catalog) if prune else None
-    (device,) = made.devices
+    device = made.devices[-1]
     footprints, budget = {name: e.footprints[CPU] for name, e in made.experts.items()}, device.budget_bytes
     total = sum({s.id: s.bytes for f in footprints.values() for s in f.segments}.values())
     total += sum(f.private_bytes for f in footprints.values())
@@ -210,7 +278,8 @@ def checked(config: Config, *, prune: bool = False, tell: Progress = lambda what
         "configured_budget_bytes": int(config.memory.weights),
         "budget_share": budget / total if total else 1.0,
         "memory_bytes": made.memory_bytes,
-        "gpus": [gpu.name for gpu in devices.gpus()],
+        "gpus": [gpu.name for gpu in made.gpus.used],
+        "gpu_trouble": dict(made.gpus.trouble),
         "too_large": sorted(name for name in footprints if not ledger.ever_fits(name)),
         "largest_expert": max(footprints, key=lambda name: footprints[name].weights_bytes, default=None),
         "executors": [executor.name for executor in made.executors],

@@ -456,6 +456,26 @@ def test_a_load_ahead_waits_while_something_needed_is_read(bench: Bench, monkeyp
         bench.right(name, kit.noise(1))
 
 
+@pytest.mark.parametrize("needs", ["load", "hurry"])
+def test_a_load_ahead_that_is_needed_after_all_no_longer_waits(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, needs: str
+) -> None:
+    slow, segment = bench.segment("wide0"), bench.segment("wide1")
+    with monkeypatch.context() as patch, ThreadPoolExecutor(2) as pool:
+        reads = Reads(patch, [slow, segment], slow=[slow])
+        first = pool.submit(bench.memory.load, [slow])
+        assert reads.begun[slow.id].wait(30)
+        early = pool.submit(bench.memory.load, [segment], ahead=True)
+        assert reads.opened[segment.id].wait(30)
+        try:
+            getattr(bench.memory, needs)([segment])
+            early.result(20)
+            assert not first.done()
+        finally:
+            reads.go_on.set()
+    assert bench.reads.count(segment.id) == 1
+
+
 def test_a_shortage_of_memory_is_an_error_of_its_own_and_leaves_all_as_it_was(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:

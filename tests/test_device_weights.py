@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +175,9 @@ def test_what_is_being_read_into_the_host_tier_stays_there(
             reads.go_on.set()
         load.result(30)
     assert all(seen(memory, segment) for segment in (first, slow, large))
+    memory.drop([slow])
+    memory.load([slow])
+    assert memory.hits["host"] == 1
 
 
 def test_loads_at_once_share_the_windows(disk: Disk, new: Callable[..., DeviceWeights]) -> None:
@@ -304,6 +309,32 @@ def test_what_is_held_keeps_the_memory_from_being_closed(disk: Disk, memory: Dev
         memory.close()
     memory.release([segment])
     assert seen(memory, segment)
+
+
+@pytest.mark.parametrize("host_bytes", [6 << 20, 0], ids=["host tier", "windows"])
+def test_threads_that_load_cancel_and_drop_at_random_always_see_their_bytes(
+    disk: Disk, new: Callable[..., DeviceWeights], device: PretendAccelerator, host_bytes: int
+) -> None:
+    memory = new(device_bytes=24 << 20, host_bytes=host_bytes)
+    segments = [disk.segment(size) for size in (4096, 300_000, 3 << 20, 4 << 20, WINDOW_BYTES + 1, 2 * WINDOW_BYTES)]
+
+    def work(number: int) -> int:
+        chance, count = random.Random(number), 0
+        for _ in range(60):
+            segment, step = chance.choice(segments), chance.choice(["load", "load", "ahead", "cancel", "hurry", "drop"])
+            with suppress(LoadError, Cancelled, OutOfMemory):  # another one holds it, cancelled it, or took the room
+                if step in ("load", "ahead"):
+                    memory.load([segment], ahead=step == "ahead")
+                    assert seen(memory, segment)
+                    count += 1
+                else:
+                    getattr(memory, step)([segment])
+        return count
+
+    with ThreadPoolExecutor(4) as pool:
+        assert sum(pool.map(work, range(4))) > 0
+    memory.drop([segment for segment in segments if memory.is_mapped(segment)])
+    assert (memory.mapped_bytes, device.pending, device.stalls) == (0, 0, 0)
 
 
 class TestThePretendIsStrict:

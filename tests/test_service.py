@@ -19,10 +19,16 @@ import pytest
 from paho.mqtt.enums import MQTTProtocolVersion
 
 from appliance import client
+from appliance.config import Config, Paths
 from appliance.core.types import Finished
 from appliance.drivers import journal
+from appliance.drivers.devices import Gpu
 from appliance.drivers.records import Picture, Records
+from appliance.drivers.systemd import Supervisor
+from appliance.errors import DeviceError
 from appliance.lab.simulate import simulated
+from appliance.service import Service
+from appliance.startup import install
 from tests.kit_box import (
     ALARMS,
     ERROR,
@@ -455,6 +461,25 @@ def test_memory_that_the_system_refuses_is_made_do_without(tmp_path: Path, nats:
         assert stats["out_of_memory"] > 0
         assert "out-of-memory" in stats["alarms"]
         assert 0 < stats["resident"] < 3
+
+
+def test_a_gpu_that_fails_when_it_is_opened_leaves_its_work_to_the_cpu(
+    tmp_path: Path, catalog: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(index: int) -> None:
+        raise DeviceError(f"cuda:{index}: cudaSetDevice: no CUDA-capable device is detected")
+
+    monkeypatch.setattr("appliance.startup.devices.gpus", lambda: [Gpu(0, "Test GPU", 8 << 30, 5 << 30, "1")])
+    monkeypatch.setattr("appliance.startup.cuda.usable_gpu", lambda index: None)
+    monkeypatch.setattr("appliance.service.cuda.CudaAccelerator", lost)
+    profile = Path(__file__).parents[1] / "profiles" / "default.json"
+    paths = Paths(catalog=catalog, state=tmp_path / "state", store=tmp_path / "store", profile=profile)
+    with Records.open(paths.state, spool_bytes=1 << 20, verdict_days=1) as records:
+        service = Service(install(Config(paths=paths)), records, Supervisor(None, None), None)
+        info = json.loads(service.info())
+        service.close()
+    assert "no CUDA-capable device" in info["gpu_trouble"]["cuda:0"]
+    assert [executor.split("-")[0] for executor in info["executors"]] == ["cpu"] * len(info["executors"])
 
 
 def test_weights_and_memory_stay_inside_their_budget(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from rich.console import Console
 
 from appliance import catalog as catalogs
 from appliance import profile as profiles
-from appliance.config import Config, Experts, Memory, Paths
-from appliance.drivers.devices import memory_bytes
+from appliance.config import Config, Executors, Experts, Memory, Paths
+from appliance.drivers.devices import Gpu, memory_bytes
 from appliance.drivers.store import Compiled, Store
 from appliance.errors import ApplianceError, ConfigError
 from appliance.report import print_check
@@ -74,6 +74,36 @@ def test_a_budget_that_the_machine_does_not_have_is_lowered(tmp_path: Path) -> N
     (device,) = install(config).devices
     assert 0 < device.budget_bytes < memory_bytes()
     assert checked(config)["budget_bytes"] == device.budget_bytes
+
+
+@pytest.mark.parametrize("wanted", [None, 1])
+def test_a_gpu_that_cannot_be_used_is_said_and_the_cpu_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: int | None
+) -> None:
+    monkeypatch.setattr("appliance.startup.devices.gpus", lambda: [Gpu(0, "Test GPU", 8 << 30, 7 << 30, "1")])
+    monkeypatch.setattr("appliance.startup.cuda.usable_gpu", lambda index: "cuda-bindings is missing")
+    made = install(_config(tmp_path, 1).model_copy(update={"executors": Executors(gpus=wanted)}))
+    assert made.gpus.trouble["cuda:0"] == "cuda-bindings is missing"
+    assert ("gpu" in made.gpus.trouble) == (wanted == 1)
+    assert [device.name for device in made.devices] == ["cpu"]
+
+
+def test_a_usable_gpu_has_experts_of_its_own_a_budget_and_one_executor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("appliance.startup.devices.gpus", lambda: [Gpu(0, "Test GPU", 8 << 30, 5 << 30, "1")])
+    monkeypatch.setattr("appliance.startup.cuda.usable_gpu", lambda index: None)
+    made = install(_config(tmp_path, 1))
+    gpu, cpu = made.devices
+    assert (gpu.name, cpu.name) == ("cuda:0", "cpu")
+    assert gpu.budget_bytes == int(0.8 * (5 << 30) - 1_000_000_000)
+    assert [e.name for e in made.executors if e.device == "cuda:0"] == ["cuda:0-0"]
+    (expert,) = made.experts.values()
+    assert expert.footprints.keys() == expert.costs.keys() == {"cuda:0", "cpu"}
+    assert expert.costs["cuda:0"].item_seconds < expert.costs["cpu"].item_seconds
+    assert [d.name for d in made.without("cuda:0", "lost").devices] == ["cpu"]
+    off = install(made.config.model_copy(update={"executors": Executors(gpus=0)}))
+    assert (len(off.devices), off.gpus.trouble) == (1, {})
 
 
 def test_a_check_tells_what_fits(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from appliance.core.policies import Resident
 from appliance.core.scheduler import Group, Scheduler, Task
 from appliance.core.types import (
     CANCELLED,
+    DEVICE,
     GOLDEN_MISMATCH,
     OUT_OF_MEMORY,
     Action,
@@ -55,6 +56,7 @@ from appliance.core.types import (
 )
 from appliance.errors import NoRoom
 
+ELSEWHERE = {OUT_OF_MEMORY, DEVICE}  # what another device may do better
 LOAD_ATTEMPTS = 2  # a load that failed twice in a row fails everyone who waits for it
 
 
@@ -169,7 +171,7 @@ class Controller:
             return
         del self._failed_loads[device, expert]
         for request in self.scheduler.waiting(device, expert):
-            if refusal.reason == OUT_OF_MEMORY and self._ask_elsewhere(request, expert, device, now):
+            if refusal.reason in ELSEWHERE and self._ask_elsewhere(request, expert, device, now):
                 continue
             self._conclude(request, Outcome.ERROR, now, actions, refusal)
 
@@ -198,7 +200,7 @@ class Controller:
     def _run_failed(self, batch: Batch, refusal: Refusal, now: float, actions: list[Action]) -> None:
         """Once more, each alone, so that one bad picture cannot fail its neighbours; then it is an error.
 
-        An expert that fails its golden samples serves no more. Who finds no memory a second time asks elsewhere.
+        An expert that fails its golden samples serves no more. Whom a device fails a second time asks elsewhere.
         """
         self._free(batch)
         if refusal.reason == CANCELLED:
@@ -217,7 +219,7 @@ class Controller:
             if (request, batch.expert) not in self._retried:
                 self._retried[request, batch.expert] = frozenset()
                 self.scheduler.put(Task(request, batch.expert, now, alone=True), self.ledgers)
-            elif refusal.reason != OUT_OF_MEMORY or not self._ask_elsewhere(request, batch.expert, batch.device, now):
+            elif refusal.reason not in ELSEWHERE or not self._ask_elsewhere(request, batch.expert, batch.device, now):
                 self._conclude(request, Outcome.ERROR, now, actions, refusal)
 
     def _quarantine(

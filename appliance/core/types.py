@@ -61,6 +61,7 @@ class Refusal:
 
 
 OUT_OF_MEMORY = "out-of-memory"
+DEVICE = "device"
 CANCELLED = "cancelled"
 GOLDEN_MISMATCH = "golden-mismatch"
 """Reasons of refusals that decide what happens next."""

@@ -48,7 +48,10 @@ class Arena:
                 self._has_remains = False
 
     def left_behind(self) -> None:
-        """A closed session's packed weights lie in the arena, too: the next run shrinks it, whatever its size."""
+        """The next run shrinks the arena, whatever its size.
+
+        A closed session's packed weights lie in it, too; and where memory is short, nothing is kept for later.
+        """
         with self._lock:
             self._has_remains = True
 

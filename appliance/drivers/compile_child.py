@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -19,11 +18,10 @@ from typing import Any
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, TensorProto
 
 from appliance import sandbox
-from appliance.drivers import runtime, sealed, trial
+from appliance.drivers import golden, runtime, sealed, trial
 from appliance.drivers.sharing import layout
 from appliance.drivers.template import content, dtype_of, lift, packed, plain_form, views
 from appliance.drivers.trial import Pixels, Trial, runtime_errors
@@ -39,7 +37,11 @@ def compile_one(request: dict[str, Any]) -> dict[str, Any]:
     """Compile one expert into `request["folder"]`: template.onnx, plain.onnx and segment; the reply describes them.
 
     The request names `model`, `inputs` (name, channels, width, height each), `outputs` that must exist, `max_batch`,
-    `golden` (a path or None), `tolerance`, and `known`, the folder of architectures that were measured already.
+    `golden` (a path or None), `tolerance`, the `provider` that it is for, and `known`, the folder of architectures that
+    were measured already.
+
+    For CUDA the graph keeps to the standard's operators, which every provider knows: the processor's own layouts do not
+    leave it. It is proven and measured here, on the processor, and is a template always.
     """
     folder = Path(request["folder"])
     try:
@@ -61,7 +63,8 @@ def _check_room(folder: Path, size: int) -> None:
 
 
 def _compiled(request: dict[str, Any], folder: Path) -> dict[str, Any]:
-    reference = _optimise(_portable(request), folder)
+    is_for_cpu = request["provider"] == "cpu"
+    reference = _optimise(_portable(request), folder, "all" if is_for_cpu else "basic")
     limit = _batch_limit(reference, request["max_batch"])
     template = lift(_parse(folder / "optimised.onnx"), [spec["name"] for spec in request["inputs"]])
     (folder / "optimised.onnx").unlink()
@@ -69,25 +72,23 @@ def _compiled(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     (folder / "template.onnx").write_bytes(template.model)
     (folder / "plain.onnx").write_bytes(plain)
     segment, weights = _written(template.weights, folder / "segment")
-    openers = {
-        False: partial(trial.as_template, folder / "template.onnx", weights),
-        True: partial(trial.as_plain, folder / "plain.onnx", weights),
-    }
+    openers = {False: partial(trial.as_template, folder / "template.onnx", weights)}
+    if is_for_cpu:
+        openers[True] = partial(trial.as_plain, folder / "plain.onnx", weights)
     known = _known(Path(request["known"]) / template.signature)
     for is_plain, opened in openers.items():
         if known is None or known["is_plain"] == is_plain:
             _prove(opened(), reference, template.outputs, limit, request)
     output_bytes = _output_bytes(reference, request)
     del reference  # what it leaves free would be taken for what is measured
+    costs = trial.measured(openers, partial(_noise, request), limit) if known is None else None
     return {
         **segment,
         "architecture": template.signature,
         "outputs": list(template.outputs),
         "output_bytes": output_bytes,
-        "plain": hashlib.sha256(plain).hexdigest() if known is None or known["is_plain"] else None,
-        "costs": asdict(trial.measured(openers[False], openers[True], partial(_noise, request), limit))
-        if known is None
-        else None,
+        "plain": hashlib.sha256(plain).hexdigest() if is_for_cpu and (known is None or known["is_plain"]) else None,
+        "costs": None if costs is None else asdict(costs),
     }
 
 
@@ -177,12 +178,12 @@ def _check_interface(graph: GraphProto, request: dict[str, Any]) -> None:
         )
 
 
-def _optimise(model: ModelProto, folder: Path) -> Any:
+def _optimise(model: ModelProto, folder: Path, level: runtime.Optimisation) -> Any:
     """The plain session of a graph, which leaves `optimised.onnx` in the folder."""
     source = folder / "portable.onnx"
     source.write_bytes(model.SerializeToString())
     with runtime_errors("cannot be opened"):
-        session = runtime.open_session(source, optimise=True, save_as=folder / "optimised.onnx")
+        session = runtime.open_session(source, level, save_as=folder / "optimised.onnx")
     source.unlink()
     return session
 
@@ -228,33 +229,10 @@ def _prove_equal(ours: Trial, reference: Any, pictures: list[Pixels], request: d
 
 def _prove_golden(ours: Trial, outputs: Sequence[str], limit: int, request: dict[str, Any]) -> None:
     """It gives what the original framework gave on the bundle's golden samples."""
-    if request["golden"] is None:
-        return
-    golden = _golden_arrays(Path(request["golden"]))
-    missing = [spec["name"] for spec in request["inputs"] if spec["name"] not in golden]
-    if missing:
-        raise ModelError(f"golden.npz has no samples for the input {missing[0]}", _EXPORT_AGAIN)
-    pictures = [np.ascontiguousarray(golden[spec["name"]], np.float32) for spec in request["inputs"]]
-    results = [ours.run([p[i : i + limit] for p in pictures]) for i in range(0, len(pictures[0]), limit)]
-    for number, name in enumerate(outputs):
-        if name in golden and results:
-            _compare(name, np.concatenate([result[number] for result in results]), golden[name], request["tolerance"])
-
-
-def _golden_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ModelError(f"{path.name} cannot be read: {error}", _EXPORT_AGAIN) from error
-
-
-def _compare(name: str, found: NDArray[Any], expected: NDArray[Any], tolerance: float) -> None:
-    if found.shape != expected.shape:
-        raise ModelError(f"output {name} has shape {found.shape}, golden.npz {expected.shape}", _EXPORT_AGAIN)
-    worst = float(np.max(np.abs(found.astype(np.float64) - expected), initial=0.0))
-    if not worst <= tolerance:
-        raise ModelError(f"output {name} is {worst:.3g} off golden.npz, allowed is {tolerance:.3g}", _EXPORT_AGAIN)
+    if request["golden"] is not None:
+        inputs = [spec["name"] for spec in request["inputs"]]
+        path, tolerance = Path(request["golden"]), request["tolerance"]
+        golden.prove(ours.run, path, inputs, outputs, max_batch=limit, tolerance=tolerance)
 
 
 def _output_bytes(reference: Any, request: dict[str, Any]) -> int:

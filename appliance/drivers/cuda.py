@@ -56,7 +56,7 @@ class CudaAccelerator:
     def __init__(self, index: int) -> None:
         """Raises DeviceError when the bindings, the driver or the device are missing."""
         self.name = f"cuda:{index}"
-        self._index = index
+        self.index = index
         self._cudart = _bindings(self.name)
         self._pinned: dict[int, mmap.mmap] = {}
         self._upload = self._new_stream()
@@ -129,7 +129,7 @@ class CudaAccelerator:
     def _call(self, name: str, *arguments: Any) -> tuple[Any, ...]:
         """What the call returns beside its error code. Raises OutOfMemory or DeviceError."""
         # Each thread has a current device of its own, at first the device 0.
-        self._check("cudaSetDevice", self._cudart.cudaSetDevice(self._index)[0])
+        self._check("cudaSetDevice", self._cudart.cudaSetDevice(self.index)[0])
         code, *values = getattr(self._cudart, name)(*arguments)
         self._check(name, code)
         return tuple(values)

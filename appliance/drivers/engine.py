@@ -1,20 +1,27 @@
-"""One device's engine: the memory, sessions and loaders that bring experts to it, joined."""
+"""What runs experts on a box: an engine for each device, the executors on them, and who obeys the controller there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import assert_never
 
-from appliance.core.types import Device, Event
-from appliance.drivers.executors import LoaderLane
+from appliance.catalog import Bundle
+from appliance.core.types import CancelLoad, CancelRun, Device, Event, Evict, Executor, HurryLoad, Load, Run
+from appliance.drivers.executors import Executors, Inspection, LoaderLane, Views
 from appliance.drivers.place import Place, SegmentMemory
 from appliance.drivers.residents import Residents
 from appliance.drivers.sessions import Sessions
 from appliance.drivers.store import Compiled
 
+Order = Load | CancelLoad | HurryLoad | Evict | Run | CancelRun
+Report = Callable[[Event], None]
+
 
 @dataclass(frozen=True, slots=True)
 class Engine:
+    """What brings experts to one device and runs them there."""
+
     memory: SegmentMemory
     sessions: Sessions
     residents: Residents
@@ -22,19 +29,54 @@ class Engine:
 
     @classmethod
     def on(
-        cls,
-        device: Device,
-        compiled: Mapping[str, Compiled],
-        memory: SegmentMemory,
-        place: Place,
-        report: Callable[[Event], None],
+        cls, device: Device, compiled: Mapping[str, Compiled], memory: SegmentMemory, place: Place, report: Report
     ) -> Engine:
         assert device.activation_bytes is not None, "activations of a real device are bounded"
         sessions = Sessions(memory, place, activation_bytes=device.activation_bytes)
         residents = Residents(compiled, memory, sessions)
-        return cls(
-            memory,
-            sessions,
-            residents,
-            LoaderLane(device.name, device.load_slots, residents.bring, report, residents.hurry),
-        )
+        loaders = LoaderLane(device.name, device.load_slots, residents.bring, report, residents.hurry)
+        return cls(memory, sessions, residents, loaders)
+
+
+class Engines:
+    """All engines of a box. What becomes of an order is told to `report`, from other threads."""
+
+    def __init__(
+        self,
+        engines: Mapping[str, Engine],
+        executors: Sequence[Executor],
+        bundles: Mapping[str, Bundle],
+        look: Callable[[str], Views],
+        report: Report,
+    ) -> None:
+        self._engines = engines
+        work = {name: Inspection(engine.sessions, bundles, look) for name, engine in engines.items()}
+        names = {executor.name: executor.device for executor in executors}
+        self._executors = Executors(names, lambda batch, given_up: work[batch.device](batch, given_up), report)
+
+    def memory(self, device: str) -> SegmentMemory:
+        return self._engines[device].memory
+
+    def obey(self, order: Order) -> None:
+        """Begin it, and return at once; only evicting is done when this returns."""
+        match order:
+            case Load(device):
+                self._engines[device].loaders.load(order)
+            case CancelLoad(device, expert):
+                self._engines[device].loaders.cancel(expert)
+            case HurryLoad(device, expert):
+                self._engines[device].loaders.hurry(expert)
+            case Evict(device):
+                self._engines[device].residents.evict(order)
+            case Run(batch):
+                self._executors.run(batch)
+            case CancelRun(batch):
+                self._executors.cancel(batch.id)
+            case _:
+                assert_never(order)
+
+    def stop(self) -> None:
+        """Give up what runs and loads; returns when nobody does any more."""
+        self._executors.stop()
+        for engine in self._engines.values():
+            engine.loaders.stop()

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnxruntime
@@ -43,27 +43,33 @@ _OUT_OF_MEMORY = (
     *("cublas_status_alloc_failed", "cudnn_status_alloc_failed", "is smaller than requested"),
 )
 """In lower case; the runtime has no error type for it."""
+Optimisation = Literal["none", "basic", "all"]
+"""`basic` keeps to the standard's operators, `all` makes what is fastest on this processor."""
+_LEVELS = {
+    "none": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    "basic": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
+}
 _setting_up = Lock()
 _is_set_up = False
 
 
 def open_session(
     path: Path,
+    optimisation: Optimisation = "none",
     *,
-    optimise: bool = False,
     intra_threads: int = 1,
     save_as: Path | None = None,
     weights: Mapping[str, Any] = MappingProxyType({}),
 ) -> Any:
     """An InferenceSession of a file on the CPU. Raises one of ERRORS.
 
-    `optimise` applies every optimisation and may save the result; without it the graph runs as it is written.
+    The optimised graph may be saved; without optimisation it runs as it is written.
     `weights` are OrtValues for initializers whose bytes are not in the file; they must outlive the session.
     """
     _set_up()
-    levels = onnxruntime.GraphOptimizationLevel
     options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimise else levels.ORT_DISABLE_ALL
+    options.graph_optimization_level = _LEVELS[optimisation]
     options.intra_op_num_threads, options.inter_op_num_threads = intra_threads, 1
     options.log_severity_level = 4
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")

@@ -141,10 +141,11 @@ class SegmentTable(ABC, Generic[Room]):
         """Raises LoadError when it cannot be given back now."""
 
     @abstractmethod
-    def _address(self, room: Room) -> int: ...
-
     def _before_runs(self, room: Room) -> None:
-        """Make runs begun from now on find the bytes. Called under the lock."""
+        """Let runs begun from now on find the bytes. Called under the lock. Raises DeviceError."""
+
+    @abstractmethod
+    def _address(self, room: Room) -> int: ...
 
     def _bring(self, segment: Segment, ahead: bool) -> None:
         entry, is_mine = self._enter(segment, ahead)

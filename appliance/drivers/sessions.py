@@ -110,6 +110,9 @@ class Lease:
         try:
             yield shrink
             has_shrunk = shrink
+        except OutOfMemory:
+            self._arena.left_behind()
+            raise
         finally:
             self._arena.end(kind, has_shrunk=has_shrunk)
 

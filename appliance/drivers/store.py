@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from threading import RLock
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -44,6 +44,8 @@ from appliance.errors import CatalogError, StoreError
 
 _log = logging.getLogger(__name__)
 
+Provider = Literal["cpu", "cuda"]
+"""Of the runtime: what the graphs are optimised for."""
 _LAYOUT = 3
 """Part of the store's key: raise it when templates, segments or these files change their form."""
 _COPIES_OF_OUTPUTS = 3
@@ -128,13 +130,16 @@ class Damage:
 
 
 class Store:
-    """The compiled experts of one box. Nothing in it is precious: it may be deleted and is made again.
+    """The experts of one box, compiled for one kind of device. Nothing in it is precious: it may be deleted and is made
+    again.
 
     Safe to use from several threads and processes.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.key = f"onnxruntime-{_runtime_version()}-{devices.instruction_set()}-cpu-{_LAYOUT}"
+    def __init__(self, folder: Path, provider: Provider = "cpu") -> None:
+        made_for = "cuda" if provider == "cuda" else f"{devices.instruction_set()}-cpu"
+        self.provider = provider
+        self.key = f"onnxruntime-{_runtime_version()}-{made_for}-{_LAYOUT}"
         self.folder = folder / self.key
         self.making = self.folder / "making"
         self.quarantine = self.folder / "quarantine"

@@ -81,7 +81,9 @@ class StoreCheck:
         if not names:
             return
         self._store.join()
-        apart = Store(self._store.folder.parent)  # so that it is never alone: what the service read about stays
+        apart = Store(
+            self._store.folder.parent, self._store.provider
+        )  # so that it is never alone: what the service read about stays
         try:
             results = compile_bundles(apart, [self._bundles[name] for name in names], report=self._go_on)
         except _Stopped:

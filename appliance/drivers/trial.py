@@ -108,10 +108,16 @@ def runtime_errors(what: str) -> Iterator[None]:
         raise ModelError(f"the graph {what}: {str(error)[:400]}", "export the expert again") from error
 
 
-def measured(template: Callable[[], Trial], plain: Callable[[], Trial], pictures: Pictures, limit: int) -> Costs:
-    """What serving costs, in the way that serves better; in batches of at most `limit`. Each call opens a session."""
-    sizes, is_plain = _decided(template(), plain(), pictures, limit)
-    opened = plain if is_plain else template
+def measured(openers: Mapping[bool, Callable[[], Trial]], pictures: Pictures, limit: int) -> Costs:
+    """What serving costs, in batches of at most `limit`: in the way that serves better, if there are two.
+
+    Each call of an opener opens a session: as a template (False) or plain (True).
+    """
+    trials = {is_plain: opened() for is_plain, opened in openers.items()}
+    sizes = _sizes(trials[False], pictures, limit)
+    is_plain = True in trials and _is_plain_better(trials[False], trials[True], pictures, sizes)
+    trials.clear()
+    opened = openers[is_plain]
     serving = opened()  # after the others have gone: what they left free would hide what this one takes
     item_seconds, fixed_seconds = costs.fit(_seconds(serving, pictures, sizes))
     item_bytes, fixed_bytes = ceiling([(n, _activation_bytes(serving, pictures(1), pictures, n)) for n in sizes])
@@ -145,12 +151,15 @@ def _values(weights: Weights) -> dict[str, Any]:
     return {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in weights.items()}
 
 
-def _decided(template: Trial, plain: Trial, pictures: Pictures, limit: int) -> tuple[tuple[int, ...], bool]:
-    """The batch sizes that are worth measuring, and whether plain sessions serve better."""
-    plain.run(pictures(1))
-    longest = _timed(plain, pictures(1))
-    sizes = tuple(n for n in _BATCHES if n <= limit and (n == 1 or n * longest <= _LONGEST_SECONDS))
-    return sizes, any(is_slower(list(_pairs(template, plain, pictures(n)))) for n in {1, sizes[-1]})
+def _sizes(trial: Trial, pictures: Pictures, limit: int) -> tuple[int, ...]:
+    """The batch sizes that are worth measuring."""
+    trial.run(pictures(1))
+    longest = _timed(trial, pictures(1))
+    return tuple(n for n in _BATCHES if n <= limit and (n == 1 or n * longest <= _LONGEST_SECONDS))
+
+
+def _is_plain_better(template: Trial, plain: Trial, pictures: Pictures, sizes: Sequence[int]) -> bool:
+    return any(is_slower(list(_pairs(template, plain, pictures(n)))) for n in {1, sizes[-1]})
 
 
 def _pairs(template: Trial, plain: Trial, pictures: Sequence[Pixels]) -> Iterator[tuple[float, float]]:

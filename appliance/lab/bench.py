@@ -426,7 +426,7 @@ class _Runs:
 
 def _runs(rig: _Rig, pairs: int) -> _Runs:
     expert = rig.experts[0]
-    plain = runtime.open_session(rig.model, optimise=True, intra_threads=1)
+    plain = runtime.open_session(rig.model, "all", intra_threads=1)
     rig.ready(expert)
     try:
         ours, theirs = rig.run(expert), plain.run(None, {"image": rig.picture})[0]
