@@ -81,9 +81,8 @@ class StoreCheck:
         if not names:
             return
         self._store.join()
-        apart = Store(
-            self._store.folder.parent, self._store.provider
-        )  # so that it is never alone: what the service read about stays
+        # Another one, so that it is never alone in the folder: what the service read about stays.
+        apart = Store(self._store.folder.parent, self._store.provider)
         try:
             results = compile_bundles(apart, [self._bundles[name] for name in names], report=self._go_on)
         except _Stopped:
