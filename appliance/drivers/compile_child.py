@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -19,11 +18,10 @@ from typing import Any
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, TensorProto
 
 from appliance import sandbox
-from appliance.drivers import runtime, sealed, trial
+from appliance.drivers import golden, runtime, sealed, trial
 from appliance.drivers.sharing import layout
 from appliance.drivers.template import content, dtype_of, lift, packed, plain_form, views
 from appliance.drivers.trial import Pixels, Trial, runtime_errors
@@ -222,33 +220,10 @@ def _prove_equal(ours: Trial, reference: Any, pictures: list[Pixels], request: d
 
 def _prove_golden(ours: Trial, outputs: Sequence[str], limit: int, request: dict[str, Any]) -> None:
     """It gives what the original framework gave on the bundle's golden samples."""
-    if request["golden"] is None:
-        return
-    golden = _golden_arrays(Path(request["golden"]))
-    missing = [spec["name"] for spec in request["inputs"] if spec["name"] not in golden]
-    if missing:
-        raise ModelError(f"golden.npz has no samples for the input {missing[0]}", _EXPORT_AGAIN)
-    pictures = [np.ascontiguousarray(golden[spec["name"]], np.float32) for spec in request["inputs"]]
-    results = [ours.run([p[i : i + limit] for p in pictures]) for i in range(0, len(pictures[0]), limit)]
-    for number, name in enumerate(outputs):
-        if name in golden and results:
-            _compare(name, np.concatenate([result[number] for result in results]), golden[name], request["tolerance"])
-
-
-def _golden_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ModelError(f"{path.name} cannot be read: {error}", _EXPORT_AGAIN) from error
-
-
-def _compare(name: str, found: NDArray[Any], expected: NDArray[Any], tolerance: float) -> None:
-    if found.shape != expected.shape:
-        raise ModelError(f"output {name} has shape {found.shape}, golden.npz {expected.shape}", _EXPORT_AGAIN)
-    worst = float(np.max(np.abs(found.astype(np.float64) - expected), initial=0.0))
-    if not worst <= tolerance:
-        raise ModelError(f"output {name} is {worst:.3g} off golden.npz, allowed is {tolerance:.3g}", _EXPORT_AGAIN)
+    if request["golden"] is not None:
+        names = [spec["name"] for spec in request["inputs"]]
+        path, tolerance = Path(request["golden"]), request["tolerance"]
+        golden.prove(ours.run, path, names, outputs, max_batch=limit, tolerance=tolerance)
 
 
 def _output_bytes(reference: Any, request: dict[str, Any]) -> int:
