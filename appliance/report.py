@@ -47,11 +47,11 @@ def print_check(found: Mapping[str, Any], console: Console) -> None:
 
 
 def _unused(unused: Mapping[str, int], freed_bytes: int | None) -> str:
-    many = f"{len(unused)} compiled experts that no bundle names ({megabytes(sum(unused.values()))} before sharing)"
+    many = f"compiled experts that no bundle names: {len(unused)}, {megabytes(sum(unused.values()))} before sharing"
     names = "\n".join(f"  {escape(name)}" for name in unused)
     if freed_bytes is None:
-        return f"[yellow]{many}:[/yellow] appliance check --prune removes them\n{names}"
-    return f"removed {many}, which freed {megabytes(freed_bytes)}; while a service runs, their weights stay\n{names}"
+        return f"[yellow]{many};[/yellow] appliance check --prune removes them\n{names}"
+    return f"removed {many}; freed {megabytes(freed_bytes)} (while a service runs, weights stay)\n{names}"
 
 
 @contextmanager

@@ -70,6 +70,7 @@ def test_a_check_says_what_serves(folder: Path) -> None:
     config = str(folder / "box" / "appliance.toml")
     found = json.loads(_run("check", "--config", config, "--json").stdout)
     assert (found["experts"], found["unavailable"]) == (2, {})
+    assert json.loads(_run("check", "--config", config, "--json", "--prune").stdout)["freed_bytes"] == 0
     assert "Everything in the catalogue can serve" in _run("check", "--config", config).stdout
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from shutil import rmtree
+from typing import Any
 
 import pytest
 from pydantic import ByteSize
+from rich.console import Console
 
 from appliance import catalog as catalogs
 from appliance import profile as profiles
@@ -14,6 +17,7 @@ from appliance.config import Config, Executors, Experts, Memory, Paths
 from appliance.drivers.devices import Gpu, memory_bytes
 from appliance.drivers.store import Compiled, Store
 from appliance.errors import ApplianceError, ConfigError
+from appliance.report import print_check
 from appliance.startup import checked, install, probabilities, waiting_to_compile
 from tests.kit_box import manifest_text, write_catalog
 from tests.kit_models import conv_net, fine_tune, greedy_net, write_bundle
@@ -143,6 +147,13 @@ def test_compiled_experts_that_no_bundle_names_are_told_and_stay(tmp_path: Path)
     assert size > 160_000
     assert found["freed_bytes"] is None
     assert _files(folder) == before
+    assert f"appliance check --prune removes them\n  {name}" in _printed(found)
+
+
+def _printed(found: dict[str, Any]) -> str:
+    shown = io.StringIO()
+    print_check(found, Console(file=shown, width=200))
+    return shown.getvalue()
 
 
 def test_compiled_experts_that_no_bundle_names_are_pruned_when_told_to(tmp_path: Path) -> None:
@@ -153,6 +164,7 @@ def test_compiled_experts_that_no_bundle_names_are_pruned_when_told_to(tmp_path:
     size = sum(_files(folder).values())
     found = checked(config, prune=True)
     assert len(found["unused"]) == 1
+    assert "removed compiled experts that no bundle names: 1" in _printed(found)
     assert found["freed_bytes"] == size - sum(_files(folder).values()) > 10_000
     assert checked(config)["unused"] == {}
     assert not old.exists()

@@ -68,16 +68,10 @@ def _compiled(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     limit = _batch_limit(reference, request["max_batch"])
     template = lift(_parse(folder / "optimised.onnx"), [spec["name"] for spec in request["inputs"]])
     (folder / "optimised.onnx").unlink()
-    digests, distinct = _distinct(template.weights)
-    starts, size = layout([len(piece) for piece in distinct.values()])
-    pack = packed(list(distinct.values()), starts, size)
-    places = dict(zip(distinct, starts, strict=True))
-    offsets = [places[digest] for digest in digests]
     plain = plain_form(template)
-    (folder / "segment").write_bytes(pack.data)
     (folder / "template.onnx").write_bytes(template.model)
     (folder / "plain.onnx").write_bytes(plain)
-    weights = views(template.weights, offsets, pack)
+    segment, weights = _written(template.weights, folder / "segment")
     openers = {False: partial(trial.as_template, folder / "template.onnx", weights)}
     if is_for_cpu:
         openers[True] = partial(trial.as_plain, folder / "plain.onnx", weights)
@@ -87,30 +81,40 @@ def _compiled(request: dict[str, Any], folder: Path) -> dict[str, Any]:
             _prove(opened(), reference, template.outputs, limit, request)
     output_bytes = _output_bytes(reference, request)
     del reference  # what it leaves free would be taken for what is measured
-    costs = None if known else trial.measured(openers, partial(_noise, request), limit)
     return {
+        **segment,
         "architecture": template.signature,
-        "segment": hashlib.sha256(pack.data).hexdigest(),
-        "bytes": size,
-        "tensors": [
-            {
-                "name": f"w{i}",
-                "dtype": dtype_of(tensor).name,
-                "shape": list(tensor.dims),
-                "offset": offset,
-                "sha256": digest,
-            }
-            for i, (tensor, offset, digest) in enumerate(zip(template.weights, offsets, digests, strict=True))
-        ],
         "outputs": list(template.outputs),
         "output_bytes": output_bytes,
         "plain": hashlib.sha256(plain).hexdigest() if is_for_cpu and (known is None or known["is_plain"]) else None,
-        "costs": None if costs is None else asdict(costs),
+        "costs": asdict(trial.measured(openers, partial(_noise, request), limit)) if known is None else None,
     }
 
 
+def _written(weights: Sequence[TensorProto], path: Path) -> tuple[dict[str, Any], trial.Weights]:
+    """Write the segment. What the reply says of it, and the tensors as they lie in it."""
+    digests, distinct = _distinct(weights)
+    starts, size = layout([len(piece) for piece in distinct.values()])
+    pack = packed(list(distinct.values()), starts, size)
+    places = dict(zip(distinct, starts, strict=True))
+    offsets = [places[digest] for digest in digests]
+    path.write_bytes(pack.data)
+    tensors = [
+        {
+            "name": f"w{i}",
+            "dtype": dtype_of(tensor).name,
+            "shape": list(tensor.dims),
+            "offset": offset,
+            "sha256": digest,
+        }
+        for i, (tensor, offset, digest) in enumerate(zip(weights, offsets, digests, strict=True))
+    ]
+    segment = {"segment": hashlib.sha256(pack.data).hexdigest(), "bytes": size, "tensors": tensors}
+    return segment, views(weights, offsets, pack)
+
+
 def _known(home: Path) -> dict[str, Any] | None:
-    """What the first expert of this architecture found out for all of them."""
+    """What the first expert of this architecture found out for all of them, if there was one."""
     try:
         return sealed.read(home / "architecture.json")
     except (OSError, ValueError):
