@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from appliance.config import INBOX_BYTES, Config
+from appliance.drivers.pinned import WINDOW_BYTES, WINDOWS
 from appliance.drivers.records import GROUP_BYTES, QUEUED_BYTES
 
 AT_START_BYTES = 80_000_000
@@ -17,8 +18,13 @@ DECODING_BYTES_PER_PIXEL = 16
 def promised_bytes(config: Config, *, weights_bytes: int, executors: int, at_start_bytes: int, gpus: int = 0) -> int:
     """The most anonymous memory that the process ever has, with this budget for weights."""
     decoding = DECODING_BYTES_PER_PIXEL * config.limits.picture_pixels * executors
-    working = int(config.memory.activations) + gpus * int(config.memory.gpu_host_tier)
+    working = int(config.memory.activations) + gpus * pinned_bytes(config)
     return at_start_bytes + weights_bytes + working + decoding + passing_bytes(config)
+
+
+def pinned_bytes(config: Config) -> int:
+    """Main memory that a GPU's weights pass through, or wait in."""
+    return int(config.memory.gpu_host_tier) + WINDOWS * WINDOW_BYTES
 
 
 def passing_bytes(config: Config) -> int:
@@ -31,5 +37,5 @@ def weights_budget(config: Config, memory_bytes: int, gpus: int = 0) -> int:
 
     Decoding is not subtracted: few boxes see a picture of `limits.picture_pixels` on every executor at a time.
     """
-    taken = AT_START_BYTES + WORKING_BYTES + int(config.memory.activations) + gpus * int(config.memory.gpu_host_tier)
+    taken = AT_START_BYTES + WORKING_BYTES + int(config.memory.activations) + gpus * pinned_bytes(config)
     return max(0, min(int(config.memory.weights), memory_bytes - taken))

@@ -56,7 +56,7 @@ from appliance.drivers.store import Compiled
 from appliance.drivers.storecheck import StoreCheck
 from appliance.drivers.weights import Weights
 from appliance.errors import ApplianceError, BrokerError, DeviceError, MessageError, OutOfMemory
-from appliance.promise import DECODING_BYTES_PER_PIXEL, passing_bytes, promised_bytes
+from appliance.promise import DECODING_BYTES_PER_PIXEL, passing_bytes, pinned_bytes, promised_bytes
 from appliance.startup import CPU, Installation, install
 
 log = logging.getLogger(__name__)
@@ -461,7 +461,7 @@ class Service:
         """Compare what is booked with what is there, and say when the two part, or when the system refused memory."""
         config, ledger = self._config, self._controller.ledgers[CPU]
         decoding = DECODING_BYTES_PER_PIXEL * self._album.largest_pixels * len(self._installation.executors)
-        host_tiers = len(self._installation.gpus.used) * int(config.memory.gpu_host_tier)
+        host_tiers = len(self._installation.gpus.used) * pinned_bytes(config)
         balance = Balance(
             booked_bytes=self._memory.at_start_bytes + ledger.used_bytes,
             unbooked_bytes=int(config.memory.activations) + host_tiers + passing_bytes(config) + decoding,

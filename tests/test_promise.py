@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from appliance.config import Config, Memory
+from appliance.drivers.pinned import WINDOW_BYTES, WINDOWS
 from appliance.promise import AT_START_BYTES, WORKING_BYTES, promised_bytes, weights_budget
 
 SETTINGS = Config(memory=Memory.model_validate({"weights": "1GB", "activations": "100MB", "gpu_host_tier": "200MB"}))
@@ -15,7 +16,7 @@ def test_a_machine_with_memory_enough_gives_what_is_asked() -> None:
 
 def test_a_smaller_machine_or_cgroup_gives_what_it_has_left() -> None:
     assert weights_budget(SETTINGS, 600_000_000 + TAKEN) == 600_000_000
-    assert weights_budget(SETTINGS, 600_000_000 + TAKEN, gpus=2) == 200_000_000
+    assert weights_budget(SETTINGS, 600_000_000 + TAKEN, gpus=2) == 200_000_000 - 2 * WINDOWS * WINDOW_BYTES
     assert weights_budget(SETTINGS, TAKEN - 1) == 0
 
 

@@ -290,19 +290,22 @@ def test_a_resident_expert_does_not_keep_the_pictures_of_its_last_run(shop: Shop
 def test_activations_beyond_their_budget_are_given_back(shop: Shop) -> None:
     compiled = replace(shop.compiled["e0"], activation_item_bytes=32_000)
     shop.memory.load(compiled.segments)
+    frugal = Sessions(shop.memory, runtime.CpuPlace(), activation_bytes=0)
     sessions = Sessions(shop.memory, runtime.CpuPlace(), activation_bytes=16 << 20)
-    sessions.activate(compiled)
 
-    def gathered(count: int) -> int:
-        with sessions.lease("e0") as lease:
+    def held_after(count: int, within: Sessions) -> int:
+        within.activate(compiled)
+        with within.lease("e0") as lease:
             lease.run({"image": kit.noise(count)})
-        return anonymous_bytes() - before
+        within.drop("e0")
+        runtime.trim()
+        return anonymous_bytes()
 
-    before = 0
-    before = gathered(1)
-    assert gathered(400) > 8 << 20
-    assert gathered(1) > 8 << 20
-    assert gathered(300) < 1 << 20
+    held_after(400, frugal)  # whatever other sessions of this process left in the arena is gone with it
+    before = held_after(1, frugal)
+    assert held_after(400, sessions) - before > 8 << 20
+    assert held_after(1, sessions) - before > 8 << 20
+    assert held_after(300, sessions) - before < 2 << 20
 
 
 # Batch steps.

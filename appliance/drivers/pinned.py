@@ -19,7 +19,7 @@ from appliance.errors import NoRoom
 
 WINDOW_BYTES = 8 << 20
 """Four reads at a time fill one while the device fetches the other; both stay small beside any tier."""
-_WINDOWS = 2
+WINDOWS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,9 +138,9 @@ class Windows:
 
     def __init__(self, accelerator: Pinning) -> None:
         self._accelerator = accelerator
-        self._block = accelerator.pin(_WINDOWS * WINDOW_BYTES)
+        self._block = accelerator.pin(WINDOWS * WINDOW_BYTES)
         self._free: SimpleQueue[Window] = SimpleQueue()  # first in, first out: the one whose copy is the oldest
-        for start in range(0, _WINDOWS * WINDOW_BYTES, WINDOW_BYTES):
+        for start in range(0, WINDOWS * WINDOW_BYTES, WINDOW_BYTES):
             memory = self._block.memory[start : start + WINDOW_BYTES]
             self._free.put(Window(Pinned(self._block.address + start, memory)))
 
@@ -162,6 +162,6 @@ class Windows:
             self._free.put(window)
 
     def close(self) -> None:
-        for _ in range(_WINDOWS):
+        for _ in range(WINDOWS):
             self._free.get().pinned.memory.release()
         self._accelerator.unpin(self._block)
