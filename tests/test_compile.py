@@ -254,10 +254,10 @@ def test_how_an_architecture_is_served_follows_the_first_measurement(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch, loses: bool
 ) -> None:
     monkeypatch.setattr("appliance.drivers.compile.Child", InProcess)
-    monkeypatch.setattr("appliance.drivers.trial.is_slower", lambda pairs: loses)
+    monkeypatch.setattr("appliance.drivers.trial.loss", lambda pairs: 9.0 * loses)
     first, second = bench.bundle("first", kit.conv_net(1)), bench.bundle("second", kit.conv_net(2))
     [compiled] = bench.compiled(first)
-    monkeypatch.setattr("appliance.drivers.trial.is_slower", lambda pairs: not loses)
+    monkeypatch.setattr("appliance.drivers.trial.loss", lambda pairs: 9.0 * (not loses))
     [other] = bench.compiled(second)
     for bundle, expert in ((first, compiled), (second, other)):
         assert (expert.plain_path is not None) == loses
@@ -286,7 +286,7 @@ def test_what_will_serve_is_what_is_proven(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch, loses: bool, opens: str
 ) -> None:
     monkeypatch.setattr("appliance.drivers.compile.Child", InProcess)
-    monkeypatch.setattr("appliance.drivers.trial.is_slower", lambda pairs: loses)
+    monkeypatch.setattr("appliance.drivers.trial.loss", lambda pairs: 9.0 * loses)
     bench.compiled(bench.bundle("first"))
     real = getattr(trial, opens)
 
@@ -308,7 +308,7 @@ def test_a_plain_session_that_is_given_too_few_weights_is_refused(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("appliance.drivers.compile.Child", InProcess)
-    monkeypatch.setattr("appliance.drivers.trial.is_slower", lambda pairs: True)
+    monkeypatch.setattr("appliance.drivers.trial.loss", lambda pairs: 9.0)
     [compiled] = bench.compiled(bench.bundle("e"))
     assert compiled.plain_path is not None
     weights = bench.weights(compiled)
@@ -337,18 +337,26 @@ def test_a_flipped_bit_in_a_plain_graph_is_put_away_and_compiled_again(bench: Wo
 
 
 @pytest.mark.parametrize(
-    ("pairs", "is_slower"),
+    ("pairs", "lost"),
     [
-        ([(0.012, 0.010)] * 5, True),
-        ([(0.0108, 0.010)] * 5, False),
-        ([(0.008, 0.010)] * 5, False),
-        ([(0.00019, 0.00010)] * 5, False),  # a tenth of a millisecond is not worth a session
-        ([(0.010, 0.010)] * 6 + [(0.050, 0.010)] * 5, False),  # the box was busy in between
-        ([(0.020, 0.010)] * 6 + [(0.020, 0.080)] * 5, True),
+        ([(0.012, 0.010)] * 5, 0.2),
+        ([(0.0108, 0.010)] * 5, 0.0),
+        ([(0.008, 0.010)] * 5, 0.0),
+        ([(0.00019, 0.00010)] * 5, 0.0),  # a tenth of a millisecond is not worth a session
+        ([(0.010, 0.010)] * 6 + [(0.050, 0.010)] * 5, 0.0),  # the box was busy in between
+        ([(0.020, 0.010)] * 6 + [(0.020, 0.080)] * 5, 1.0),
     ],
 )
-def test_a_template_has_to_lose_clearly_and_often(pairs: list[tuple[float, float]], is_slower: bool) -> None:
-    assert trial.is_slower(pairs) is is_slower
+def test_a_template_has_to_lose_clearly_and_often(pairs: list[tuple[float, float]], lost: float) -> None:
+    assert trial.loss(pairs) == pytest.approx(lost)
+
+
+@pytest.mark.parametrize(
+    ("lost", "private_share", "plain"),
+    [(0.95, 1.2, True), (0.3, 1.0, False), (0.7, 1.0, True), (0.3, 0.1, True), (0.0, 0.0, False)],
+)
+def test_memory_that_a_plain_session_keeps_has_to_buy_speed(lost: float, private_share: float, plain: bool) -> None:
+    assert trial.is_worth(lost, int(private_share * 1_000_000), 1_000_000) is plain
 
 
 def test_what_a_run_takes_beside_the_weights_is_measured(bench: Workbench) -> None:
@@ -664,7 +672,7 @@ def test_a_width_that_a_later_layer_reads_is_not_free(bench: Workbench) -> None:
 
 def test_a_larger_head_than_the_measured_one_is_booked(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("appliance.drivers.compile.Child", InProcess)
-    monkeypatch.setattr("appliance.drivers.trial.is_slower", lambda pairs: True)
+    monkeypatch.setattr("appliance.drivers.trial.loss", lambda pairs: 9.0)
     bundles = [bench.bundle(f"e{n}", ending(ALIKE["gemm"], n)) for n in (5, 1005)]
     small, large = bench.compiled(*bundles)
     assert small.architecture == large.architecture

@@ -487,7 +487,8 @@ def test_weights_and_memory_stay_inside_their_budget(tmp_path: Path) -> None:
     more than the fixed part that docs/architecture.md states and 4 MB."""
     catalog = write_catalog(tmp_path / "catalog", {f"big{n}": conv_net(n, width=3350) for n in range(40)})
     budget, small = 450_000_000, "[limits]\npicture_pixels = 10000\npicture_bytes = 1000000\n"
-    with Box(tmp_path / "box", catalog, settings=f"[memory]\nweights = {budget}\n{small}") as box:
+    memory = f"[memory]\nweights = {budget}\nactivations = 1000000\n"
+    with Box(tmp_path / "box", catalog, settings=memory + small) as box:
         with Camera(box.port, RESULT, STATS) as camera:
             for number in range(160):
                 camera.publish(INFER + f"c-big{number * 7 % 40}", picture(number))

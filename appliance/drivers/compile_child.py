@@ -81,13 +81,16 @@ def _compiled(request: dict[str, Any], folder: Path) -> dict[str, Any]:
             _prove(opened(), reference, template.outputs, limit, request)
     output_bytes = _output_bytes(reference, request)
     del reference  # what it leaves free would be taken for what is measured
+    costs = None
+    if known is None:
+        costs = asdict(trial.measured(openers, partial(_noise, request), limit, segment["bytes"]))
     return {
         **segment,
         "architecture": template.signature,
         "outputs": list(template.outputs),
         "output_bytes": output_bytes,
         "plain": hashlib.sha256(plain).hexdigest() if is_for_cpu and (known is None or known["is_plain"]) else None,
-        "costs": asdict(trial.measured(openers, partial(_noise, request), limit)) if known is None else None,
+        "costs": costs,
     }
 
 

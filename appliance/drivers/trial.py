@@ -30,11 +30,14 @@ Pictures = Callable[[int], Sequence[Pixels]]
 """So many pictures for each input."""
 Weights = Mapping[str, NDArray[Any]]
 
-SLOWER = 1.10
-"""Times as long as a plain session's that a template's runs may take. With three busy processes on two cores, medians
-of convolutions were 0.99 to 1.03, of MatMul 1.3 to 1.5, of INT8 1.9 to 2.1 (1.31.1, 2026-11-21)."""
+SLOWER = 0.10
+"""How much longer than a plain session's a template's runs may take. With three busy processes on two cores, medians of
+convolutions took -0.01 to 0.03 longer, of MatMul 0.3 to 0.5, of INT8 0.9 to 1.1 (1.31.1, 2026-11-21)."""
 SLOWER_SECONDS = 0.0001
 """A run that loses less is not worth a session and packed weights of its own."""
+MEMORY_PRICE = 0.5
+"""A box that is short of memory pays for what plain sessions keep beside the segments by loading others more often: as
+much memory again has to buy runs that a template would take this much longer for. INT8 does, MatMul does not."""
 _BATCHES = (1, 2, 4, 8)
 _LONGEST_SECONDS = 0.5
 """No larger batch is measured than one that takes so long: it costs dozens of runs."""
@@ -108,28 +111,33 @@ def runtime_errors(what: str) -> Iterator[None]:
         raise ModelError(f"the graph {what}: {str(error)[:400]}", "export the expert again") from error
 
 
-def measured(openers: Mapping[bool, Callable[[], Trial]], pictures: Pictures, limit: int) -> Costs:
+def measured(openers: Mapping[bool, Callable[[], Trial]], pictures: Pictures, limit: int, weights_bytes: int) -> Costs:
     """What serving costs, in batches of at most `limit`: in the way that serves better, if there are two.
 
     Each call of an opener opens a session: as a template (False) or plain (True).
     """
     trials = {is_plain: opened() for is_plain, opened in openers.items()}
     sizes = _sizes(trials[False], pictures, limit)
-    is_plain = True in trials and _is_plain_better(trials[False], trials[True], pictures, sizes)
+    lost = _lost(trials[False], trials[True], pictures, sizes) if True in trials else 0.0
     trials.clear()
-    opened = openers[is_plain]
-    serving = opened()  # after the others have gone: what they left free would hide what this one takes
+    private_bytes = _private_bytes(openers[True], pictures(1)) if lost > 0 else 0
+    is_plain = is_worth(lost, private_bytes, weights_bytes)
+    serving = openers[is_plain]()  # after the others have gone: what they left free would hide what this one takes
     item_seconds, fixed_seconds = costs.fit(_seconds(serving, pictures, sizes))
     item_bytes, fixed_bytes = ceiling([(n, _activation_bytes(serving, pictures(1), pictures, n)) for n in sizes])
-    private_bytes = _private_bytes(serving, opened, pictures(1)) if is_plain else 0
-    return Costs(is_plain, item_seconds, fixed_seconds, item_bytes, fixed_bytes, private_bytes)
+    return Costs(is_plain, item_seconds, fixed_seconds, item_bytes, fixed_bytes, private_bytes if is_plain else 0)
 
 
-def is_slower(pairs: Sequence[tuple[float, float]]) -> bool:
-    """Whether a template loses so much that plain sessions serve: seconds of both, in pairs."""
-    ratio = statistics.median(template / plain for template, plain in pairs)
-    lost = statistics.median(template - plain for template, plain in pairs)
-    return ratio > SLOWER and lost > SLOWER_SECONDS
+def loss(pairs: Sequence[tuple[float, float]]) -> float:
+    """How much longer a template's runs take, as a share; 0 if that is too little. Seconds of both, in pairs."""
+    share = statistics.median(template / plain for template, plain in pairs) - 1
+    seconds = statistics.median(template - plain for template, plain in pairs)
+    return share if share > SLOWER and seconds > SLOWER_SECONDS else 0.0
+
+
+def is_worth(lost: float, private_bytes: int, weights_bytes: int) -> bool:
+    """Whether plain sessions serve, for what a template would lose and what they keep beside the segments."""
+    return lost > MEMORY_PRICE * private_bytes / weights_bytes
 
 
 def ceiling(samples: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -158,8 +166,8 @@ def _sizes(trial: Trial, pictures: Pictures, limit: int) -> tuple[int, ...]:
     return tuple(n for n in _BATCHES if n <= limit and (n == 1 or n * longest <= _LONGEST_SECONDS))
 
 
-def _is_plain_better(template: Trial, plain: Trial, pictures: Pictures, sizes: Sequence[int]) -> bool:
-    return any(is_slower(list(_pairs(template, plain, pictures(n)))) for n in {1, sizes[-1]})
+def _lost(template: Trial, plain: Trial, pictures: Pictures, sizes: Sequence[int]) -> float:
+    return max(loss(list(_pairs(template, plain, pictures(n)))) for n in {1, sizes[-1]})
 
 
 def _pairs(template: Trial, plain: Trial, pictures: Sequence[Pixels]) -> Iterator[tuple[float, float]]:
@@ -210,9 +218,10 @@ def _activation_bytes(trial: Trial, single: Sequence[Pixels], pictures: Pictures
     return max(taken, sum(picture.nbytes for picture in batch))
 
 
-def _private_bytes(serving: Trial, opened: Callable[[], Trial], single: Sequence[Pixels]) -> int:
+def _private_bytes(opened: Callable[[], Trial], single: Sequence[Pixels]) -> int:
     """What one more session keeps: packed weights and its own objects. The first pays for the process too."""
-    serving.run(single, shrink=True)
+    first = opened()
+    first.run(single, shrink=True)
     before = _settled_bytes()
     another = opened()
     another.run(single, shrink=True)
