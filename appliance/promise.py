@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from appliance.config import INBOX_BYTES, Config
-from appliance.drivers.pinned import WINDOW_BYTES, WINDOWS
 from appliance.drivers.records import GROUP_BYTES, QUEUED_BYTES
+from appliance.engine.pinned import WINDOW_BYTES, WINDOWS
 
 AT_START_BYTES = 80_000_000
 """More than the process has when it starts serving (60 MB), for sums that are made before it does."""

@@ -39,25 +39,26 @@ from appliance.core.types import (
     Tick,
     Verdict,
 )
-from appliance.drivers import cuda, devices, runtime, systemd
+from appliance.drivers import devices, runtime, systemd
 from appliance.drivers.alarms import Alarm, Alarms
 from appliance.drivers.album import Album, Subject
 from appliance.drivers.broker import Broker
-from appliance.drivers.device_weights import DeviceWeights
-from appliance.drivers.engine import Engine, Engines, Order
 from appliance.drivers.inbox import Inbox
 from appliance.drivers.intake import Intake, component_of
 from appliance.drivers.journal import Journal, Opening
 from appliance.drivers.mqtt import Door, DoorState
 from appliance.drivers.outbox import Note, Outbox
-from appliance.drivers.place import SegmentMemory
 from appliance.drivers.records import Conclusion, Recorded, Records, Spooled
-from appliance.drivers.store import Compiled
-from appliance.drivers.storecheck import StoreCheck
-from appliance.drivers.weights import Weights
+from appliance.engine import cuda
+from appliance.engine.device_weights import DeviceWeights
+from appliance.engine.engine import Engine, Engines, Order
+from appliance.engine.place import SegmentMemory
+from appliance.engine.weights import Weights
 from appliance.errors import ApplianceError, BrokerError, DeviceError, MessageError, OutOfMemory
 from appliance.promise import DECODING_BYTES_PER_PIXEL, passing_bytes, pinned_bytes, promised_bytes
 from appliance.startup import CPU, Installation, install
+from appliance.store.store import Compiled
+from appliance.store.storecheck import StoreCheck
 
 log = logging.getLogger(__name__)
 

@@ -19,12 +19,13 @@ from appliance.core.costs import Cost
 from appliance.core.graph import draw
 from appliance.core.memory import Ledger
 from appliance.core.types import Device, Executor, Expert, Footprint, Refusal
-from appliance.drivers import cuda, devices
-from appliance.drivers.compile import compile_bundles
-from appliance.drivers.store import Compiled, Store
+from appliance.drivers import devices
+from appliance.engine import cuda
 from appliance.errors import ApplianceError, ConfigError
 from appliance.profile import Profile
 from appliance.promise import weights_budget
+from appliance.store.compile import compile_bundles
+from appliance.store.store import Compiled, Store
 
 CPU = "cpu"
 GPU_SHARE = 0.8

@@ -17,8 +17,8 @@ from itertools import islice
 
 import numpy as np
 
-from appliance.drivers.pinned import Pinned
 from appliance.drivers.runtime import CpuPlace
+from appliance.engine.pinned import Pinned
 from appliance.errors import ApplianceError, DeviceError, OutOfMemory
 
 POISON = 0xFF

@@ -16,9 +16,9 @@ import pytest
 from onnx import ModelProto
 
 from appliance.core.types import Segment
-from appliance.drivers.sharing import layout
-from appliance.drivers.store import Compiled, TensorSlot
-from appliance.drivers.template import content, dtype_of, lift, packed
+from appliance.store.sharing import layout
+from appliance.store.store import Compiled, TensorSlot
+from appliance.store.template import content, dtype_of, lift, packed
 
 
 def written(content: bytes, folder: Path) -> Segment:

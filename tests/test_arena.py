@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from appliance.drivers.arena import Arena
+from appliance.engine.arena import Arena
 
 SMALL, LARGE = ("conv", 1), ("conv", 8)
 

@@ -23,14 +23,15 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from appliance.catalog import Bundle
-from appliance.drivers import compile_child, runtime, trial
-from appliance.drivers.compile import Report, compile_bundles
-from appliance.drivers.sessions import Sessions
-from appliance.drivers.store import Compiled, Store
-from appliance.drivers.storecheck import StoreCheck
-from appliance.drivers.weights import Weights
+from appliance.drivers import runtime
+from appliance.engine.sessions import Sessions
+from appliance.engine.weights import Weights
 from appliance.errors import ApplianceError, CatalogError, DigestMismatch, ModelError, StoreError, UnsafeModel
 from appliance.sandbox import Child
+from appliance.store import compile_child, trial
+from appliance.store.compile import Report, compile_bundles
+from appliance.store.store import Compiled, Store
+from appliance.store.storecheck import StoreCheck
 from tests import kit_models as kit
 
 ZOO = Path(__file__).parent / "data" / "zoo"
@@ -253,11 +254,11 @@ def test_convolutions_are_served_as_templates(bench: Workbench) -> None:
 def test_how_an_architecture_is_served_follows_the_first_measurement(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch, loses: bool
 ) -> None:
-    monkeypatch.setattr("appliance.drivers.compile.Child", InProcess)
-    monkeypatch.setattr("appliance.drivers.trial.loss", lambda pairs: 9.0 * loses)
+    monkeypatch.setattr("appliance.store.compile.Child", InProcess)
+    monkeypatch.setattr("appliance.store.trial.loss", lambda pairs: 9.0 * loses)
     first, second = bench.bundle("first", kit.conv_net(1)), bench.bundle("second", kit.conv_net(2))
     [compiled] = bench.compiled(first)
-    monkeypatch.setattr("appliance.drivers.trial.loss", lambda pairs: 9.0 * (not loses))
+    monkeypatch.setattr("appliance.store.trial.loss", lambda pairs: 9.0 * (not loses))
     [other] = bench.compiled(second)
     for bundle, expert in ((first, compiled), (second, other)):
         assert (expert.plain_path is not None) == loses
@@ -285,8 +286,8 @@ class InProcess:
 def test_what_will_serve_is_what_is_proven(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch, loses: bool, opens: str
 ) -> None:
-    monkeypatch.setattr("appliance.drivers.compile.Child", InProcess)
-    monkeypatch.setattr("appliance.drivers.trial.loss", lambda pairs: 9.0 * loses)
+    monkeypatch.setattr("appliance.store.compile.Child", InProcess)
+    monkeypatch.setattr("appliance.store.trial.loss", lambda pairs: 9.0 * loses)
     bench.compiled(bench.bundle("first"))
     real = getattr(trial, opens)
 
@@ -296,7 +297,7 @@ def test_what_will_serve_is_what_is_proven(
 
     monkeypatch.setattr(trial, opens, wrong)
     assert "differs from the plain session's" in str(bench.failure(bench.bundle("other", kit.conv_net(1))))
-    monkeypatch.setattr("appliance.drivers.compile_child._prove_equal", lambda *_: None)
+    monkeypatch.setattr("appliance.store.compile_child._prove_equal", lambda *_: None)
     truth = {
         "image": kit.noise(1),
         "logits": kit.run_plain(bench.bundle("x").model_path, {"image": kit.noise(1)})["logits"],
@@ -307,8 +308,8 @@ def test_what_will_serve_is_what_is_proven(
 def test_a_plain_session_that_is_given_too_few_weights_is_refused(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("appliance.drivers.compile.Child", InProcess)
-    monkeypatch.setattr("appliance.drivers.trial.loss", lambda pairs: 9.0)
+    monkeypatch.setattr("appliance.store.compile.Child", InProcess)
+    monkeypatch.setattr("appliance.store.trial.loss", lambda pairs: 9.0)
     [compiled] = bench.compiled(bench.bundle("e"))
     assert compiled.plain_path is not None
     weights = bench.weights(compiled)
@@ -452,7 +453,7 @@ def test_a_model_that_eats_memory_is_unsafe_and_the_others_are_compiled(bench: W
 def test_a_model_that_never_ends_is_unsafe_and_a_new_child_goes_on(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("appliance.drivers.compile._COMPILE_SECONDS", 3.0)
+    monkeypatch.setattr("appliance.store.compile._COMPILE_SECONDS", 3.0)
     results = bench.compile(bench.bundle("endless", kit.endless_net()), bench.bundle("z"))
     assert isinstance(results["endless"], UnsafeModel)
     assert str(results["endless"]).startswith("endless version 1: it took longer than 3 s")
@@ -556,7 +557,7 @@ _COMPILE_ELSEWHERE = """
 import json, sys
 from pathlib import Path
 from tests import kit_models as kit
-from appliance.drivers.compile import Store, compile_bundles
+from appliance.store.compile import Store, compile_bundles
 bundles = [kit.write_bundle(Path(sys.argv[2] + "-elsewhere"), f"e{i}", kit.fine_tune(i, width=200)) for i in range(6)]
 results = compile_bundles(Store(Path(sys.argv[1])), bundles, report=lambda name, result: None)
 print(json.dumps({name: result.segments[0].id for name, result in results.items()}))
@@ -671,8 +672,8 @@ def test_a_width_that_a_later_layer_reads_is_not_free(bench: Workbench) -> None:
 
 
 def test_a_larger_head_than_the_measured_one_is_booked(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("appliance.drivers.compile.Child", InProcess)
-    monkeypatch.setattr("appliance.drivers.trial.loss", lambda pairs: 9.0)
+    monkeypatch.setattr("appliance.store.compile.Child", InProcess)
+    monkeypatch.setattr("appliance.store.trial.loss", lambda pairs: 9.0)
     bundles = [bench.bundle(f"e{n}", ending(ALIKE["gemm"], n)) for n in (5, 1005)]
     small, large = bench.compiled(*bundles)
     assert small.architecture == large.architecture
@@ -857,7 +858,7 @@ def test_a_rebuild_ends_with_the_expert_that_is_being_compiled(
             threading.Event().wait(0.001)
         return {"e": compiled}
 
-    monkeypatch.setattr("appliance.drivers.storecheck.compile_bundles", endless)
+    monkeypatch.setattr("appliance.store.storecheck.compile_bundles", endless)
     with caplog.at_level(logging.INFO):
         check.start()
         check.wait()
@@ -880,7 +881,7 @@ def test_a_rebuild_gives_way_to_runs_and_loads(
         niceness.append(int(child.stdout))
         return {"e": compiled}
 
-    monkeypatch.setattr("appliance.drivers.storecheck.compile_bundles", noted)
+    monkeypatch.setattr("appliance.store.storecheck.compile_bundles", noted)
     check_beside(bench.store, {"e": bundle}, {"e": compiled}, caplog)
     assert niceness[0] >= min(19, os.nice(0) + 10), "a child has the priority of the thread that starts it"
 
@@ -935,7 +936,7 @@ def test_a_child_killed_while_it_compiles_fails_its_expert_only(
     doomed: list[subprocess.Popen[bytes]] = []
     killer = threading.Timer(seconds, lambda: doomed[0].kill())
     bundles = [bench.bundle("a"), bench.bundle("doomed", kit.conv_net(1, width=900)), bench.bundle("z")]
-    monkeypatch.setattr("appliance.drivers.compile.Child", Mortal)
+    monkeypatch.setattr("appliance.store.compile.Child", Mortal)
     results = bench.compile(*bundles)
     killer.join()
     assert isinstance(results["doomed"], Compiled) or "SIGKILL" in str(results["doomed"])
@@ -967,8 +968,8 @@ _COMPILE_UNTIL_KILLED = """
 import os, signal, sys
 from pathlib import Path
 from tests import kit_models as kit
-from appliance.drivers.compile import Report, compile_bundles
-from appliance.drivers.store import Store
+from appliance.store.compile import Report, compile_bundles
+from appliance.store.store import Store
 catalog, last = Path(sys.argv[2] + "-again"), int(sys.argv[3])
 bundles = [kit.write_bundle(catalog, f"e{i}", kit.fine_tune(i, width=200)) for i in range(6)]
 told = []
@@ -1011,7 +1012,7 @@ def test_a_full_disk_stops_the_compile_and_more_room_lets_it_go_on(
         with pytest.raises(StoreError, match="bytes left, compiling needs"):
             bench.compile(*bundles)
         assert_nothing_half_written(bench.store)
-        monkeypatch.setattr("appliance.drivers.compile._FILES_PER_MODEL", 0)
+        monkeypatch.setattr("appliance.store.compile._FILES_PER_MODEL", 0)
         with suppress(StoreError):  # never an expert that is said to be bad
             assert all(isinstance(result, Compiled) for result in bench.compile(*bundles).values())
         assert_nothing_half_written(bench.store)

@@ -22,15 +22,15 @@ from numpy.typing import NDArray
 
 from appliance.core.slab import whole_pages
 from appliance.core.types import Segment
-from appliance.drivers.cuda import CudaAccelerator, CudaPlace, usable_gpu
-from appliance.drivers.device_weights import DeviceWeights
-from appliance.drivers.disk import CHUNK_BYTES
-from appliance.drivers.place import Place, SegmentMemory
 from appliance.drivers.runtime import CpuPlace
-from appliance.drivers.sessions import Sessions
-from appliance.drivers.store import Compiled
-from appliance.drivers.weights import Weights
+from appliance.engine.cuda import CudaAccelerator, CudaPlace, usable_gpu
+from appliance.engine.device_weights import DeviceWeights
+from appliance.engine.disk import CHUNK_BYTES
+from appliance.engine.place import Place, SegmentMemory
+from appliance.engine.sessions import Sessions
+from appliance.engine.weights import Weights
 from appliance.errors import Cancelled, LoadError, OutOfMemory
+from appliance.store.store import Compiled
 from tests import kit_models as kit
 from tests.conftest import Need, decide
 from tests.kit_device import PretendAccelerator, PretendPlace

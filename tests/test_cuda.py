@@ -17,10 +17,11 @@ import onnxruntime
 import pytest
 
 from appliance.core.types import Segment
-from appliance.drivers import cuda, devices
-from appliance.drivers.cuda import CudaAccelerator, CudaPlace, usable_gpu
-from appliance.drivers.device_weights import DeviceWeights
+from appliance.drivers import devices
 from appliance.drivers.devices import Gpu
+from appliance.engine import cuda
+from appliance.engine.cuda import CudaAccelerator, CudaPlace, usable_gpu
+from appliance.engine.device_weights import DeviceWeights
 from appliance.errors import DeviceError, OutOfMemory
 from tests import kit_models as kit
 from tests.kit_segments import portable_expert

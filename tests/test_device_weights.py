@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from appliance.core.types import Segment
-from appliance.drivers.device_weights import DeviceWeights
-from appliance.drivers.disk import CHUNK_BYTES, READERS
-from appliance.drivers.pinned import WINDOW_BYTES
+from appliance.engine.device_weights import DeviceWeights
+from appliance.engine.disk import CHUNK_BYTES, READERS
+from appliance.engine.pinned import WINDOW_BYTES
 from appliance.errors import Cancelled, DeviceError, LoadError, OutOfMemory
 from tests.kit_device import POISON, QUEUE_DEPTH, PretendAccelerator, Refused
 from tests.kit_segments import Disk, Reads

@@ -24,15 +24,15 @@ from appliance.core.types import (
     Request,
     Verdict,
 )
-from appliance.drivers.compile import compile_bundles
-from appliance.drivers.device_weights import DeviceWeights
-from appliance.drivers.engine import Engine, Engines
-from appliance.drivers.executors import Views
+from appliance.drivers.images import Views
 from appliance.drivers.runtime import CpuPlace
-from appliance.drivers.store import Compiled, Store
-from appliance.drivers.weights import Weights
+from appliance.engine.device_weights import DeviceWeights
+from appliance.engine.engine import Engine, Engines
+from appliance.engine.weights import Weights
 from appliance.errors import ApplianceError, DeviceError, OutOfMemory
 from appliance.startup import footprint
+from appliance.store.compile import compile_bundles
+from appliance.store.store import Compiled, Store
 from tests import kit_models as kit
 from tests.kit import inspection_graph
 from tests.kit_device import PretendAccelerator, PretendPlace

@@ -15,13 +15,14 @@ from onnx import ModelProto, helper, numpy_helper
 from appliance.catalog import Bundle
 from appliance.core.types import Batch, Event, Finished, Load, Loaded, LoadFailed, Refusal, RunFailed
 from appliance.drivers import heads, images, runtime
-from appliance.drivers.cancellation import Cancellation
-from appliance.drivers.compile import compile_bundles
-from appliance.drivers.executors import Executors, Inspection, LoaderLane, Views
-from appliance.drivers.sessions import Sessions
-from appliance.drivers.store import Compiled, Store
-from appliance.drivers.weights import Weights
+from appliance.drivers.images import Views
+from appliance.engine.cancellation import Cancellation
+from appliance.engine.executors import Executors, Inspection, LoaderLane
+from appliance.engine.sessions import Sessions
+from appliance.engine.weights import Weights
 from appliance.errors import Cancelled, LoadError, MessageError, ModelError, OutOfMemory, PictureError, RunError
+from appliance.store.compile import compile_bundles
+from appliance.store.store import Compiled, Store
 from tests import kit_models as kit
 from tests.test_sessions import long_net
 

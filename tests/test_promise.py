@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from appliance.config import Config, Memory
-from appliance.drivers.pinned import WINDOW_BYTES, WINDOWS
+from appliance.engine.pinned import WINDOW_BYTES, WINDOWS
 from appliance.promise import AT_START_BYTES, WORKING_BYTES, promised_bytes, weights_budget
 
 SETTINGS = Config(memory=Memory.model_validate({"weights": "1GB", "activations": "100MB", "gpu_host_tier": "200MB"}))

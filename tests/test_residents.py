@@ -10,14 +10,14 @@ import pytest
 
 from appliance.core.types import Event, Evict, Load, LoadFailed, Refusal, Segment
 from appliance.drivers import runtime
-from appliance.drivers.cancellation import Cancellation
-from appliance.drivers.compile import compile_bundles
-from appliance.drivers.executors import LoaderLane
-from appliance.drivers.residents import Residents
-from appliance.drivers.sessions import Sessions
-from appliance.drivers.store import Compiled, Store
-from appliance.drivers.weights import Weights
+from appliance.engine.cancellation import Cancellation
+from appliance.engine.executors import LoaderLane
+from appliance.engine.residents import Residents
+from appliance.engine.sessions import Sessions
+from appliance.engine.weights import Weights
 from appliance.errors import Cancelled, RunError
+from appliance.store.compile import compile_bundles
+from appliance.store.store import Compiled, Store
 from tests import kit_models as kit
 
 TIMEOUT = 20.0

@@ -23,14 +23,14 @@ from onnx import TensorProto, helper, numpy_helper
 from appliance.catalog import Bundle
 from appliance.core.types import Segment
 from appliance.drivers import runtime
-from appliance.drivers.arena import Arena
-from appliance.drivers.cancellation import Cancellation
-from appliance.drivers.compile import compile_bundles
 from appliance.drivers.devices import anonymous_bytes
-from appliance.drivers.sessions import Sessions
-from appliance.drivers.store import Compiled, Store
-from appliance.drivers.weights import Weights
+from appliance.engine.arena import Arena
+from appliance.engine.cancellation import Cancellation
+from appliance.engine.sessions import Sessions
+from appliance.engine.weights import Weights
 from appliance.errors import Cancelled, LoadError, ModelError, OutOfMemory, RunError, StoreError
+from appliance.store.compile import compile_bundles
+from appliance.store.store import Compiled, Store
 from tests import kit_models as kit
 
 
@@ -148,7 +148,7 @@ def test_sessions_long_out_of_use_are_closed_and_opened_again_when_wanted(
     shop: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = count_openings(monkeypatch)
-    monkeypatch.setattr("appliance.drivers.sessions._UNUSED_TEMPLATES", 1)
+    monkeypatch.setattr("appliance.engine.sessions._UNUSED_TEMPLATES", 1)
     for name in ("e0", "wide", "e1", "e0", "e2"):
         shop.ready(name)
         np.testing.assert_allclose(run(shop, name, kit.noise(1)), shop.plain(name, kit.noise(1)), atol=1e-5)

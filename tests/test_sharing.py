@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from appliance.drivers import sharing
-from appliance.drivers.sharing import Content, Recipe, layout, recipes
+from appliance.store import sharing
+from appliance.store.sharing import Content, Recipe, layout, recipes
 
 BIG = 1 << 20
 

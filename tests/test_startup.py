@@ -15,10 +15,10 @@ from appliance import catalog as catalogs
 from appliance import profile as profiles
 from appliance.config import Config, Executors, Experts, Memory, Paths
 from appliance.drivers.devices import Gpu, memory_bytes
-from appliance.drivers.store import Compiled, Store
 from appliance.errors import ApplianceError, ConfigError
 from appliance.report import print_check
 from appliance.startup import checked, install, probabilities, waiting_to_compile
+from appliance.store.store import Compiled, Store
 from tests.kit_box import manifest_text, write_catalog
 from tests.kit_models import conv_net, fine_tune, greedy_net, write_bundle
 

@@ -21,10 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from appliance.catalog import Bundle
-from appliance.drivers import sharing
-from appliance.drivers.store import Compiled, Store
-from appliance.drivers.storecheck import StoreCheck
 from appliance.errors import StoreError
+from appliance.store import sharing
+from appliance.store.store import Compiled, Store
+from appliance.store.storecheck import StoreCheck
 from tests import kit_models as kit
 
 TRUNK = [bytes([n]) * 40_000 for n in (1, 2, 3, 4)]
@@ -374,7 +374,7 @@ def test_what_a_child_relied_on_must_still_be_there(shelf: Shelf, missing: str) 
 def test_another_runtime_version_has_a_store_of_its_own(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = shelf.put("e", [b"a" * 500])
     before = _files(shelf.store.folder)
-    monkeypatch.setattr("appliance.drivers.store._runtime_version", lambda: "9.9.9")
+    monkeypatch.setattr("appliance.store.store._runtime_version", lambda: "9.9.9")
     later = Shelf.at(shelf.folder)
     assert later.store.find(bundle) is None
     later.keep(bundle, [b"a" * 500])
@@ -385,7 +385,7 @@ def test_another_runtime_version_has_a_store_of_its_own(shelf: Shelf, monkeypatc
 
 def test_a_kill_at_any_moment_leaves_a_sound_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keeps and shares in a child that kills itself at its first step on disk, then at its second, and so on."""
-    monkeypatch.setattr("appliance.drivers.sealed._flush", lambda path: None)  # matters to power cuts only
+    monkeypatch.setattr("appliance.store.sealed._flush", lambda path: None)  # matters to power cuts only
     survived = False
     for step in itertools.count(1):
         (tmp_path / str(step)).mkdir()

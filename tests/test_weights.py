@@ -16,8 +16,8 @@ import pytest
 
 from appliance.core.types import Segment
 from appliance.drivers.devices import anonymous_bytes
-from appliance.drivers.disk import CHUNK_BYTES, READERS
-from appliance.drivers.weights import Weights
+from appliance.engine.disk import CHUNK_BYTES, READERS
+from appliance.engine.weights import Weights
 from appliance.errors import Cancelled, LoadError, OutOfMemory
 from tests.kit_brokers import until
 from tests.kit_segments import Disk, Reads

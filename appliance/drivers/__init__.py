@@ -1,1 +1,1 @@
-"""Touches the world: broker, disk, ONNX Runtime, operating system. Obeys actions and reports events."""
+"""Touches the world: broker, spool and records, pictures, ONNX Runtime, operating system."""

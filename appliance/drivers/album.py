@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from appliance.catalog import Product
 from appliance.drivers import images
-from appliance.drivers.executors import Views
+from appliance.drivers.images import Views
 from appliance.errors import CatalogError, MessageError, NotSpooled, PictureError
 
 CACHE_BYTES = 16 << 20  # decoded pictures kept for a second expert, and golden pictures, each this much

@@ -17,6 +17,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
@@ -29,6 +30,15 @@ from appliance.errors import PictureError
 
 Picture = NDArray[np.uint8]
 """(H, W) grey or (H, W, 3) RGB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Views:
+    """What an expert looks at; the reference is the golden picture's same place."""
+
+    picture: Picture
+    reference: Picture | None = None
+
 
 # Pillow's own limit warns from within `open`; ours is exact, set by the operator and checked before any pixel is.
 Image.MAX_IMAGE_PIXELS = None

@@ -26,15 +26,15 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from appliance.drivers import runtime
-from appliance.drivers.compile import compile_bundles
 from appliance.drivers.devices import anonymous_bytes, cores
-from appliance.drivers.disk import READERS, chunk_bytes
-from appliance.drivers.sessions import Sessions
-from appliance.drivers.store import Compiled, Store
-from appliance.drivers.weights import Weights
+from appliance.engine.disk import READERS, chunk_bytes
+from appliance.engine.sessions import Sessions
+from appliance.engine.weights import Weights
 from appliance.errors import ApplianceError
 from appliance.lab.shapes import SHAPES, Shape, write_expert
 from appliance.lab.trunks import trunks
+from appliance.store.compile import compile_bundles
+from appliance.store.store import Compiled, Store
 
 Say = Callable[[str], None]
 Pictures = NDArray[np.float32]

@@ -20,13 +20,13 @@ import numpy as np
 import onnxruntime
 
 from appliance.drivers import runtime
-from appliance.drivers.compile import compile_bundles
 from appliance.drivers.devices import anonymous_bytes, cores
-from appliance.drivers.sessions import Sessions
-from appliance.drivers.store import Compiled, Store
-from appliance.drivers.weights import Weights
+from appliance.engine.sessions import Sessions
+from appliance.engine.weights import Weights
 from appliance.errors import ApplianceError
 from appliance.lab.shapes import small_net, write_expert
+from appliance.store.compile import compile_bundles
+from appliance.store.store import Compiled, Store
 
 Say = Callable[[str], None]
 

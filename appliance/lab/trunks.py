@@ -10,13 +10,13 @@ from typing import Any
 from onnx import ModelProto
 
 from appliance.drivers import runtime
-from appliance.drivers.compile import compile_bundles
 from appliance.drivers.devices import cores
-from appliance.drivers.sessions import Sessions
-from appliance.drivers.store import Store
-from appliance.drivers.weights import Weights
+from appliance.engine.sessions import Sessions
+from appliance.engine.weights import Weights
 from appliance.errors import ApplianceError
 from appliance.lab.shapes import small_net, write_expert
+from appliance.store.compile import compile_bundles
+from appliance.store.store import Store
 
 _SIDE = 32
 _LAYERS, _CHANNELS = 6, 96

@@ -23,7 +23,7 @@ import numpy as np
 import onnxruntime
 
 from appliance.drivers import devices
-from appliance.drivers.pinned import Pinned
+from appliance.engine.pinned import Pinned
 from appliance.errors import DeviceError, OutOfMemory
 
 _PROVIDER = "CUDAExecutionProvider"

@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 from appliance.catalog import Bundle
-from appliance.drivers.compile import compile_bundles
-from appliance.drivers.store import Compiled, Damage, Store
 from appliance.errors import ApplianceError, StoreError
+from appliance.store.compile import compile_bundles
+from appliance.store.store import Compiled, Damage, Store
 
 _log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""The child process that compiles: `python -m appliance.drivers.compile_child`, requests in, descriptions out.
+"""The child process that compiles: `python -m appliance.store.compile_child`, requests in, descriptions out.
 
 The files are foreign, so everything that opens them happens here: it parses, optimises, lifts, proves what is to
 serve against the bundle's golden samples and the whole graph's session, and measures it. It knows neither the store's
@@ -21,11 +21,12 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import GraphProto, ModelProto, TensorProto
 
 from appliance import sandbox
-from appliance.drivers import golden, runtime, sealed, trial
-from appliance.drivers.sharing import layout
-from appliance.drivers.template import content, dtype_of, lift, packed, plain_form, views
-from appliance.drivers.trial import Pixels, Trial, runtime_errors
+from appliance.drivers import golden, runtime
 from appliance.errors import ModelError, StoreError
+from appliance.store import sealed, trial
+from appliance.store.sharing import layout
+from appliance.store.template import content, dtype_of, lift, packed, plain_form, views
+from appliance.store.trial import Pixels, Trial, runtime_errors
 
 _ROUNDING = 1e-4
 """Largest difference to the whole graph's session, relative to the largest output (measured: up to 4e-7)."""

@@ -16,9 +16,9 @@ from typing import Any, Protocol
 
 from appliance.core.slab import Slab, whole_pages
 from appliance.core.types import Segment
-from appliance.drivers.disk import READERS, OpenFile, Turn
-from appliance.drivers.pinned import WINDOW_BYTES, Copy, PinnedTier, Pinning, Windows
-from appliance.drivers.segments import SegmentTable
+from appliance.engine.disk import READERS, OpenFile, Turn
+from appliance.engine.pinned import WINDOW_BYTES, Copy, PinnedTier, Pinning, Windows
+from appliance.engine.segments import SegmentTable
 from appliance.errors import NoRoom, OutOfMemory
 
 

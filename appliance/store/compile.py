@@ -17,13 +17,13 @@ from typing import Any
 
 from appliance import catalog
 from appliance.catalog import Bundle, DetectionHead
-from appliance.drivers.store import Compiled, Store
 from appliance.errors import ApplianceError, CatalogError, ModelError, StoreError
 from appliance.sandbox import Child
+from appliance.store.store import Compiled, Store
 
 Report = Callable[[str, "Compiled | ApplianceError"], None]
 
-_COMPILER = "appliance.drivers.compile_child"
+_COMPILER = "appliance.store.compile_child"
 _COMPILE_SECONDS = 120.0
 _COMPILE_BYTES = 3 << 30
 _COPIES_AT_COMPILE = 12

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from appliance.core.types import Segment
-from appliance.drivers.disk import CHUNK_BYTES, READERS, Turn
-from appliance.drivers.segments import SegmentTable
+from appliance.engine.disk import CHUNK_BYTES, READERS, Turn
+from appliance.engine.segments import SegmentTable
 from appliance.errors import LoadError, OutOfMemory
 
 _PAGE = mmap.PAGESIZE

@@ -38,9 +38,10 @@ import numpy as np
 from appliance import catalog
 from appliance.catalog import Bundle, Catalog
 from appliance.core.types import Segment
-from appliance.drivers import devices, sealed, sharing
-from appliance.drivers.sharing import Content, Recipe
+from appliance.drivers import devices
 from appliance.errors import CatalogError, StoreError
+from appliance.store import sealed, sharing
+from appliance.store.sharing import Content, Recipe
 
 _log = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from appliance.core.types import Evict, Load, Segment
-from appliance.drivers.cancellation import Cancellation
-from appliance.drivers.place import SegmentMemory
-from appliance.drivers.sessions import Sessions
-from appliance.drivers.store import Compiled
+from appliance.engine.cancellation import Cancellation
+from appliance.engine.place import SegmentMemory
+from appliance.engine.sessions import Sessions
+from appliance.store.store import Compiled
 
 
 @dataclass(slots=True, eq=False)

@@ -8,11 +8,12 @@ from typing import assert_never
 
 from appliance.catalog import Bundle
 from appliance.core.types import CancelLoad, CancelRun, Device, Event, Evict, Executor, HurryLoad, Load, Run
-from appliance.drivers.executors import Executors, Inspection, LoaderLane, Views
-from appliance.drivers.place import Place, SegmentMemory
-from appliance.drivers.residents import Residents
-from appliance.drivers.sessions import Sessions
-from appliance.drivers.store import Compiled
+from appliance.drivers.images import Views
+from appliance.engine.executors import Executors, Inspection, LoaderLane
+from appliance.engine.place import Place, SegmentMemory
+from appliance.engine.residents import Residents
+from appliance.engine.sessions import Sessions
+from appliance.store.store import Compiled
 
 Order = Load | CancelLoad | HurryLoad | Evict | Run | CancelRun
 Report = Callable[[Event], None]

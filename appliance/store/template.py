@@ -18,8 +18,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-from appliance.drivers.widths import Tail, free_axes
 from appliance.errors import ModelError
+from appliance.store.widths import Tail, free_axes
 
 INSIDE_SLOTS: Mapping[str, frozenset[int]] = {
     "Resize": frozenset({1, 2}),

@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 
 from appliance import catalog
 from appliance.drivers import runtime
-from appliance.drivers.arena import Arena
-from appliance.drivers.cancellation import Cancellation
-from appliance.drivers.place import Place, SegmentMemory
-from appliance.drivers.store import Compiled, TensorSlot
+from appliance.engine.arena import Arena
+from appliance.engine.cancellation import Cancellation
+from appliance.engine.place import Place, SegmentMemory
 from appliance.errors import ApplianceError, DeviceError, ModelError, OutOfMemory, RunError, StoreError
+from appliance.store.store import Compiled, TensorSlot
 
 _FAILURES: tuple[type[Exception], ...] = (*runtime.ERRORS, MemoryError)
 _UNUSED_TEMPLATES = 16

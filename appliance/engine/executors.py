@@ -20,22 +20,15 @@ from numpy.typing import NDArray
 from appliance.catalog import Bundle, ExpertManifest
 from appliance.core.types import Batch, Event, Finished, Load, Loaded, LoadFailed, Refusal, RunFailed
 from appliance.drivers import heads, images
-from appliance.drivers.cancellation import Cancellation
 from appliance.drivers.golden import prove
-from appliance.drivers.sessions import Sessions
-from appliance.drivers.store import Compiled
+from appliance.drivers.images import Views
+from appliance.engine.cancellation import Cancellation
+from appliance.engine.sessions import Sessions
 from appliance.errors import ApplianceError, CatalogError, GoldenMismatch, MessageError, OutOfMemory, RunError
+from appliance.store.store import Compiled
 
 _log = logging.getLogger(__name__)
 _AGAIN_SECONDS = 0.05
-
-
-@dataclass(frozen=True, slots=True)
-class Views:
-    """What an expert looks at: (H, W) or (H, W, 3) uint8; the reference is the golden picture's same place."""
-
-    picture: NDArray[np.uint8]
-    reference: NDArray[np.uint8] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

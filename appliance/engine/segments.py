@@ -15,7 +15,7 @@ from threading import Lock
 from typing import Generic, TypeVar
 
 from appliance.core.types import Segment
-from appliance.drivers.disk import Reader, Turn
+from appliance.engine.disk import Reader, Turn
 from appliance.errors import ApplianceError, LoadError
 
 Room = TypeVar("Room")

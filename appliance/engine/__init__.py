@@ -1,0 +1,1 @@
+"""Brings experts to a device and runs them there: memory for segments, sessions, loaders, executors."""
