@@ -141,7 +141,14 @@ class Service:
         self._drift = DriftAlarm()
         self._has_drained = False
 
-        self._store_check = StoreCheck(installation.store, installation.catalog.bundles, installation.compiled)
+        self._store_checks = [
+            StoreCheck(store, installation.catalog.bundles, compiled)
+            for store, compiled in (
+                (installation.store, installation.compiled),
+                (installation.gpus.store, installation.gpus.compiled),
+            )
+            if store is not None
+        ]
         self._album = Album(
             records.payload,
             self._subject,
@@ -190,7 +197,8 @@ class Service:
         self._intake.start()
         self._door.start()
         self._memory.begin()
-        self._store_check.start()
+        for check in self._store_checks:
+            check.start()
         self._alarm_of_experts()
         self._alarm_of_budget()
         self._alarms.set(Alarm.GPU, {"gpus": dict(trouble)} if (trouble := self._installation.gpus.trouble) else None)
@@ -206,7 +214,8 @@ class Service:
         """However it ended: what runs is given up and awaited, and whoever watches the box knows that it is gone."""
         if not self._has_drained:  # a clean goodbye keeps the last will from saying so
             self._outbox.note(Note(contract.status_topic(self._config), b"offline", retain=True))
-        self._store_check.stop()
+        for check in self._store_checks:
+            check.stop()
         self._engines.stop()
         self._intake.stop()
         self._door.disconnect()

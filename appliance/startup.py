@@ -25,7 +25,7 @@ from appliance.errors import ApplianceError, ConfigError
 from appliance.profile import Profile
 from appliance.promise import weights_budget
 from appliance.store.compile import compile_bundles
-from appliance.store.store import Compiled, Store
+from appliance.store.store import PROVIDERS, Compiled, Store
 
 CPU = "cpu"
 GPU_SHARE = 0.8
@@ -243,13 +243,19 @@ def refusal_of(error: ApplianceError) -> Refusal:
     return Refusal(error.reason, str(error))
 
 
+def _stores(config: Config) -> list[Store]:
+    """Those that are on this box already."""
+    stores = (Store(config.paths.store, provider) for provider in PROVIDERS)
+    return [store for store in stores if store.folder.is_dir()]
+
+
 def checked(config: Config, *, prune: bool = False, tell: Progress = lambda what, done, of: None) -> dict[str, Any]:
     """What `appliance check` tells: the catalogue, what is unavailable and why, and whether the budget holds it.
 
-    Reads every byte of the store first; what was damaged has been compiled again when this returns. `prune` removes
+    Reads every byte of the stores first; what was damaged has been compiled again when this returns. `prune` removes
     compiled experts that no bundle names any more. `tell` hears how far it is: bytes read, then experts compiled.
     """
-    damaged = Store(config.paths.store).check(tell=partial(tell, "bytes"))
+    damaged = [found for store in _stores(config) for found in store.check(tell=partial(tell, "bytes"))]
     waiting = {bundle.manifest.name for bundle in waiting_to_compile(config)}
     compiled = set[str]()
 
@@ -258,8 +264,9 @@ def checked(config: Config, *, prune: bool = False, tell: Progress = lambda what
         tell("experts", len(compiled), len(waiting))
 
     made = install(config, count)
-    unused = made.store.unused(made.catalog)
-    freed_bytes = made.store.prune(made.catalog) if prune else None
+    stores = _stores(config)
+    unused = {name: size for store in stores for name, size in store.unused(made.catalog).items()}
+    freed_bytes = sum(store.prune(made.catalog) for store in stores) if prune else None
     device = made.devices[-1]
     footprints, budget = {name: e.footprints[CPU] for name, e in made.experts.items()}, device.budget_bytes
     total = sum({s.id: s.bytes for f in footprints.values() for s in f.segments}.values())
