@@ -264,7 +264,9 @@ def checked(config: Config, *, prune: bool = False, tell: Progress = lambda what
         tell("experts", len(compiled), len(waiting))
 
     made = install(config, count)
-    stores = _stores(config)
+    in_use = {store.provider: store for store in (made.store, made.gpus.store) if store is not None}
+    # Two objects for one folder would be in each other's way.
+    stores = [in_use.get(store.provider, store) for store in _stores(config)]
     unused = {name: size for store in stores for name, size in store.unused(made.catalog).items()}
     freed_bytes = sum(store.prune(made.catalog) for store in stores) if prune else None
     device = made.devices[-1]

@@ -18,6 +18,7 @@ from appliance.drivers.devices import Gpu, memory_bytes
 from appliance.errors import ApplianceError, ConfigError
 from appliance.report import print_check
 from appliance.startup import checked, install, probabilities, waiting_to_compile
+from appliance.store.compile import compile_bundles
 from appliance.store.store import Compiled, Store
 from tests.kit_box import manifest_text, write_catalog
 from tests.kit_models import conv_net, fine_tune, greedy_net, write_bundle
@@ -172,6 +173,23 @@ def test_compiled_experts_that_no_bundle_names_are_pruned_when_told_to(tmp_path:
     assert {path.name for path in (folder / "segments").iterdir()} == {s.id for s in made.compiled["kept"].segments}
     assert [path.name for path in (folder / "architectures").iterdir()] == [made.compiled["kept"].architecture]
     made.store.verify(made.compiled["kept"])
+
+
+def test_what_is_compiled_for_gpus_is_checked_and_pruned_too(tmp_path: Path) -> None:
+    config, _ = _with_one_gone(tmp_path)
+    bundles = list(catalogs.load(config.paths.catalog).bundles.values())
+    gone = write_bundle(tmp_path / "elsewhere", "gone-too", conv_net(7, width=150))
+    store = Store(config.paths.store, "cuda")
+    compile_bundles(store, [*bundles, gone], report=lambda *_: None)
+    (description,) = (store.folder / "experts" / "gone-too").iterdir()
+    segment = store.find(bundles[0]).segments[0]  # type: ignore[union-attr]
+    path = store.segment_path(segment.id)
+    path.write_bytes(bytes(segment.bytes))
+    del store
+    found = checked(config, prune=True)
+    assert str(path) in found["damaged"]
+    assert any(name.startswith("gone-too/") for name in found["unused"])
+    assert not description.exists()
 
 
 def test_what_a_running_service_may_need_is_not_pruned(tmp_path: Path) -> None:
