@@ -14,6 +14,7 @@ from __future__ import annotations
 import heapq
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
+from math import inf
 from types import MappingProxyType
 from typing import assert_never
 
@@ -21,10 +22,11 @@ from appliance.core import policies
 from appliance.core.graph import ExpertGraph, Progress, start
 from appliance.core.memory import Ledger
 from appliance.core.policies import Resident
-from appliance.core.scheduler import Group, Scheduler, Task
+from appliance.core.scheduler import Group, Queue, Scheduler, Task
 from appliance.core.types import (
     CANCELLED,
     DEVICE,
+    FRAGMENTED,
     GOLDEN_MISMATCH,
     OUT_OF_MEMORY,
     Action,
@@ -97,6 +99,8 @@ class Controller:
     def handle(self, event: Event, now: float) -> list[Action]:
         """Decide what follows from `event`, at monotonic second `now`."""
         actions: list[Action] = []
+        for ledger in self.ledgers.values():
+            ledger.recover(now)
         match event:
             case Arrived(request):
                 self._arrived(request, now, actions)
@@ -122,6 +126,7 @@ class Controller:
     def next_wakeup(self, now: float) -> float | None:
         """When to send a Tick if nothing else happens: a deadline, or a cold expert's patience. None: never."""
         times = [deadline for deadline, _ in self._deadlines[:1]]
+        times += [ledger.recovers_at for ledger in self.ledgers.values() if ledger.recovers_at is not None]
         for name, ledger in self.ledgers.items():
             if ledger.loading_count < ledger.device.load_slots:
                 until = (_patient_until(g) for g in self.scheduler.groups(name) if ledger.is_absent(g.expert))
@@ -163,11 +168,19 @@ class Controller:
             if expert in ledger.pinned:
                 self._coming.append(expert)
             return
+        is_wanted = self.scheduler.demand(device, expert) > 0
+        if refusal.reason == FRAGMENTED:
+            self.counts["fragmented"] += 1
+            if is_wanted and self._evict_one(ledger, actions):  # and it is tried again
+                return
         self.counts["load_failures"] += 1
         if refusal.reason == OUT_OF_MEMORY:
-            self._make_do_with_less(ledger, 0, actions)
+            self._make_do_with_less(ledger, 0, now, actions)
+        if not is_wanted and expert not in ledger.pinned:
+            return
         self._failed_loads[device, expert] += 1
         if self._failed_loads[device, expert] < LOAD_ATTEMPTS:
+            self._coming.extend([expert] if expert in ledger.pinned else [])
             return
         del self._failed_loads[device, expert]
         for request in self.scheduler.waiting(device, expert):
@@ -210,7 +223,7 @@ class Controller:
         if refusal.reason == OUT_OF_MEMORY:
             footprint = self._experts[batch.expert].footprints[batch.device]
             ledger = self.ledgers[batch.device]
-            self._make_do_with_less(ledger, footprint.activation_bytes(len(batch.requests)), actions)
+            self._make_do_with_less(ledger, footprint.activation_bytes(len(batch.requests)), now, actions)
         open_requests = [request for request in batch.requests if request in self.progress]
         if refusal.reason == GOLDEN_MISMATCH:
             self._quarantine(batch.expert, refusal, open_requests, now, actions)
@@ -225,13 +238,17 @@ class Controller:
     def _quarantine(
         self, expert: str, refusal: Refusal, asked: Sequence[str], now: float, actions: list[Action]
     ) -> None:
-        """The expert serves no more; whoever waits for it is told why."""
+        """The expert serves no more; whoever waits for it is told why, and its memory is anybody's."""
         if expert not in self.unavailable:
             self.unavailable[expert] = refusal
             actions.append(Quarantine(expert, refusal))
         waiting = [request for device in self.ledgers for request in self.scheduler.waiting(device, expert)]
         for request in dict.fromkeys([*asked, *waiting]):
             self._conclude(request, Outcome.ERROR, now, actions, refusal)
+        for ledger in self.ledgers.values():
+            ledger.give_up(expert)
+            if ledger.is_evictable(expert):
+                self._evict(ledger, expert, actions)
 
     def _ask_elsewhere(self, request: str, expert: str, device: str, now: float) -> bool:
         """Give the request's task to another device that can hold the expert, if there is one."""
@@ -245,15 +262,23 @@ class Controller:
         self.scheduler.put(Task(request, expert, now, alone=True, barred=barred), self.ledgers)
         return True
 
-    def _make_do_with_less(self, ledger: Ledger, less_bytes: int, actions: list[Action]) -> None:
+    def _make_do_with_less(self, ledger: Ledger, less_bytes: int, now: float, actions: list[Action]) -> None:
         """The device ran out of memory: it gets less from now on, and what is too much leaves, idle experts first."""
         self.counts["out_of_memory"] += 1
-        ledger.withhold(less_bytes)
+        ledger.withhold(less_bytes, now)
+        while ledger.excess_bytes and self._evict_one(ledger, actions):
+            pass
+
+    def _evict_one(self, ledger: Ledger, actions: list[Action]) -> bool:
+        """Let the one leave that is wanted least; False if nobody can."""
         for expert in policies.eviction_order(self._leavable(ledger), spare_queued=False):
-            if not ledger.excess_bytes:
-                return
-            self.counts["evictions"] += 1
-            actions.append(Evict(ledger.device.name, expert, ledger.evict(expert).segments))
+            self._evict(ledger, expert, actions)
+            return True
+        return False
+
+    def _evict(self, ledger: Ledger, expert: str, actions: list[Action]) -> None:
+        self.counts["evictions"] += 1
+        actions.append(Evict(ledger.device.name, expert, ledger.evict(expert).segments))
 
     # Steps
 
@@ -308,12 +333,16 @@ class Controller:
             actions.append(CancelRun(batch))
 
     def _start_runs(self, now: float, actions: list[Action]) -> list[Batch]:
-        begun = []
-        for queue in self.scheduler.queues.values():
-            if queue.running is not None:
-                continue
+        """Executors take work, who has what waits longest first. Where that finds no room beside what runs and has no
+        patience left, nobody else on its device begins: else small batches would keep a large one waiting for ever."""
+        begun, held = list[Batch](), set[str]()
+        for queue, oldest in self._free_queues():
             ledger = self.ledgers[queue.executor.device]
+            if queue.executor.device in held:
+                continue
             batch = self.scheduler.take(queue, ledger, now)
+            if batch is None and oldest + policies.PATIENCE_SECONDS <= now:
+                held.add(queue.executor.device)
             if batch is not None:
                 ledger.begin_run(batch.expert, len(batch.requests))
                 self._release_claim(batch.device, batch.expert)
@@ -321,6 +350,15 @@ class Controller:
                 actions.append(Run(batch))
                 begun.append(batch)
         return begun
+
+    def _free_queues(self) -> list[tuple[Queue, float]]:
+        """Those without a batch and with work that is ready, and since when it waits, longest first."""
+        free = [
+            (queue, self.scheduler.oldest_ready_seconds(queue, self.ledgers[queue.executor.device]))
+            for queue in self.scheduler.queues.values()
+            if queue.running is None
+        ]
+        return sorted(((queue, oldest) for queue, oldest in free if oldest < inf), key=lambda pair: pair[1])
 
     def _start_loads(self, now: float, actions: list[Action]) -> None:
         self._hurry(actions)
@@ -349,6 +387,8 @@ class Controller:
         """While a batch runs, bring whom it may lead to, as far as slots and memory are free anyway."""
         for batch in begun:
             ledger = self.ledgers[batch.device]
+            if self._is_wanted(ledger):
+                continue
             for expert in (edge.to for edge in self._graph.edges.get(batch.expert, ())):
                 if (
                     expert not in self.unavailable
@@ -416,8 +456,11 @@ class Controller:
                 name,
                 self._experts[name].footprints[device].weights_bytes,
                 self._experts[name].probability,
-                self._graph.is_subsequent(name)
-                and all(ledger.is_absent(before) for before in self._graph.before[name]),
+                name in self.unavailable
+                or (
+                    self._graph.is_subsequent(name)
+                    and all(ledger.is_absent(before) for before in self._graph.before[name])
+                ),
                 self.scheduler.demand(device, name),
             )
             for name in ledger.resident

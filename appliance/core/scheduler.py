@@ -101,6 +101,11 @@ class Scheduler:
             ready.remove(group)
         return None
 
+    def oldest_ready_seconds(self, queue: Queue, ledger: Ledger) -> float:
+        """Since when the first task of a ready expert waits; infinity if there is none."""
+        ready = (group.since_seconds for group in queue.groups.values() if ledger.is_ready(group.expert))
+        return min(ready, default=float("inf"))
+
     def _batch(self, queue: Queue, group: Group, most: int) -> Batch:
         tasks = self._split(group, most)
         self._forget(queue, group, len(tasks))

@@ -61,6 +61,7 @@ class Refusal:
 
 
 OUT_OF_MEMORY = "out-of-memory"
+FRAGMENTED = "fragmented"
 DEVICE = "device"
 CANCELLED = "cancelled"
 GOLDEN_MISMATCH = "golden-mismatch"
