@@ -311,18 +311,9 @@ def test_activations_beyond_their_budget_are_given_back(shop: Shop) -> None:
 # Batch steps.
 
 
-@dataclass(frozen=True, slots=True)
-class SteppedPlace(runtime.CpuPlace):
-    """A processor that likes some batches better than others."""
-
-    @property
-    def batch_sizes(self) -> tuple[int, ...]:
-        return 2, 4
-
-
-@pytest.mark.parametrize(("count", "ran"), [(1, 2), (2, 2), (3, 4), (4, 4), (5, 5)])
-def test_batches_are_filled_to_the_next_size_and_answered_without_the_filling(
-    shop: Shop, monkeypatch: pytest.MonkeyPatch, count: int, ran: int
+@pytest.mark.parametrize(("count", "size", "ran"), [(1, 2, 2), (2, 2, 2), (3, 4, 4), (5, 0, 5), (5, 4, 5)])
+def test_batches_are_filled_and_answered_without_the_filling(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, count: int, size: int, ran: int
 ) -> None:
     sizes: list[int] = []
     really_begin = Arena.begin
@@ -334,11 +325,11 @@ def test_batches_are_filled_to_the_next_size_and_answered_without_the_filling(
     monkeypatch.setattr(Arena, "begin", begin)
     compiled = shop.compiled["e0"]
     shop.memory.load(compiled.segments)
-    sessions = Sessions(shop.memory, SteppedPlace(), activation_bytes=64 << 20)
+    sessions = Sessions(shop.memory, runtime.CpuPlace(), activation_bytes=64 << 20)
     sessions.activate(compiled)
     pictures = kit.noise(count)
     with sessions.lease("e0") as lease:
-        found = lease.run({"image": pictures})["logits"]
+        found = lease.run({"image": pictures}, size=size)["logits"]
     assert found.shape == (count, 7)
     np.testing.assert_allclose(found, shop.plain("e0", pictures), atol=1e-5)
     assert sizes == [ran]

@@ -91,10 +91,6 @@ class CpuPlace:
     def device(self) -> tuple[str, int]:
         return "cpu", 0
 
-    @property
-    def batch_sizes(self) -> tuple[int, ...]:
-        return ()
-
     def open_template(self, path: Path) -> Any:
         return open_session(path, intra_threads=self.intra_threads)
 

@@ -31,7 +31,7 @@ _LIBRARIES = ("libcudart.so.13", "libcublas.so.13", "libcublasLt.so.13", "libcur
 """What the provider of 1.31.1 links to, and cuDNN, which it opens only when it first meets a convolution."""
 _INSTALL = "install the appliance with its extra `cuda`"
 _LOOK = "look at `nvidia-smi` and the kernel's log"
-_BATCH_SIZES = (1, 2, 4, 8, 16, 32)
+BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 """cuDNN plans a convolution anew for every batch size that it meets."""
 
 
@@ -172,10 +172,6 @@ class CudaPlace:
     @property
     def device(self) -> tuple[str, int]:
         return "cuda", self.index
-
-    @property
-    def batch_sizes(self) -> tuple[int, ...]:
-        return _BATCH_SIZES
 
     def open_template(self, path: Path) -> Any:
         """An InferenceSession of a graph without weights. Raises one of runtime.ERRORS, or DeviceError."""

@@ -23,6 +23,7 @@ Report = Callable[[Event], None]
 class Engine:
     """What brings experts to one device and runs them there."""
 
+    device: Device
     memory: SegmentMemory
     sessions: Sessions
     residents: Residents
@@ -36,7 +37,7 @@ class Engine:
         sessions = Sessions(memory, place, activation_bytes=device.activation_bytes)
         residents = Residents(compiled, memory, sessions)
         loaders = LoaderLane(device.name, device.load_slots, residents.bring, report, residents.hurry)
-        return cls(memory, sessions, residents, loaders)
+        return cls(device, memory, sessions, residents, loaders)
 
 
 class Engines:
@@ -49,9 +50,14 @@ class Engines:
         bundles: Mapping[str, Bundle],
         look: Callable[[str], Views],
         report: Report,
+        *,
+        batch_cap: int | None = None,
     ) -> None:
         self._engines = engines
-        work = {name: Inspection(engine.sessions, bundles, look) for name, engine in engines.items()}
+        work = {
+            name: Inspection(engine.device, engine.sessions, bundles, look, batch_cap=batch_cap)
+            for name, engine in engines.items()
+        }
         names = {executor.name: executor.device for executor in executors}
         self._executors = Executors(names, lambda batch, given_up: work[batch.device](batch, given_up), report)
 

@@ -78,11 +78,6 @@ class Place(Protocol):
         """As bindings name it: ("cpu", 0), ("cuda", 1)."""
         ...
 
-    @property
-    def batch_sizes(self) -> tuple[int, ...]:
-        """The batches that run well, in ascending order; others are filled up to the next. Empty: any."""
-        ...
-
     def open_template(self, path: Path) -> Any:
         """An InferenceSession of a graph without weights. Raises one of runtime.ERRORS, or DeviceError."""
         ...

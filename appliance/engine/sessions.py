@@ -62,9 +62,10 @@ class Lease:
         self._session, self._binding = session, binding
         self._place, self._arena, self._cancellation = place, arena, cancellation
 
-    def run(self, feeds: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[Any]]:
+    def run(self, feeds: Mapping[str, NDArray[np.float32]], *, size: int = 0) -> dict[str, NDArray[Any]]:
         """Outputs by the portable graph's names; `feeds` has its input names, arrays of shape (N, C, H, W).
 
+        A batch of less than `size` pictures is filled up to so many; nothing is answered for what fills it.
         Raises RunError that names the expert when a feed is missing or the runtime refuses or fails, OutOfMemory when
         the device has not enough for it, and Cancelled when nobody wants the run any more. Another run may follow all.
         """
@@ -75,7 +76,7 @@ class Lease:
             raise RunError(f"{self.compiled.expert} was run after its lease had ended")
         self._cancellation.check(f"the run of {self.compiled.expert}")
         count = len(feeds[self.compiled.inputs[0]])
-        size = next((step for step in self._place.batch_sizes if step >= count), count)
+        size = max(size, count)
         with self._in_arena(size) as shrink:
             outputs = self._run(feeds, size - count, self._place.run_options(shrink=shrink))
         if shrink:
