@@ -16,7 +16,7 @@ import pytest
 
 from appliance.core.types import Segment
 from appliance.drivers.devices import anonymous_bytes
-from appliance.engine.disk import CHUNK_BYTES, READERS
+from appliance.engine.disk import CHUNK_BYTES, READERS, Reader, Turn
 from appliance.engine.weights import Weights
 from appliance.errors import Cancelled, LoadError, OutOfMemory
 from tests.kit_brokers import until
@@ -173,6 +173,40 @@ def test_a_load_ahead_that_is_hurried_no_longer_waits(
             assert not first.done()
         finally:
             reads.go_on.set()
+
+
+def test_helpers_that_gave_way_help_again_when_the_load_is_hurried(disk: Disk) -> None:
+    segment, reader, turn = disk.segment(12 * CHUNK_BYTES), Reader(), Turn(is_ahead=True)
+    begun, has_given_way, is_helped = threading.Event(), threading.Event(), threading.Event()
+    me = threading.get_ident()
+
+    def landed(place: int, size: int) -> None:
+        if threading.get_ident() != me:
+            is_helped.set() if has_given_way.is_set() else begun.wait(30)
+        elif has_given_way.is_set():
+            assert is_helped.wait(20), "one thread reads it to its end"
+        else:
+            with reader.waiting(Turn(), ahead=False):
+                begun.set()
+                all_idle(reader)
+            has_given_way.set()
+            reader.hurry(turn)
+
+    memory = memoryview(mmap.mmap(-1, segment.bytes))
+    with (
+        reader.waiting(turn, ahead=True),
+        reader.opened(disk.folder / segment.id, segment.bytes) as file,
+    ):
+        reader.fill(memory, file, turn, landed=landed)
+    assert hashlib.sha256(memory).hexdigest() == segment.id
+    reader.close()
+
+
+def all_idle(reader: Reader) -> None:
+    """Return when no helper does anything else."""
+    together = threading.Barrier(READERS - 1)
+    for waiting in [reader._helpers.submit(together.wait, 30) for _ in range(READERS - 1)]:
+        waiting.result()
 
 
 def test_a_cancelled_load_ends_with_an_error_and_without_memory(
