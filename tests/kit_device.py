@@ -187,4 +187,8 @@ def _inside(blocks: Mapping[int, mmap.mmap], address: int, size: int) -> int | N
 
 @dataclass(frozen=True, slots=True)
 class PretendPlace(CpuPlace):
-    """The processor as the place of the pretend accelerator."""
+    """The processor as the place of the pretend accelerator. What a run shrinks is only its own session's arena."""
+
+    @property
+    def shares_arena(self) -> bool:
+        return False

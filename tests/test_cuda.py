@@ -242,7 +242,7 @@ def test_the_options_of_a_session_name_device_stream_and_limit() -> None:
     options = CudaPlace(1, 4711, 1 << 20)._provider_options()
     assert options["device_id"] == "1"
     assert options["user_compute_stream"] == "4711"
-    assert options["gpu_mem_limit"] == str(1 << 20)
+    assert options["gpu_mem_limit"] == str(2 << 20)
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,8 @@ class _Event:
 class CudaPlace:
     """One GPU as ONNX Runtime sees it. It serves templates only.
 
-    Runs are queued on `compute_stream`. `activation_bytes` limit what one session's arena takes for its runs.
+    Runs are queued on `compute_stream`. Each session has an arena of its own, which may keep as much as runs may take:
+    `activation_bytes`.
     """
 
     index: int
@@ -172,6 +173,10 @@ class CudaPlace:
     @property
     def device(self) -> tuple[str, int]:
         return "cuda", self.index
+
+    @property
+    def shares_arena(self) -> bool:
+        return False
 
     def open_template(self, path: Path) -> Any:
         """An InferenceSession of a graph without weights. Raises one of runtime.ERRORS, or DeviceError."""
@@ -204,7 +209,7 @@ class CudaPlace:
             "device_id": str(self.index),
             "user_compute_stream": str(self.compute_stream),
             "do_copy_in_default_stream": "1",  # pictures and results on the compute stream; 0 is known for races
-            "gpu_mem_limit": str(self.activation_bytes),
+            "gpu_mem_limit": str(2 * self.activation_bytes),  # what was kept and what runs: beyond it a run fails
             "arena_extend_strategy": "kSameAsRequested",
             "cudnn_conv_algo_search": "HEURISTIC",  # EXHAUSTIVE runs every algorithm on first sight of a shape
             "use_tf32": "0",  # ten bits of mantissa would be further from golden outputs than their tolerance allows

@@ -78,6 +78,11 @@ class Place(Protocol):
         """As bindings name it: ("cpu", 0), ("cuda", 1)."""
         ...
 
+    @property
+    def shares_arena(self) -> bool:
+        """Whether all sessions take their activations from one arena, so that a run in any can shrink it."""
+        ...
+
     def open_template(self, path: Path) -> Any:
         """An InferenceSession of a graph without weights. Raises one of runtime.ERRORS, or DeviceError."""
         ...
@@ -87,5 +92,5 @@ class Place(Protocol):
         ...
 
     def run_options(self, *, shrink: bool) -> Any:
-        """Of one run; with `shrink` the runtime gives memory for activations back after it."""
+        """Of one run; with `shrink` the session's arena gives back what is not in use when it ends, however it does."""
         ...
