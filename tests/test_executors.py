@@ -25,6 +25,7 @@ from appliance.errors import Cancelled, LoadError, MessageError, ModelError, Out
 from appliance.store.compile import compile_bundles
 from appliance.store.store import Compiled, Store
 from tests import kit_models as kit
+from tests.kit_segments import bytes_of
 from tests.test_sessions import long_net
 
 TIMEOUT = 20.0
@@ -571,7 +572,7 @@ def test_an_expert_whose_answers_are_others_reports_no_finding(proving: Proving)
     reports: SimpleQueue[Event] = SimpleQueue()
     executors = Executors({"one": "cpu"}, proving.work(), reports.put)
     segment = proving.compiled.segments[0]
-    with proving.memory.view(segment.id) as view:
+    with bytes_of(proving.memory, segment.id) as view:
         sound = bytes(view)
         view[:] = flipped(sound)
         for number in range(3):

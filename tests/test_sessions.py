@@ -32,6 +32,7 @@ from appliance.errors import Cancelled, LoadError, ModelError, OutOfMemory, RunE
 from appliance.store.compile import compile_bundles
 from appliance.store.store import Compiled, Store
 from tests import kit_models as kit
+from tests.kit_segments import bytes_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -497,7 +498,7 @@ def test_plain_experts_read_their_weights_where_they_lie(plain_shop: Shop) -> No
     slot = next(
         slot for slot in compiled.tensors if len(slot.shape) == 4
     )  # of a Conv; a MatMul's are packed when opened
-    with plain_shop.memory.view(compiled.segments[slot.segment].id) as view:
+    with bytes_of(plain_shop.memory, compiled.segments[slot.segment].id) as view:
         start = slot.offset
         kept = bytes(view[start : start + slot.bytes])
         view[start : start + slot.bytes] = bytes(slot.bytes)

@@ -60,7 +60,11 @@ class CudaAccelerator:
         self._cudart = _bindings(self.name)
         self._pinned: dict[int, mmap.mmap] = {}
         self._upload = self._new_stream()
-        self._compute = self._new_stream()
+        try:
+            self._compute = self._new_stream()
+        except DeviceError:
+            self._call("cudaStreamDestroy", self._upload)
+            raise
 
     @property
     def compute_stream(self) -> int:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import assert_never
 
 from appliance.catalog import Bundle
 from appliance.core.types import CancelLoad, CancelRun, Device, Event, Evict, Executor, HurryLoad, Load, Run
 from appliance.drivers.images import Views
+from appliance.engine import cuda
+from appliance.engine.device_weights import DeviceWeights
 from appliance.engine.executors import Executors, Inspection, LoaderLane
 from appliance.engine.place import Place, SegmentMemory
 from appliance.engine.residents import Residents
@@ -38,6 +42,26 @@ class Engine:
         residents = Residents(compiled, memory, sessions)
         loaders = LoaderLane(device.name, device.load_slots, residents.bring, report, residents.hurry)
         return cls(device, memory, sessions, residents, loaders)
+
+    @classmethod
+    def on_gpu(
+        cls,
+        device: Device,
+        compiled: Mapping[str, Compiled],
+        segment_path: Callable[[str], Path],
+        report: Report,
+        *,
+        host_bytes: int,
+    ) -> Engine:
+        """Of the GPU that the device is called by. Raises OutOfMemory or DeviceError, having taken nothing of it."""
+        assert device.activation_bytes is not None, "activations of a real device are bounded"
+        accelerator = cuda.CudaAccelerator(int(device.name.removeprefix("cuda:")))
+        with ExitStack() as undo:
+            undo.callback(accelerator.close)
+            memory = DeviceWeights(segment_path, accelerator, device_bytes=device.budget_bytes, host_bytes=host_bytes)
+            undo.pop_all()
+        place = cuda.CudaPlace(accelerator.index, accelerator.compute_stream, device.activation_bytes)
+        return cls.on(device, compiled, memory, place, report)
 
 
 class Engines:
