@@ -306,6 +306,19 @@ def test_a_batch_is_only_as_large_as_its_activations_have_room() -> None:
     assert controller.ledgers["cpu"].running_bytes == 0
 
 
+def test_a_batch_is_booked_as_large_as_it_is_filled_up() -> None:
+    """Five pictures of an expert that takes six are run as six, and three as four."""
+    experts = [expert("a", max_batch=6, activation_item=10), expert("detector")]
+    for room, batches in ((60, [5]), (59, [4, 1])):
+        device = Device("cpu", 100, 2, activation_bytes=room, batch_sizes=(1, 2, 4, 8))
+        graph, executors = inspection_graph(["a"]), (Executor("cpu-0", "cpu"),)
+        controller = Controller(graph, {e.name: e for e in experts}, (device,), executors)
+        report = simulate(controller, pretend(experts, (device,)), [request(str(n), "c-a") for n in range(5)])
+        assert [len(a.batch.requests) for a in report.actions if isinstance(a, Run)] == batches
+        assert controller.ledgers["cpu"].running_peak_bytes == (60 if room == 60 else 40)
+        assert controller.ledgers["cpu"].running_bytes == 0
+
+
 def test_an_expert_whose_activations_never_fit_is_an_error_that_says_so() -> None:
     experts = [expert("a", activation_item=101), expert("detector")]
     controller, _ = box(experts, inspection_graph(["a"]), 100, activation_bytes=100)
@@ -473,7 +486,7 @@ def test_the_pretend_world_refuses_illegal_moves() -> None:
     device = PretendDevice(Device("cpu", 15, 1))
     a, b = expert("a"), expert("b")
     with pytest.raises(IllegalMove, match="not ready"):
-        device.run(Batch(1, "cpu-0", "cpu", "a", ("r",)))
+        device.run(Batch(1, "cpu-0", "cpu", "a", ("r",)), 4)
     device.load(Load("cpu", "a", a.footprints["cpu"].segments), a)
     with pytest.raises(IllegalMove, match="twice"):
         device.load(Load("cpu", "a", a.footprints["cpu"].segments), a)
@@ -482,7 +495,7 @@ def test_the_pretend_world_refuses_illegal_moves() -> None:
     with pytest.raises(IllegalMove, match="while it loads"):
         device.evict(Evict("cpu", "a", a.footprints["cpu"].segments))
     device.loading.clear()
-    device.run(Batch(1, "cpu-0", "cpu", "a", ("r",)))
+    device.run(Batch(1, "cpu-0", "cpu", "a", ("r",)), 4)
     with pytest.raises(IllegalMove, match="while it runs"):
         device.evict(Evict("cpu", "a", a.footprints["cpu"].segments))
     with pytest.raises(IllegalMove, match="exceed the budget"):

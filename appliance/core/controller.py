@@ -344,7 +344,7 @@ class Controller:
             if batch is None and oldest + policies.PATIENCE_SECONDS <= now:
                 held.add(queue.executor.device)
             if batch is not None:
-                ledger.begin_run(batch.expert, len(batch.requests))
+                ledger.begin_run(batch.expert, len(batch.requests), self._experts[batch.expert].max_batch)
                 self._release_claim(batch.device, batch.expert)
                 self.counts["runs"] += 1
                 actions.append(Run(batch))
@@ -470,7 +470,8 @@ class Controller:
     def _free(self, batch: Batch) -> None:
         self.scheduler.finished(batch)
         self._cancelled_runs.discard(batch.id)
-        self.ledgers[batch.device].end_run(batch.expert, len(batch.requests))
+        limit = self._experts[batch.expert].max_batch
+        self.ledgers[batch.device].end_run(batch.expert, len(batch.requests), limit)
 
     def _release_claim(self, device: str, expert: str) -> None:
         if (device, expert) in self._claimed:

@@ -139,21 +139,22 @@ class Ledger:
         footprint, working = self._footprints[expert], self.device.activation_bytes
         if working is None:
             return limit
-        free_bytes = working - self.running_bytes - footprint.activation_fixed_bytes
-        if not footprint.activation_item_bytes:
-            return limit if free_bytes >= 0 else 0
-        return max(0, min(limit, free_bytes // footprint.activation_item_bytes))
+        free_bytes = working - self.running_bytes
+        sizes = range(limit, 0, -1)
+        return next((n for n in sizes if footprint.activation_bytes(self.device.filled(n, limit)) <= free_bytes), 0)
 
-    def begin_run(self, expert: str, items: int) -> None:
-        """The expert stays and its batch's activations are booked, until the run ends."""
-        assert items <= self.most_items(expert, items), f"{items} pictures of {expert} do not fit"
+    def begin_run(self, expert: str, items: int, limit: int) -> None:
+        """The expert stays and its batch's activations are booked, until the run ends; those of the whole batch that
+        is run for so many pictures, of an expert that takes up to `limit`."""
+        takes = self._footprints[expert].activation_bytes(self.device.filled(items, limit))
         self.pin(expert)
-        self.running_bytes += self._footprints[expert].activation_bytes(items)
+        self.running_bytes += takes
         self.running_peak_bytes = max(self.running_peak_bytes, self.running_bytes)
+        assert self.device.activation_bytes is None or self.running_bytes <= self.device.activation_bytes
 
-    def end_run(self, expert: str, items: int) -> None:
+    def end_run(self, expert: str, items: int, limit: int) -> None:
         self.unpin(expert)
-        self.running_bytes -= self._footprints[expert].activation_bytes(items)
+        self.running_bytes -= self._footprints[expert].activation_bytes(self.device.filled(items, limit))
 
     def withhold(self, less_bytes: int, now: float) -> None:
         """The device ran out of memory, whatever is booked: from now on hold what is held now, or so much less."""
