@@ -215,12 +215,14 @@ class Service:
         if not self._has_drained:  # a clean goodbye keeps the last will from saying so
             self._outbox.note(Note(contract.status_topic(self._config), b"offline", retain=True))
         for check in self._store_checks:
-            check.stop()
+            check.interrupt()
         self._engines.stop()
         self._intake.stop()
         self._door.disconnect()
         if self._journal is not None:
             self._journal.close()
+        for check in self._store_checks:
+            check.stop()
 
     # The loop.
 
