@@ -114,7 +114,11 @@ def print_switching(found: Mapping[str, Any], console: Console) -> None:
             if isinstance(value, float | int) and not isinstance(value, bool):
                 table.add_row(name.replace("_", " "), quantity(name, value), _goal(goals.pop(name, None)))
         for count, rate in shape["bytes_per_second_at_once"].items():
-            table.add_row(f"{count} loads at once", quantity("bytes_per_second", rate), "")
+            table.add_row(
+                "one load alone" if int(count) == 1 else f"{count} loads at once",
+                quantity("bytes_per_second", rate),
+                "",
+            )
         for name, target in goals.items():
             table.add_row(name.replace("_", " "), quantity(name, target["value"]), _goal(target))
         console.print(table)
