@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from appliance.core.controller import Controller
-from appliance.core.policies import PATIENCE_SECONDS
+from appliance.core.policies import PATIENCE_SECONDS, ROOM_PATIENCE_SECONDS, SLACK_SHARE
 from appliance.core.types import (
     CANCELLED,
     GOLDEN_MISMATCH,
@@ -166,15 +166,45 @@ def test_a_cold_expert_waits_for_residents_with_work_until_its_patience_ends() -
     run = _run(controller.handle(Loaded("cpu", "a"), 0.1))
     controller.handle(Arrived(request("c1", "c-c")), 0.1)
     controller.handle(Loaded("cpu", "c"), 0.2)
-    controller.handle(Arrived(request("a2", "c-a")), 0.3)
-    assert controller.handle(Arrived(request("b1", "c-b")), 0.4) == []
+    assert controller.handle(Arrived(request("b1", "c-b")), 0.3) == []
+    assert controller.handle(Arrived(request("a2", "c-a")), 0.4) == []
     run = _run(controller.handle(Finished(run.batch, ((SOUND,),), 0.3), 0.5))
     assert run.batch.expert == "c"
     assert controller.handle(Tick(), 1.0) == []
-    assert controller.next_wakeup(1.0) == 0.4 + PATIENCE_SECONDS
-    moves = controller.handle(Tick(), 0.4 + PATIENCE_SECONDS)
+    assert controller.next_wakeup(1.0) == 0.3 + PATIENCE_SECONDS
+    moves = controller.handle(Tick(), 0.3 + PATIENCE_SECONDS)
     assert [type(move) for move in moves] == [Evict, Load]
     assert (moves[0], moves[1].expert) == (Evict("cpu", "a", (Segment("a-weights", 60),)), "b")  # type: ignore[union-attr]
+
+
+def test_whom_an_earlier_picture_needs_stays_however_long_a_cold_expert_waits() -> None:
+    """It runs before anyway: leaving would cost a load and help nobody."""
+    experts = [*_experts("a", "b", size=60), expert("c", 40)]
+    controller, _ = box(experts, inspection_graph(["a", "b", "c"]), 100, executors=1)
+    controller.handle(Arrived(request("a1", "c-a")), 0.0)
+    run = _run(controller.handle(Loaded("cpu", "a"), 0.1))
+    controller.handle(Arrived(request("c1", "c-c")), 0.1)
+    controller.handle(Loaded("cpu", "c"), 0.2)
+    controller.handle(Arrived(request("a2", "c-a")), 0.3)
+    controller.handle(Arrived(request("b1", "c-b")), 0.4)
+    controller.handle(Finished(run.batch, ((SOUND,),), 0.3), 0.5)
+    assert controller.handle(Tick(), 0.4 + PATIENCE_SECONDS) == []
+
+
+def test_a_picture_that_is_due_soon_displaces_one_that_is_not() -> None:
+    experts = [*_experts("a", "b", size=60), expert("c", 40)]
+    controller, _ = box(experts, inspection_graph(["a", "b", "c"]), 100, executors=1)
+    controller.handle(Arrived(request("a1", "c-a")), 0.0)
+    run = _run(controller.handle(Loaded("cpu", "a"), 0.1))
+    controller.handle(Arrived(request("c1", "c-c")), 0.1)
+    controller.handle(Loaded("cpu", "c"), 0.2)
+    controller.handle(Arrived(request("a2", "c-a")), 0.3)
+    controller.handle(Arrived(request("b1", "c-b", deadline=2.0)), 0.4)
+    controller.handle(Finished(run.batch, ((SOUND,),), 0.3), 0.5)
+    wakeup = controller.next_wakeup(0.5)
+    assert wakeup is not None
+    assert wakeup == pytest.approx(2.0 - SLACK_SHARE * 0.13)
+    assert [type(move) for move in controller.handle(Tick(), wakeup)] == [Evict, Load]
 
 
 def test_an_expert_loaded_for_waiting_pictures_stays_until_it_has_run() -> None:
@@ -314,7 +344,7 @@ def test_small_batches_do_not_keep_a_large_one_waiting_for_ever() -> None:
     large = request("large", "c-large", 1.0)
     report = simulate(controller, pretend(experts, devices), sorted([*stream, large], key=lambda r: r.arrived_seconds))
     (waited,) = [v.waited_seconds for v in report.verdicts if v.request == "large"]
-    assert waited < PATIENCE_SECONDS + 3.0
+    assert waited < ROOM_PATIENCE_SECONDS + 3.0
 
 
 NO_MEMORY = Refusal(OUT_OF_MEMORY, "cudaMalloc")

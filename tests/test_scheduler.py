@@ -59,7 +59,7 @@ def test_dropping_the_last_task_takes_its_start_and_load_off_the_backlog() -> No
     scheduler = _scheduler(1)
     scheduler.put(Task("0", "a", 0.0), ABSENT)
     scheduler.put(Task("1", "b", 0.0), RESIDENT)
-    scheduler.drop("0", "a")
+    scheduler.drop("0", "a", ABSENT)
     assert scheduler.queues["cpu-0"].total_seconds == 22.0
     assert scheduler.demand("cpu", "a") == 0
 
@@ -67,17 +67,18 @@ def test_dropping_the_last_task_takes_its_start_and_load_off_the_backlog() -> No
 def test_a_load_that_ended_is_no_longer_in_the_backlog() -> None:
     scheduler = _scheduler(1)
     scheduler.put(Task("0", "a", 0.0), ABSENT)
-    scheduler.loaded("cpu", "a")
+    scheduler.moved("cpu", "a", RESIDENT["cpu"])
     assert scheduler.queues["cpu-0"].total_seconds == 11.0
 
 
 def test_of_the_ready_groups_the_one_that_waited_longest_runs() -> None:
     scheduler = _scheduler(1)
-    scheduler.put(Task("0", "a", 0.0), RESIDENT)
-    scheduler.put(Task("1", "b", 1.0), RESIDENT)
-    queue = scheduler.queues["cpu-0"]
+    scheduler.put(Task("0", "a", 0.0), ABSENT)
+    scheduler.put(Task("1", "b", 1.0), ABSENT)
+    queue, ledger = scheduler.queues["cpu-0"], _ledgers("b")["cpu"]
     assert scheduler.take(queue, ABSENT["cpu"], 0.0) is None
-    batch = scheduler.take(queue, _ledgers("b")["cpu"], 0.0)
+    scheduler.moved("cpu", "b", ledger)
+    batch = scheduler.take(queue, ledger, 0.0)
     assert batch is not None
     assert batch.requests == ("1",)
 
