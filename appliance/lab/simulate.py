@@ -11,6 +11,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -102,10 +103,45 @@ class PretendDevice:
         _require(most is None or takes <= most, f"{takes} bytes of activations exceed the budget of {most}")
 
 
+class SharedDisk:
+    """Loads in flight share the bandwidth evenly: with n of them each gets an n-th.
+
+    `progress` is how many bytes a load would have got that was in flight from the beginning: a load ends when
+    progress has grown by its bytes, so that who joins or leaves changes nobody's place in the heap.
+    """
+
+    def __init__(self, bytes_per_second: float) -> None:
+        self._rate, self._progress, self._now = bytes_per_second, 0.0, 0.0
+        self._flying: list[tuple[float, int, Event]] = []
+
+    def begin(self, size: int, number: int, event: Event, now: float) -> None:
+        self._pass(now)
+        heapq.heappush(self._flying, (self._progress + size, number, event))
+
+    def next_seconds(self) -> float:
+        """When the next load ends, if nobody joins; infinite when there is none."""
+        if not self._flying:
+            return inf
+        return self._now + max(self._flying[0][0] - self._progress, 0.0) * len(self._flying) / self._rate
+
+    def end(self, now: float) -> Event:
+        """The event of the load that ends at that second."""
+        self._now = now
+        self._progress, _, event = heapq.heappop(self._flying)
+        return event
+
+    def _pass(self, now: float) -> None:
+        if self._flying:
+            self._progress += (now - self._now) * self._rate / len(self._flying)
+        self._now = now
+
+
 class World:
     """Devices and executors that take exactly as long as their costs say, and answer as `answer` says.
 
-    `fails(action)` may name a refusal for a load or a run that shall fail.
+    `fails(action)` may name a refusal for a load or a run that shall fail. With a `disk`, loads take as long as it
+    needs for their bytes beside each other, whatever their costs say. `residents` are (device, expert) of those that
+    are in memory at the start.
     """
 
     def __init__(
@@ -114,6 +150,8 @@ class World:
         devices: Iterable[Device],
         answer: Answer,
         fails: Callable[[Load | Run], Refusal | None] = lambda action: None,
+        disk: SharedDisk | None = None,
+        residents: Sequence[tuple[str, str]] = (),
     ) -> None:
         self.experts = {expert.name: expert for expert in experts}
         self.devices = {device.name: PretendDevice(device) for device in devices}
@@ -121,7 +159,13 @@ class World:
         self.quarantined: dict[str, Refusal] = {}
         self.busy: set[str] = set()
         self._cancelled_runs: set[int] = set()
-        self._answer, self._fails = answer, fails
+        self._answer, self._fails, self.disk = answer, fails, disk
+        for device, name in residents:
+            there = self.devices[device]
+            segments = self.experts[name].footprints[device].distinct
+            missing = tuple(segment for segment in segments if segment.id not in there.held)
+            there.load(Load(device, name, missing), self.experts[name])
+            there.loading.remove(name)
 
     def obey(self, action: Action) -> tuple[float, Event] | None:
         """Do it; returns in how many seconds which event will tell of it. Raises IllegalMove."""
@@ -196,33 +240,50 @@ class Report:
     evictions: int
     peak_bytes: int
 
+    scheduling_seconds: float = 0.0
+    """Wall time that the controller took for its decisions."""
+
     @property
     def images_per_second(self) -> float:
         return len(self.verdicts) / self.seconds if self.seconds else 0.0
 
 
 def simulate(controller: Controller, world: World, arrivals: Sequence[Request]) -> Report:
-    """Feed the arrivals at their times; everything else takes as long as the world says."""
-    agenda: list[tuple[float, int, Event]] = []
-    for number, request in enumerate(arrivals):
-        heapq.heappush(agenda, (request.arrived_seconds, number, Arrived(request)))
-    number, now = len(arrivals), arrivals[0].arrived_seconds if arrivals else 0.0
-    taken: list[Action] = []
-    while agenda or (wakeup := controller.next_wakeup(now)) is not None:
-        if agenda and ((wakeup := controller.next_wakeup(now)) is None or agenda[0][0] <= wakeup):
+    """Feed the arrivals, in order of time, at their times; everything else takes as long as the world says."""
+    event: Event
+    agenda: list[tuple[float, int, Event]] = [(r.arrived_seconds, n, Arrived(r)) for n, r in enumerate(arrivals)]
+    heapq.heapify(agenda)
+    number, now = len(agenda), agenda[0][0] if agenda else 0.0
+    started, scheduling, taken = now, 0.0, list[Action]()
+    clock, disk = time.perf_counter, world.disk
+    while True:
+        wakeup = controller.next_wakeup(now)
+        soonest = agenda[0][0] if agenda else inf
+        read = disk.next_seconds() if disk is not None else inf
+        if wakeup is not None and wakeup < min(soonest, read):
+            now, event = max(now, wakeup), Tick()
+        elif disk is not None and read < soonest:
+            now, event = read, disk.end(read)
+        elif agenda:
             now, _, event = heapq.heappop(agenda)
         else:
-            assert wakeup is not None
-            now, event = max(now, wakeup), Tick()
+            break
         event = world.note(event)
-        for action in controller.handle(event, now):
+        began = clock()
+        actions = controller.handle(event, now)
+        scheduling += clock() - began
+        for action in actions:
             taken.append(action)
             following = world.obey(action)
-            if following is not None:
-                number += 1
-                heapq.heappush(agenda, (now + following[0], number, following[1]))
-    started = arrivals[0].arrived_seconds if arrivals else 0.0
-    return _report(world, taken, now - started)
+            if following is None:
+                continue
+            number += 1
+            seconds, after = following
+            if disk is not None and isinstance(action, Load):
+                disk.begin(sum(segment.bytes for segment in action.segments), number, after, now)
+            else:
+                heapq.heappush(agenda, (now + seconds, number, after))
+    return _report(world, taken, now - started, scheduling)
 
 
 def replay(controller: Controller, world: World, events: Iterable[tuple[float, Event]]) -> Report:
@@ -239,7 +300,7 @@ def replay(controller: Controller, world: World, events: Iterable[tuple[float, E
     return _report(world, taken, (ended or 0.0) - (started or 0.0))
 
 
-def _report(world: World, actions: list[Action], seconds: float) -> Report:
+def _report(world: World, actions: list[Action], seconds: float, scheduling_seconds: float = 0.0) -> Report:
     return Report(
         tuple(world.verdicts),
         tuple(actions),
@@ -247,6 +308,7 @@ def _report(world: World, actions: list[Action], seconds: float) -> Report:
         sum(isinstance(action, Load) for action in actions),
         sum(isinstance(action, Evict) for action in actions),
         max(device.peak_bytes for device in world.devices.values()),
+        scheduling_seconds,
     )
 
 
