@@ -18,6 +18,7 @@ from appliance.core.controller import Controller
 from appliance.core.costs import Cost
 from appliance.core.graph import draw
 from appliance.core.memory import Ledger
+from appliance.core.policies import POLICIES
 from appliance.core.types import Device, Executor, Expert, Footprint, Refusal
 from appliance.drivers import devices
 from appliance.engine import cuda
@@ -131,6 +132,7 @@ class Installation:
             self.unavailable,
             pinned=special.pin,
             preload=special.preload,
+            policy=POLICIES[self.config.scheduler.policy],
         )
         staying = {name for ledger in made.ledgers.values() for name in ledger.pinned}
         for name in special.pin:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, assert_never
 
 from appliance.core.controller import Controller
+from appliance.core.policies import POLICIES, Policy
 from appliance.core.types import (
     CANCELLED,
     Action,
@@ -44,6 +45,7 @@ from appliance.core.types import (
     Verdict,
 )
 from appliance.drivers import journal
+from appliance.errors import ConfigError
 
 Answer = Callable[[str, str], tuple[Finding, ...] | Refusal]
 
@@ -317,8 +319,12 @@ def _require(holds: bool, otherwise: str) -> None:
         raise IllegalMove(otherwise)
 
 
-def simulated(path: Path, *, predict: bool) -> dict[str, Any]:
-    """What `appliance simulate` tells of a journal. Raises RecordsError when it cannot be read."""
+def simulated(path: Path, *, predict: bool, policy: str | None = None) -> dict[str, Any]:
+    """What `appliance simulate` tells of a journal. Raises RecordsError when it cannot be read, ConfigError for a policy
+    that no service has.
+
+    A prediction may be of another policy than the one that the service had.
+    """
     opening, recorded = journal.read(path)
     events = list(recorded)
     controller = Controller(
@@ -329,6 +335,7 @@ def simulated(path: Path, *, predict: bool) -> dict[str, Any]:
         opening.unavailable,
         pinned=opening.pinned,
         preload=opening.preload,
+        policy=_policy(policy if predict and policy else opening.policy),
     )
     answers = _recorded_answers(event for _, event in events)
     world = World(opening.experts, opening.devices, lambda request, expert: answers[request, expert])
@@ -349,6 +356,12 @@ def simulated(path: Path, *, predict: bool) -> dict[str, Any]:
         "images_per_second": report.images_per_second,
         "requests_per_wall_second": len(report.verdicts) / wall_seconds,
     }
+
+
+def _policy(name: str) -> Policy:
+    if name not in POLICIES:
+        raise ConfigError(f"no service has a policy {name}", f"choose one of {', '.join(POLICIES)}")
+    return POLICIES[name]
 
 
 def _recorded_answers(events: Iterable[Event]) -> dict[tuple[str, str], tuple[Finding, ...] | Refusal]:

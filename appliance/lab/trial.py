@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
 from appliance.core import policies
 from appliance.core.controller import Controller
@@ -18,7 +18,7 @@ from appliance.lab import paper
 from appliance.lab.paper import CLASSIFIER_BYTES, Job, Machine, Trace
 from appliance.lab.simulate import SharedDisk, World, simulate
 
-Loader = Literal["paper", "segments"]
+LOADERS = ("paper", "segments")
 NAMES = (*policies.POLICIES, policies.ALL_RESIDENT.name, "oracle")
 GPU_BATCH, CPU_BATCH = 16, 8  # profiled maxima: later the latency per image falls no more
 
@@ -34,8 +34,21 @@ class Box:
     loads_in_flight: int
 
 
-def tried(machine: Machine, job: Job, name: str, loader: Loader = "paper") -> dict[str, Any]:
-    """What a trial comes to. Raises ConfigError for a policy that does not exist."""
+def tried_by_name(machine: str, task: str, policy: str, loader: str) -> dict[str, Any]:
+    """What a trial comes to. Raises ConfigError naming what does not exist."""
+    for what, name, known in (
+        ("machine", machine, (*paper.MACHINES,)),
+        ("task", task, (*paper.JOBS,)),
+        ("policy", policy, NAMES),
+        ("loader", loader, LOADERS),
+    ):
+        if name not in known:
+            raise ConfigError(f"there is no {what} {name}", f"choose one of {', '.join(known)}")
+    return tried(paper.MACHINES[machine], paper.JOBS[task], policy, loader)
+
+
+def tried(machine: Machine, job: Job, name: str, loader: str = "paper") -> dict[str, Any]:
+    """What a trial comes to, all times in virtual seconds but those that say `wall` or `scheduling`."""
     trace = paper.drawn(job)
     policy = _policy(name, trace, job)
     box = _box(machine, job, policy, loader)
@@ -76,10 +89,7 @@ def tried(machine: Machine, job: Job, name: str, loader: Loader = "paper") -> di
 def _policy(name: str, trace: Trace, job: Job) -> Policy:
     if name == "oracle":
         return policies.oracle({expert: tuple(times) for expert, times in _asked(trace).items()})
-    known = {**policies.POLICIES, policies.ALL_RESIDENT.name: policies.ALL_RESIDENT}
-    if name not in known:
-        raise ConfigError(f"there is no policy {name}", f"choose one of {', '.join(NAMES)}")
-    return known[name]
+    return {**policies.POLICIES, policies.ALL_RESIDENT.name: policies.ALL_RESIDENT}[name]
 
 
 def _asked(trace: Trace) -> Mapping[str, Sequence[float]]:
@@ -93,7 +103,7 @@ def _asked(trace: Trace) -> Mapping[str, Sequence[float]]:
     return asked
 
 
-def _box(machine: Machine, job: Job, policy: Policy, loader: Loader) -> Box:
+def _box(machine: Machine, job: Job, policy: Policy, loader: str) -> Box:
     """Pools and executors: a pool per executor where loads occupy it, as in the paper; else one per device."""
     pools = machine.gpu_pools[job.board.gpu_executors]
     if policy.assign is policies.first:
@@ -120,7 +130,7 @@ def _box(machine: Machine, job: Job, policy: Policy, loader: Loader) -> Box:
 
 
 def _least_seconds(
-    machine: Machine, job: Job, box: Box, asked: Mapping[str, Sequence[float]], absent: Iterable[str], loader: Loader
+    machine: Machine, job: Job, box: Box, asked: Mapping[str, Sequence[float]], absent: Iterable[str], loader: str
 ) -> float:
     """No schedule on this box is quicker: arrivals, compulsory loads and runs, each as if the others cost nothing."""
     arriving = (job.pictures - 1) * job.gap_seconds
