@@ -11,7 +11,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from appliance.core.controller import Controller
-from appliance.core.policies import PATIENCE_SECONDS, ROOM_PATIENCE_SECONDS, SLACK_SHARE
+from appliance.core.graph import Edge, compile_graph
+from appliance.core.policies import (
+    APPLIANCE,
+    COSERVE,
+    EM,
+    EM_RA,
+    PAPER,
+    PATIENCE_SECONDS,
+    POLICIES,
+    ROOM_PATIENCE_SECONDS,
+    SAMBA,
+    SAMBA_FIFO,
+    SLACK_SHARE,
+    Policy,
+    oracle,
+)
 from appliance.core.types import (
     CANCELLED,
     GOLDEN_MISMATCH,
@@ -22,6 +37,7 @@ from appliance.core.types import (
     CancelLoad,
     CancelRun,
     Device,
+    Event,
     Evict,
     Executor,
     Expert,
@@ -41,7 +57,7 @@ from appliance.core.types import (
     Segment,
     Tick,
 )
-from appliance.lab.simulate import IllegalMove, PretendDevice, World, simulate
+from appliance.lab.simulate import IllegalMove, PretendDevice, World, replay, simulate
 from tests.kit import BOXED, DOUBTFUL, OPEN, SOUND, box, expert, inspection_graph, pretend, request
 
 BROKEN = Refusal("disk", "unreadable")
@@ -479,13 +495,17 @@ def _with(expert: Expert, shared: list[Segment], private_bytes: int) -> Expert:
     return replace(expert, footprints={"cpu": grown})
 
 
-@given(workloads(), st.randoms(use_true_random=False))
+EVERY = pytest.mark.parametrize("policy", [*POLICIES.values(), oracle({})], ids=lambda policy: policy.name)
+
+
+@EVERY
+@given(workload=workloads())
 def test_every_request_gets_exactly_one_verdict_whatever_fails(
-    workload: tuple[list[Expert], list[Request], int, int, int, dict[str, int]], chance: object
+    policy: Policy, workload: tuple[list[Expert], list[Request], int, int, int, dict[str, int]]
 ) -> None:
     experts, requests, budget, executors, slots, fails = workload
     graph = inspection_graph([e.name for e in experts if e.name != "detector"])
-    controller, devices = box(experts, graph, budget, executors, slots, activation_bytes=60)
+    controller, devices = box(experts, graph, budget, executors, slots, activation_bytes=60, policy=policy)
     left = dict(fails)
 
     def broken(action: Load | Run) -> Refusal | None:
@@ -511,9 +531,12 @@ def test_every_request_gets_exactly_one_verdict_whatever_fails(
     assert not [v for v in report.verdicts if v.outcome is Outcome.LATE and v.request in unhurried]
 
 
-@given(workloads(), st.lists(st.integers(5, 120), min_size=1, max_size=3))
+@EVERY
+@given(workload=workloads(), budgets=st.lists(st.integers(5, 120), min_size=1, max_size=3))
 def test_no_verdict_is_lost_whatever_the_devices_hold(
-    workload: tuple[list[Expert], list[Request], int, int, int, dict[str, int]], budgets: list[int]
+    policy: Policy,
+    workload: tuple[list[Expert], list[Request], int, int, int, dict[str, int]],
+    budgets: list[int],
 ) -> None:
     """Some experts fit nowhere, some on one device only."""
     experts, requests, _, executors, slots, _ = workload
@@ -528,35 +551,136 @@ def test_no_verdict_is_lost_whatever_the_devices_hold(
     ]
     names = tuple(Executor(f"{d.name}-{n}", d.name) for d in devices for n in range(executors))
     graph = inspection_graph([e.name for e in experts if e.name != "detector"])
-    controller = Controller(graph, {e.name: e for e in experts}, devices, names)
+    controller = Controller(graph, {e.name: e for e in experts}, devices, names, policy=policy)
     report = simulate(controller, pretend(experts, devices, DOUBTFUL), requests)
     assert sorted(v.request for v in report.verdicts) == sorted(r.id for r in requests)
     assert controller.scheduler.is_idle
 
 
-@given(workloads())
+@EVERY
+@given(workload=workloads())
 def test_the_same_events_make_the_same_actions(
+    policy: Policy, workload: tuple[list[Expert], list[Request], int, int, int, dict[str, int]]
+) -> None:
+    """Run twice; then the events that were noted are replayed."""
+    experts, requests, budget, executors, slots, _ = workload
+    graph = inspection_graph([e.name for e in experts if e.name != "detector"])
+    events: list[tuple[float, Event]] = []
+    runs = []
+    for _ in range(2):
+        controller, devices = box(experts, graph, budget, executors, slots, policy=policy)
+        noted = Noting(controller)
+        runs.append(simulate(noted, pretend(experts, devices, DOUBTFUL), requests).actions)  # type: ignore[arg-type]
+        events = noted.events
+    controller, devices = box(experts, graph, budget, executors, slots, policy=policy)
+    runs.append(replay(controller, pretend(experts, devices, DOUBTFUL), events).actions)
+    assert runs[0] == runs[1] == runs[2]
+
+
+class Noting:
+    """A controller whose events are noted, and whose actions are looked at before anybody obeys."""
+
+    def __init__(self, controller: Controller) -> None:
+        self.controller, self.events = controller, list[tuple[float, Event]]()
+        self.next_wakeup = controller.next_wakeup
+
+    def handle(self, event: Event, now: float) -> list[Action]:
+        self.events.append((now, event))
+        actions = self.controller.handle(event, now)
+        self.look(actions, now)
+        return actions
+
+    def look(self, actions: Sequence[Action], now: float) -> None:
+        pass
+
+
+class Sparing(Noting):
+    """Ours: who is needed leaves only for one who is overdue and was due before."""
+
+    def look(self, actions: Sequence[Action], now: float) -> None:
+        scheduler, coming = self.controller.scheduler, None
+        for action in reversed(actions):
+            if isinstance(action, Load):
+                coming = action
+            elif isinstance(action, Evict) and coming is not None:
+                needed = scheduler.due_seconds(action.device, action.expert)
+                due = scheduler.due_seconds(coming.device, coming.expert)
+                assert needed is None or (due is not None and due <= now and due < needed)
+
+
+@given(workloads())
+def test_nobody_whom_a_queued_picture_needs_leaves_for_one_who_can_wait(
     workload: tuple[list[Expert], list[Request], int, int, int, dict[str, int]],
 ) -> None:
     experts, requests, budget, executors, slots, _ = workload
     graph = inspection_graph([e.name for e in experts if e.name != "detector"])
-    runs = []
-    for _ in range(2):
-        controller, devices = box(experts, graph, budget, executors, slots)
-        runs.append(simulate(controller, pretend(experts, devices, DOUBTFUL), requests).actions)
-    assert runs[0] == runs[1]
+    policy = replace(APPLIANCE, patience_seconds=1.0)
+    controller, devices = box(experts, graph, budget, executors, slots, policy=policy)
+    report = simulate(Sparing(controller), pretend(experts, devices, DOUBTFUL), requests)  # type: ignore[arg-type]
+    assert len(report.verdicts) == len(requests)
+
+
+@pytest.mark.parametrize("policy", PAPER, ids=lambda policy: policy.name)
+def test_a_load_occupies_its_executor_where_queues_are_worked_off_in_order(policy: Policy) -> None:
+    experts = _experts("a", "b", "c", size=40)
+    controller, devices = box(experts, inspection_graph(["a", "b", "c"]), 100, executors=1, policy=policy)
+    stream = [request(f"{n}", f"c-{name}", n * 0.05) for n, name in enumerate("abcabccbacab")]
+    busy: set[str] = set()
+
+    class Alone(Noting):
+        def look(self, actions: Sequence[Action], now: float) -> None:
+            event = self.events[-1][1]
+            busy.difference_update(
+                {"run"} if isinstance(event, Finished) else {"load"} if isinstance(event, Loaded) else ()
+            )
+            for action in actions:
+                if isinstance(action, Load | Run):
+                    assert not busy
+                    busy.add("run" if isinstance(action, Run) else "load")
+
+    simulate(Alone(controller), pretend(experts, devices, DOUBTFUL), stream)  # type: ignore[arg-type]
+
+
+def test_first_come_first_served_batches_only_neighbours() -> None:
+    experts = _experts("a", "b", size=10)
+    order = []
+    for policy in (SAMBA, EM_RA):
+        controller, devices = box(experts, inspection_graph(["a", "b"]), 100, executors=1, policy=policy)
+        stream = [request(f"{n}", f"c-{name}") for n, name in enumerate("aababb")]
+        report = simulate(controller, pretend(experts, devices), stream)
+        order.append([a.batch.requests for a in report.actions if isinstance(a, Run)])
+    assert order == [[("0", "1"), ("2",), ("3",), ("4", "5")], [("0", "1", "3"), ("2", "4", "5")]]
+
+
+@pytest.mark.parametrize(
+    ("policy", "leaver"),
+    [(SAMBA, "b"), (SAMBA_FIFO, "b"), (EM, "detector"), (COSERVE, "detector"), (replace(EM, orphans_first=False), "b")],
+)
+def test_a_detector_none_of_whose_classifiers_is_here_leaves_first_however_probable(
+    policy: Policy, leaver: str
+) -> None:
+    experts = [expert("a", 40), expert("b", 40, probability=0.2), expert("detector", 40, probability=0.9)]
+    graph = compile_graph({"c-a": "a", "c-b": "b"}, [Edge("a", "detector")], ["a", "b", "detector"])
+    devices, executors = (Device("cpu", 100, 1),), (Executor("cpu-0", "cpu"),)
+    here = [("cpu", "b"), ("cpu", "detector")]
+    controller = Controller(graph, {e.name: e for e in experts}, devices, executors, policy=policy, residents=here)
+    evict, load = controller.handle(Arrived(request("r", "c-a")), 0.0)
+    assert isinstance(evict, Evict)
+    assert (evict.expert, load) == (leaver, Load("cpu", "a", (Segment("a-weights", 40),)))
 
 
 @given(st.lists(st.sampled_from(["hot", "warm"]), min_size=50, max_size=200))
 def test_nobody_starves_behind_busy_residents(arrivals: list[str]) -> None:
     """Residents are kept busy for longer than patience lasts; the cold expert's picture still gets its turn."""
     experts = [expert(name, 40, item=0.1) for name in ("hot", "warm", "cold")] + [expert("detector", 1)]
-    controller, devices = box(experts, inspection_graph(["hot", "warm", "cold"]), 90, executors=1, load_slots=1)
+    policy = replace(APPLIANCE, patience_seconds=2.0)
+    graph = inspection_graph(["hot", "warm", "cold"])
+    controller, devices = box(experts, graph, 90, executors=1, load_slots=1, policy=policy)
     requests = [request(f"{n}", f"c-{name}", n * 0.05) for n, name in enumerate(arrivals)]
     cold = request("cold", "c-cold", 0.5)
     report = simulate(controller, pretend(experts, devices), sorted([*requests, cold], key=lambda r: r.arrived_seconds))
     (waited,) = [v.waited_seconds for v in report.verdicts if v.request == "cold"]
-    assert waited < PATIENCE_SECONDS + 2.0
+    assert waited < policy.patience_seconds + 2.0
 
 
 def _experts(*names: str, size: int = 10) -> list[Expert]:

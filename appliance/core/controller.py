@@ -363,13 +363,13 @@ class Controller:
     def _start_loads(self, now: float, actions: list[Action]) -> None:
         self._hurry(actions)
         for ledger in self.ledgers.values():
-            for group in self._wanted(ledger):
+            for group in self._wanted(ledger, now):
                 has_slot = ledger.loading_count < ledger.device.load_slots
                 if not has_slot or not self._load(group, ledger, now, actions):
                     self._cancel_ahead(ledger, actions)
                     break
 
-    def _wanted(self, ledger: Ledger) -> Iterator[Group]:
+    def _wanted(self, ledger: Ledger, now: float) -> Iterator[Group]:
         """The groups whose expert has to be loaded now, in order of their turns; each is loading when it goes on.
 
         Where queues are worked off in order, these are the heads for which an idle executor waits.
@@ -380,10 +380,8 @@ class Controller:
                 if queue.running is None and (head := self.scheduler.head(queue)) and ledger.is_absent(head.expert):
                     yield head
             return
-        cold = self.scheduler.cold[device]
-        while (wanted := cold.first()) is not None:
-            expert, executor = wanted
-            yield self.scheduler.queues[executor].groups[expert]
+        while (group := self.scheduler.next_cold(device, now)) is not None:
+            yield group
 
     def _load(self, group: Group, ledger: Ledger, now: float, actions: list[Action]) -> bool:
         """Make room for the group's expert and load it; False when it has to wait for its turn."""

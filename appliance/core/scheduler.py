@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
 from appliance.core.memory import Ledger
-from appliance.core.policies import APPLIANCE, ROOM_PATIENCE_SECONDS, Offer, Policy
+from appliance.core.policies import APPLIANCE, ROOM_PATIENCE_SECONDS, SECOND_COPY, Offer, Policy
 from appliance.core.ranking import Ranking
 from appliance.core.types import Batch, Executor, Expert
 
@@ -40,10 +40,12 @@ class Group:
     number: int
     tasks: OrderedDict[str, Task] = field(default_factory=OrderedDict)
     load_seconds: float = 0.0
+    asked_seconds: float = 0.0
     _dues: list[tuple[float, str]] = field(default_factory=list)
 
     def put(self, task: Task, due_seconds: float) -> None:
         self.tasks[task.request] = task
+        self.asked_seconds = task.since_seconds
         heappush(self._dues, (due_seconds, task.request))
 
     @property
@@ -83,8 +85,10 @@ class Scheduler:
         self.policy = policy
         self.cold: dict[str, Ranking[tuple[str, str], tuple[float, int]]] = {e.device: Ranking() for e in executors}
         """By device: (expert, executor) of the groups whose expert is absent, by when they are due."""
+        self._quiet: dict[str, Ranking[tuple[str, str], tuple[float, int]]] = {e.device: Ranking() for e in executors}
         self._experts = experts
         self._demand: dict[str, Counter[str]] = {e.device: Counter() for e in executors}
+        self._loading = dict.fromkeys(self._demand, 0.0)
         self._on = {device: [q for q in self.queues.values() if q.executor.device == device] for device in self._demand}
         self._able: dict[str, list[Queue]] = {}
         self._next_batch = self._next_group = 1
@@ -114,8 +118,8 @@ class Scheduler:
             group = queue.groups[task.expert] = Group(task.expert, self._next_group)
             self._next_group += 1
             group.load_seconds = self._load_seconds(device, task.expert, ledgers)
-            queue.loading_seconds += group.load_seconds
-            queue.total_seconds += cost.fixed_seconds + group.load_seconds
+            self._book(queue, group.load_seconds)
+            queue.total_seconds += cost.fixed_seconds
         work_seconds = cost.load_seconds + cost.run_seconds(1)
         group.put(task, self.policy.due_seconds(task.since_seconds, task.deadline_seconds, work_seconds))
         queue.total_seconds += cost.item_seconds
@@ -172,6 +176,18 @@ class Scheduler:
         queue.total_seconds += self._experts[group.expert].costs[device].run_seconds(len(tasks))
         return batch
 
+    def next_cold(self, device: str, now: float) -> Group | None:
+        """Whose expert to load next: who is overdue, first of all; else who was asked for least recently.
+
+        More tasks may come for an expert that was just asked for: while others wait, it can, and spends its slack.
+        """
+        due = self.cold[device].least()
+        if due is None:
+            return None
+        ranking = self.cold[device] if due[0] <= now else self._quiet[device]
+        expert, executor = ranking.first() or ("", "")
+        return self.queues[executor].groups[expert]
+
     def finished(self, batch: Batch) -> None:
         """The batch's executor is free again."""
         queue = self.queues[batch.executor]
@@ -188,8 +204,7 @@ class Scheduler:
             if group is None:
                 continue
             if is_ready:
-                queue.total_seconds -= group.load_seconds
-                queue.loading_seconds -= group.load_seconds
+                self._book(queue, -group.load_seconds)
                 group.load_seconds = 0.0
             self._rank(queue, group, ledger)
 
@@ -221,11 +236,21 @@ class Scheduler:
         if self.policy.in_order:
             return Offer(queue.executor.name, queue.total_seconds, run + load)
         # Loads go on beside runs, in the device's slots: the backlog ends with the later of the two.
-        slots = ledgers[device].device.load_slots
-        loading = sum(q.loading_seconds for q in self._on[device])
+        slots, loading = ledgers[device].device.load_slots, self._loading[device]
         running = queue.total_seconds - queue.loading_seconds
         total = max(running, loading / slots)
+        if load and self._is_at_hand(expert, ledgers):
+            load *= SECOND_COPY
         return Offer(queue.executor.name, total, max(running + run, (loading + load) / slots) - total)
+
+    def _is_at_hand(self, expert: str, ledgers: Mapping[str, Ledger]) -> bool:
+        return any(not ledger.is_absent(expert) or self._demand[name][expert] for name, ledger in ledgers.items())
+
+    def _book(self, queue: Queue, seconds: float) -> None:
+        """So much more loading is ahead of the queue, or less."""
+        queue.total_seconds += seconds
+        queue.loading_seconds += seconds
+        self._loading[queue.executor.device] += seconds
 
     def _load_seconds(self, device: str, expert: str, ledgers: Mapping[str, Ledger]) -> float:
         """What a task for the expert would cost the device in loading: nothing if it is there or another task waits."""
@@ -251,8 +276,8 @@ class Scheduler:
         for task in tasks:
             queue.line.pop((task.request, task.expert), None)
         if not group.tasks:
-            queue.total_seconds -= cost.fixed_seconds + group.load_seconds
-            queue.loading_seconds -= group.load_seconds
+            queue.total_seconds -= cost.fixed_seconds
+            self._book(queue, -group.load_seconds)
             del queue.groups[group.expert]
         self._rank(queue, group, ledger)
 
@@ -266,12 +291,15 @@ class Scheduler:
             queue.ready.drop(expert)
         if key is not None and ledger.is_absent(expert):
             cold.put((expert, queue.executor.name), key)
+            self._quiet[queue.executor.device].put((expert, queue.executor.name), (group.asked_seconds, group.number))
         else:
             cold.drop((expert, queue.executor.name))
+            self._quiet[queue.executor.device].drop((expert, queue.executor.name))
 
     def _settle(self, queue: Queue) -> None:
         """Nothing left means zero, whatever rounding says."""
         if not queue.groups and queue.running is None:
+            self._loading[queue.executor.device] -= queue.loading_seconds
             queue.total_seconds = queue.loading_seconds = 0.0
 
 

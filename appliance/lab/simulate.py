@@ -320,8 +320,9 @@ def _require(holds: bool, otherwise: str) -> None:
 
 
 def simulated(path: Path, *, predict: bool, policy: str | None = None) -> dict[str, Any]:
-    """What `appliance simulate` tells of a journal. Raises RecordsError when it cannot be read, ConfigError for a policy
-    that no service has.
+    """What `appliance simulate` tells of a journal.
+
+    Raises RecordsError when it cannot be read, and ConfigError for a policy that no service has.
 
     A prediction may be of another policy than the one that the service had.
     """
