@@ -203,7 +203,7 @@ def test_whom_an_earlier_picture_needs_stays_however_long_a_cold_expert_waits() 
     controller.handle(Loaded("cpu", "c"), 0.2)
     controller.handle(Arrived(request("a2", "c-a")), 0.3)
     controller.handle(Arrived(request("b1", "c-b")), 0.4)
-    controller.handle(Finished(run.batch, ((SOUND,),), 0.3), 0.5)
+    assert [type(a) for a in controller.handle(Finished(run.batch, ((SOUND,),), 0.3), 0.5)] == [Publish, Run]
     assert controller.handle(Tick(), 0.4 + PATIENCE_SECONDS) == []
 
 
@@ -471,6 +471,7 @@ def workloads(draw: st.DrawFn) -> tuple[list[Expert], list[Request], int, int, i
                 name,
                 draw(st.integers(5, 40)),
                 load=draw(st.floats(0.01, 3)),
+                item=draw(st.floats(0.01, 1)),
                 probability=draw(st.floats(0, 1)),
                 activation_fixed=draw(st.integers(0, 20)),
                 activation_item=draw(st.integers(0, 45)),

@@ -40,36 +40,39 @@ class Machine:
     cpu_fixed_seconds: float
     disk_bytes_per_second: float
 
-    def cost(self, device: str, loader: str, size: int) -> Cost:
-        """What the controller is told: a load takes what the loader takes for so many bytes with the disk to itself."""
+    def cost(self, device: str, loader: str, size: int, executors: int) -> Cost:
+        """What the controller is told: a load takes what the loader takes for so many bytes with the disk to itself.
+
+        Executors that share the GPU share its speed: each picture takes as if all of them were at work.
+        """
         load = self.load_seconds if loader == "paper" else size / self.disk_bytes_per_second
         if device == "cpu":
             return Cost(self.cpu_item_seconds, self.cpu_fixed_seconds, load)
-        return Cost(self.gpu_item_seconds, self.gpu_fixed_seconds, load)
+        return Cost(self.gpu_item_seconds * executors, self.gpu_fixed_seconds, load)
 
 
 NUMA = Machine(
     "numa",
-    gpu_pools={3: (12, 12, 11), 4: (9, 9, 9, 8)},
-    cpu_pool=75,
-    one_pool=110,
-    load_seconds=1.1,
-    gpu_item_seconds=0.010,
+    gpu_pools={3: (12, 12, 12), 4: (9, 9, 9, 8)},
+    cpu_pool=85,
+    one_pool=128,
+    load_seconds=1.06,
+    gpu_item_seconds=0.008,
     gpu_fixed_seconds=0.004,
-    cpu_item_seconds=0.120,
-    cpu_fixed_seconds=0.030,
+    cpu_item_seconds=0.075,
+    cpu_fixed_seconds=0.03,
     disk_bytes_per_second=530e6,
 )
 UMA = Machine(
     "uma",
-    gpu_pools={3: (12, 12, 11), 4: (9, 9, 9, 8)},
-    cpu_pool=75,
-    one_pool=110,
-    load_seconds=1.1,
-    gpu_item_seconds=0.010,
+    gpu_pools={3: (12, 12, 12), 4: (9, 9, 9, 8)},
+    cpu_pool=85,
+    one_pool=124,
+    load_seconds=1.13,
+    gpu_item_seconds=0.008,
     gpu_fixed_seconds=0.004,
-    cpu_item_seconds=0.120,
-    cpu_fixed_seconds=0.030,
+    cpu_item_seconds=0.075,
+    cpu_fixed_seconds=0.03,
     disk_bytes_per_second=3e9,
 )
 MACHINES = {machine.name: machine for machine in (NUMA, UMA)}
@@ -106,8 +109,8 @@ class Job:
     due_seconds: float | None = None
 
 
-BOARD_A = Board(352, zipf=0.944, checked_share=0.3, gpu_executors=3)
-BOARD_B = Board(342, zipf=0.944, checked_share=0.3, gpu_executors=4)
+BOARD_A = Board(352, zipf=0.944, checked_share=0.35, gpu_executors=3)
+BOARD_B = Board(342, zipf=1.0, checked_share=0.35, gpu_executors=4)
 JOBS = {
     job.name: job
     for job in (
