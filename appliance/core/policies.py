@@ -28,11 +28,15 @@ that others need goes to it too."""
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """What a task would add to one executor: `total_seconds` is its backlog before, `extra_seconds` the addition."""
+    """What a task would add to one executor: `total_seconds` is its backlog before, `extra_seconds` the addition.
+
+    `answer_seconds` is when the task itself would be answered, where loads go on beside runs.
+    """
 
     executor: str
     total_seconds: float
     extra_seconds: float
+    answer_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +92,10 @@ def in_turn(offers: Sequence[Offer], turn: int) -> Offer:
 
 
 def soonest(offers: Sequence[Offer], turn: int) -> Offer:
-    """The offer that finishes the whole backlog soonest; among equals the one that adds least (CoServe §4.3)."""
+    """The offer that finishes the whole backlog soonest; among equals the one that adds least (CoServe §4.3).
+
+    Where the backlog ends with loads, runs end sooner whoever gets them: then whoever answers soonest.
+    """
     busiest = next_busiest = 0.0
     for offer in offers:
         total = offer.total_seconds
@@ -100,9 +107,13 @@ def soonest(offers: Sequence[Offer], turn: int) -> Offer:
     for offer in offers:
         others = next_busiest if offer.total_seconds == busiest else busiest
         end = max(offer.total_seconds + offer.extra_seconds, others)
-        if end < best_end or (end == best_end and offer.extra_seconds < best.extra_seconds):
+        if end < best_end or (end == best_end and _rest(offer) < _rest(best)):
             best, best_end = offer, end
     return best
+
+
+def _rest(offer: Offer) -> tuple[float, float]:
+    return offer.answer_seconds, offer.extra_seconds
 
 
 def least_recently_used(resident: Resident, now: float) -> float:

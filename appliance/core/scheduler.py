@@ -34,13 +34,17 @@ class Task:
 
 @dataclass(slots=True)
 class Group:
-    """Tasks for one expert on one executor by request, oldest first. `load_seconds` is booked until it is ready."""
+    """Tasks for one expert on one executor by request, oldest first. `load_seconds` is booked until it is ready.
+
+    `is_fresh` from when its expert was loaded for it until its first batch.
+    """
 
     expert: str
     number: int
     tasks: OrderedDict[str, Task] = field(default_factory=OrderedDict)
     load_seconds: float = 0.0
     asked_seconds: float = 0.0
+    is_fresh: bool = False
     _dues: list[tuple[float, str]] = field(default_factory=list)
 
     def put(self, task: Task, due_seconds: float) -> None:
@@ -168,6 +172,7 @@ class Scheduler:
 
     def _batch(self, queue: Queue, group: Group, most: int, ledger: Ledger) -> Batch:
         tasks = self._split(queue, group, most)
+        group.is_fresh = False
         self._forget(queue, group, tasks, ledger)
         device = queue.executor.device
         batch = Batch(self._next_batch, queue.executor.name, device, group.expert, tuple(t.request for t in tasks))
@@ -206,6 +211,7 @@ class Scheduler:
             if is_ready:
                 self._book(queue, -group.load_seconds)
                 group.load_seconds = 0.0
+                group.is_fresh = True
             self._rank(queue, group, ledger)
 
     def drop(self, request: str, expert: str, ledgers: Mapping[str, Ledger]) -> None:
@@ -241,7 +247,9 @@ class Scheduler:
         total = max(running, loading / slots)
         if load and self._is_at_hand(expert, ledgers):
             load *= SECOND_COPY
-        return Offer(queue.executor.name, total, max(running + run, (loading + load) / slots) - total)
+        loaded = (loading + load) / slots
+        answer = max(running, loaded) + run if load else running + run
+        return Offer(queue.executor.name, total, max(running + run, loaded) - total, answer)
 
     def _is_at_hand(self, expert: str, ledgers: Mapping[str, Ledger]) -> bool:
         return any(not ledger.is_absent(expert) or self._demand[name][expert] for name, ledger in ledgers.items())
@@ -286,7 +294,8 @@ class Scheduler:
         expert, cold = group.expert, self.cold[queue.executor.device]
         key = (group.due_seconds, group.number) if group.tasks else None
         if key is not None and ledger.is_ready(expert):
-            queue.ready.put(expert, key)
+            # Who was loaded for waiting tasks goes before others who wait as long: then it may leave for the next.
+            queue.ready.put(expert, (key[0] - self.policy.patience_seconds, key[1]) if group.is_fresh else key)
         else:
             queue.ready.drop(expert)
         if key is not None and ledger.is_absent(expert):

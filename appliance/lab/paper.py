@@ -40,12 +40,12 @@ class Machine:
     cpu_fixed_seconds: float
     disk_bytes_per_second: float
 
-    def cost(self, device: str, loader: str, size: int, executors: int) -> Cost:
-        """What the controller is told: a load takes what the loader takes for so many bytes with the disk to itself.
+    def cost(self, device: str, loader: str, size: int, executors: int, loads_in_flight: int) -> Cost:
+        """What the controller is told: a load takes what it takes when as many as may are in flight.
 
         Executors that share the GPU share its speed: each picture takes as if all of them were at work.
         """
-        load = self.load_seconds if loader == "paper" else size / self.disk_bytes_per_second
+        load = self.load_seconds if loader == "paper" else size / self.disk_bytes_per_second * loads_in_flight
         if device == "cpu":
             return Cost(self.cpu_item_seconds, self.cpu_fixed_seconds, load)
         return Cost(self.gpu_item_seconds * executors, self.gpu_fixed_seconds, load)

@@ -119,15 +119,16 @@ def _box(machine: Machine, job: Job, policy: Policy, loader: str) -> Box:
         for name, size, count in made
     )
     executors = tuple(Executor(f"{name}-{number}", name) for name, _, count in made for number in range(count))
+    in_flight = sum(device.load_slots for device in devices)
     on_gpu = sum(not executor.device.startswith("cpu") for executor in executors)
-    costs = {device.name: machine.cost(device.name, loader, CLASSIFIER_BYTES, on_gpu) for device in devices}
+    costs = {device.name: machine.cost(device.name, loader, CLASSIFIER_BYTES, on_gpu, in_flight) for device in devices}
     experts = tuple(paper.experts(job.board, costs))
     sizes = [(e.name, e.footprints[devices[0].name].weights_bytes) for e in experts]
     rooms = {device.name: device.budget_bytes for device in devices}
     residents = policy.place(sizes, rooms)
     if policy is policies.ALL_RESIDENT:
         residents = [(device.name, name) for device in devices for name, _ in sizes]
-    return Box(devices, executors, experts, tuple(residents), sum(count for *_, count in made))
+    return Box(devices, executors, experts, tuple(residents), in_flight)
 
 
 def _least_seconds(
