@@ -43,13 +43,11 @@ class Group:
     number: int
     tasks: OrderedDict[str, Task] = field(default_factory=OrderedDict)
     load_seconds: float = 0.0
-    asked_seconds: float = 0.0
     is_fresh: bool = False
     _dues: list[tuple[float, str]] = field(default_factory=list)
 
     def put(self, task: Task, due_seconds: float) -> None:
         self.tasks[task.request] = task
-        self.asked_seconds = task.since_seconds
         heappush(self._dues, (due_seconds, task.request))
 
     @property
@@ -88,8 +86,8 @@ class Scheduler:
         self.queues = {executor.name: Queue(executor) for executor in executors}
         self.policy = policy
         self.cold: dict[str, Ranking[tuple[str, str], tuple[float, int]]] = {e.device: Ranking() for e in executors}
-        """By device: (expert, executor) of the groups whose expert is absent, by when they are due."""
-        self._quiet: dict[str, Ranking[tuple[str, str], tuple[float, int]]] = {e.device: Ranking() for e in executors}
+        """By device: (expert, executor) of the groups whose expert is absent, by when it is their turn to be loaded."""
+        self._rare: dict[str, Ranking[tuple[str, str], tuple[float, int]]] = {e.device: Ranking() for e in executors}
         self._experts = experts
         self._demand: dict[str, Counter[str]] = {e.device: Counter() for e in executors}
         self._loading = dict.fromkeys(self._demand, 0.0)
@@ -182,14 +180,15 @@ class Scheduler:
         return batch
 
     def next_cold(self, device: str, now: float) -> Group | None:
-        """Whose expert to load next: who is overdue, first of all; else who was asked for least recently.
+        """Whose expert to load next: the first whose turn has come; else the least probable one.
 
-        More tasks may come for an expert that was just asked for: while others wait, it can, and spends its slack.
+        Likely more tasks will come for the others: while somebody waits for a load anyway, they can, and spend their
+        slack, so that one load serves more of them.
         """
-        due = self.cold[device].least()
-        if due is None:
+        turn = self.cold[device].least()
+        if turn is None:
             return None
-        ranking = self.cold[device] if due[0] <= now else self._quiet[device]
+        ranking = self.cold[device] if turn[0] <= now else self._rare[device]
         expert, executor = ranking.first() or ("", "")
         return self.queues[executor].groups[expert]
 
@@ -291,7 +290,8 @@ class Scheduler:
 
     def _rank(self, queue: Queue, group: Group, ledger: Ledger) -> None:
         """Where the group stands among those that can run, or that wait for a load."""
-        expert, cold = group.expert, self.cold[queue.executor.device]
+        expert, device = group.expert, queue.executor.device
+        cold, rare = self.cold[device], self._rare[device]
         key = (group.due_seconds, group.number) if group.tasks else None
         if key is not None and ledger.is_ready(expert):
             # Who was loaded for waiting tasks goes before others who wait as long: then it may leave for the next.
@@ -299,11 +299,12 @@ class Scheduler:
         else:
             queue.ready.drop(expert)
         if key is not None and ledger.is_absent(expert):
-            cold.put((expert, queue.executor.name), key)
-            self._quiet[queue.executor.device].put((expert, queue.executor.name), (group.asked_seconds, group.number))
+            turn_seconds = min(key[0], group.first.since_seconds + self.policy.patience_seconds)
+            cold.put((expert, queue.executor.name), (turn_seconds, group.number))
+            rare.put((expert, queue.executor.name), (self._experts[expert].probability, group.number))
         else:
             cold.drop((expert, queue.executor.name))
-            self._quiet[queue.executor.device].drop((expert, queue.executor.name))
+            rare.drop((expert, queue.executor.name))
 
     def _settle(self, queue: Queue) -> None:
         """Nothing left means zero, whatever rounding says."""
