@@ -15,6 +15,7 @@
     ├── LoadError                weights could not be brought into memory
     ├── RunError                 an expert could not be run
     ├── OutOfMemory              the device had less memory than the ledger thought
+    │   └── Fragmented           it has enough, but in pieces; one that leaves may end it
     ├── Cancelled                a load or a run was given up because nobody wants it any more
     ├── DeviceError              an accelerator is missing, refuses, or is not what was asked for
     ├── NoRoom                   the memory budget cannot hold what was asked
@@ -102,6 +103,10 @@ class RunError(ApplianceError):
 
 class OutOfMemory(ApplianceError):
     reason = "out-of-memory"
+
+
+class Fragmented(OutOfMemory):
+    reason = "fragmented"
 
 
 class Cancelled(ApplianceError):

@@ -15,11 +15,18 @@ DECODING_BYTES_PER_PIXEL = 16
 """For the picture that an executor decodes: as Pillow holds it, as bytes, and as the array (measured: 14)."""
 
 
-def promised_bytes(config: Config, *, weights_bytes: int, executors: int, at_start_bytes: int, gpus: int = 0) -> int:
-    """The most anonymous memory that the process ever has, with this budget for weights."""
+def promised_bytes(config: Config, *, weights_bytes: int, executors: int, at_start_bytes: int) -> int:
+    """The most anonymous memory that the process ever has, with this budget for weights.
+
+    What is pinned for GPUs was there when it started serving.
+    """
     decoding = DECODING_BYTES_PER_PIXEL * config.limits.picture_pixels * executors
-    working = int(config.memory.activations) + gpus * pinned_bytes(config)
-    return at_start_bytes + weights_bytes + working + decoding + passing_bytes(config)
+    return at_start_bytes + weights_bytes + activation_bytes(config) + decoding + passing_bytes(config)
+
+
+def activation_bytes(config: Config) -> int:
+    """For the batches in work, and as much again that the runtime keeps of past ones for others."""
+    return 2 * int(config.memory.activations)
 
 
 def pinned_bytes(config: Config) -> int:
@@ -37,5 +44,5 @@ def weights_budget(config: Config, memory_bytes: int, gpus: int = 0) -> int:
 
     Decoding is not subtracted: few boxes see a picture of `limits.picture_pixels` on every executor at a time.
     """
-    taken = AT_START_BYTES + WORKING_BYTES + int(config.memory.activations) + gpus * pinned_bytes(config)
+    taken = AT_START_BYTES + WORKING_BYTES + activation_bytes(config) + gpus * pinned_bytes(config)
     return max(0, min(int(config.memory.weights), memory_bytes - taken))

@@ -22,6 +22,8 @@ def print_check(found: Mapping[str, Any], console: Console) -> None:
     table.add_row("weights", megabytes(found["weights_bytes"]))
     table.add_row("budget", f"{megabytes(found['budget_bytes'])} ({found['budget_share']:.0%} of the weights)")
     gpus = ", ".join(found["gpus"]) or "no GPU"
+    for name, size in found["gpu_budgets_bytes"].items():
+        table.add_row(f"budget of {name}", megabytes(size))
     table.add_row("machine", f"{megabytes(found['memory_bytes'])} of memory for this process, {gpus}")
     table.add_row("executors", ", ".join(found["executors"]))
     table.add_row("compiled experts", escape(found["store"]))
@@ -34,6 +36,13 @@ def print_check(found: Mapping[str, Any], console: Console) -> None:
         console.print(f"[red]{says}[/red]", soft_wrap=True)
     for name, why in found["gpu_trouble"].items():
         console.print(f"[red]{name} is not used:[/red] {escape(why)}")
+    for name, why in found["gpu_unavailable"].items():
+        says = f"[red]{name} runs on no GPU[/red] ({why['reason']}): {escape(why['detail'])}"
+        console.print(says, soft_wrap=True)
+    for name in found["unpinned"]:
+        console.print(
+            f"[red]{name} is pinned and has no room beside the others: raise memory.weights, or pin fewer[/red]"
+        )
     for name in found["too_large"]:
         console.print(f"[red]{name} alone is larger than a budget: raise memory.weights or memory.activations[/red]")
     for name, why in found["unavailable"].items():
@@ -42,7 +51,7 @@ def print_check(found: Mapping[str, Any], console: Console) -> None:
         console.print(f"[yellow]put into quarantine:[/yellow] {escape(path)} {escape(reason)}")
     if found["unused"]:
         console.print(_unused(found["unused"], found["freed_bytes"]))
-    if not found["unavailable"]:
+    if not found["unavailable"] and not found["too_large"]:
         console.print("[green]Everything in the catalogue can serve.[/green]")
 
 
@@ -128,7 +137,11 @@ def print_switching(found: Mapping[str, Any], console: Console) -> None:
             if isinstance(value, float | int) and not isinstance(value, bool):
                 table.add_row(name.replace("_", " "), quantity(name, value), _goal(goals.pop(name, None)))
         for count, rate in shape["bytes_per_second_at_once"].items():
-            table.add_row(f"{count} loads at once", quantity("bytes_per_second", rate), "")
+            table.add_row(
+                "one load alone" if int(count) == 1 else f"{count} loads at once",
+                quantity("bytes_per_second", rate),
+                "",
+            )
         for name, target in goals.items():
             table.add_row(name.replace("_", " "), quantity(name, target["value"]), _goal(target))
         console.print(table)

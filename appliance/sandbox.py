@@ -79,6 +79,12 @@ class Child:
             raise UnsafeModel(self._cause_of_death(), _DISTRUST)
         return self._opened(reply)
 
+    def kill(self) -> None:
+        """From any thread: end the child, so that whoever waits for its reply finds it dead, and closes it."""
+        if self.is_alive:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
     def close(self) -> None:
         """Kill the child and everything it started."""
         with suppress(ProcessLookupError):

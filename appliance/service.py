@@ -5,14 +5,16 @@ picture → intake → spool → Arrived → controller → Load, Run → Finish
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import signal
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -20,7 +22,7 @@ from appliance import __version__, contract
 from appliance import config as settings
 from appliance.config import Config
 from appliance.contract import Address
-from appliance.core.drift import Balance, DriftAlarm
+from appliance.core.drift import Balance
 from appliance.core.types import (
     Action,
     Arrived,
@@ -34,7 +36,6 @@ from appliance.core.types import (
     Quarantine,
     Refusal,
     Request,
-    Run,
     RunFailed,
     Tick,
     Verdict,
@@ -55,8 +56,9 @@ from appliance.engine.engine import Engine, Engines, Order
 from appliance.engine.place import SegmentMemory
 from appliance.engine.weights import Weights
 from appliance.errors import ApplianceError, BrokerError, DeviceError, MessageError, OutOfMemory
-from appliance.promise import DECODING_BYTES_PER_PIXEL, passing_bytes, pinned_bytes, promised_bytes
-from appliance.startup import CPU, Installation, install
+from appliance.health import PROCESS, STUCK_SECONDS, Drift, Passing, Underway, process_balance, weights_balance
+from appliance.promise import promised_bytes
+from appliance.startup import CPU, Installation, footprint, install
 from appliance.store.store import Compiled
 from appliance.store.storecheck import StoreCheck
 
@@ -64,7 +66,7 @@ log = logging.getLogger(__name__)
 
 TURN_SECONDS = 0.5  # the loop turns at least this often: a watchdog that is fed less often than it turns is honest
 STATS_SECONDS = 1.0
-STUCK_SECONDS = 60.0  # a batch or a network thread without a sign for this long is no progress
+TRIM_SECONDS = 10.0
 DRAIN_SECONDS = 10.0
 LONGEST_WAIT_SECONDS = 3600.0
 RECENT_MOVES = 64
@@ -87,6 +89,8 @@ def serve(config: Config, *, stopping: threading.Event | None = None) -> None:
         installation = install(config, _note_compiled)
         for expert, refusal in installation.unavailable.items():
             log.error("expert_unavailable expert=%s reason=%s detail=%s", expert, refusal.reason, refusal.detail)
+        for expert, refusal in installation.gpus.unavailable.items():
+            log.error("gpu_expert_unavailable expert=%s reason=%s detail=%s", expert, refusal.reason, refusal.detail)
         broker = stack.enter_context(_broker(config)) if config.broker.embedded else None
         service = Service(installation, records, say, broker)
         stack.callback(service.close)
@@ -111,52 +115,69 @@ def _broker(config: Config) -> Broker:
     )
 
 
+def _store_checks(installation: Installation) -> Iterator[StoreCheck]:
+    compiled, gpus = installation.compiled, installation.gpus
+    for store, serving in ((installation.store, compiled), (gpus.store, gpus.compiled)):
+        if store is not None:
+            yield StoreCheck(store, installation.catalog.bundles, serving)
+
+
 class Service:
     """Built in one go, run once. Everything that decides or counts happens on the thread that calls `run`."""
 
     def __init__(
         self, installation: Installation, records: Records, say: systemd.Supervisor, broker: Broker | None
     ) -> None:
-        config = installation.config
         self._inbox = Inbox()
+        engines, installation = self._opened(installation)
+        self._config, self._installation, self._records = installation.config, installation, records
+        self._say, self._broker = say, broker
+        self._controller = installation.controller()
+        self._versions = {name: str(c.version) for name, c in installation.compiled.items()}
+        self._open: dict[str, _Open] = {}
+        self._accepted_seconds: dict[int, float] = {}
+        self._fed_through = 0
+        self._more_spooled = True
+        self._has_drained = False
+        self._underway = Underway()
+        self._moves: deque[dict[str, object]] = deque(maxlen=RECENT_MOVES)
+        self._outcomes: Counter[str] = Counter()
+        self._next_stats = self._next_trim = 0.0
+        self._memory = devices.MemoryWatch()
+        self._drift = Drift()
+        self._footprints = {
+            device.name: {name: footprint(compiled) for name, compiled in installation.compiled_on(device.name).items()}
+            for device in installation.devices
+        }
+        self._store_checks = list(_store_checks(installation))
+        self._album = self._make_album()
+        bundles, report = installation.catalog.bundles, self._inbox.tell
+        self._engines = Engines(engines, installation.executors, bundles, self._album.look, report)
+        self._join_broker()
+        self._journal = self._open_journal()
+
+    def _opened(self, installation: Installation) -> tuple[dict[str, Engine], Installation]:
+        """An engine for each device that does what it says, and the box as it is with these."""
         engines: dict[str, Engine] = {}
         for device in installation.devices:
             try:
                 engines[device.name] = self._engine(device, installation)
             except (DeviceError, OutOfMemory) as error:  # only a GPU's; the CPU does its work
                 installation = installation.without(device.name, str(error))
-        self._config, self._installation, self._records = config, installation, records
-        self._say, self._broker = say, broker
-        self._open: dict[str, _Open] = {}
-        self._accepted_seconds: dict[int, float] = {}
-        self._fed_through = 0
-        self._more_spooled = True
-        self._controller = installation.controller()
-        self._versions = {name: str(c.version) for name, c in installation.compiled.items()}
-        self._moves: deque[dict[str, object]] = deque(maxlen=RECENT_MOVES)
-        self._running: dict[int, float] = {}
-        self._outcomes: Counter[str] = Counter()
-        self._next_stats = 0.0
-        self._memory = devices.MemoryWatch()
-        self._drift = DriftAlarm()
-        self._has_drained = False
+        return engines, installation
 
-        self._store_check = StoreCheck(installation.store, installation.catalog.bundles, installation.compiled)
-        self._album = Album(
-            records.payload,
-            self._subject,
-            installation.catalog.products,
-            int(config.limits.picture_bytes),
-            config.limits.picture_pixels,
-        )
-        bundles, report = installation.catalog.bundles, self._inbox.tell
-        self._engines = Engines(engines, installation.executors, bundles, self._album.look, report)
+    def _make_album(self) -> Album:
+        limits, products = self._config.limits, self._installation.catalog.products
+        return Album(self._records.payload, self._subject, products, int(limits.picture_bytes), limits.picture_pixels)
 
+    def _join_broker(self) -> None:
+        """What stands between the records and the broker: the door, and who goes in and out by it."""
+        config, records = self._config, self._records
         self._outbox = Outbox(config, records)
         self._alarms = Alarms(config, self._outbox.note)
         self._intake = Intake(
             config,
-            installation.catalog,
+            self._installation.catalog,
             records,
             self._outbox,
             acknowledge=lambda message: self._door.acknowledge(message),
@@ -170,7 +191,6 @@ class Service:
             state_changed=self._link_changed,
         )
         self._outbox.connect(self._door)
-        self._journal = self._open_journal()
 
     def _engine(self, device: Device, installation: Installation) -> Engine:
         """Raises DeviceError or OutOfMemory when a GPU does not do what it says."""
@@ -189,11 +209,14 @@ class Service:
         """Serve until `stop`, then finish what runs. Raises ApplianceError when going on would lose something."""
         self._intake.start()
         self._door.start()
+        gc.collect()
+        runtime.trim()  # what was needed until now only would be missed later
         self._memory.begin()
-        self._store_check.start()
+        for check in self._store_checks:
+            check.start()
         self._alarm_of_experts()
         self._alarm_of_budget()
-        self._alarms.set(Alarm.GPU, {"gpus": dict(trouble)} if (trouble := self._installation.gpus.trouble) else None)
+        self._alarm_of_gpus()
         self._decide(Tick())  # whoever is loaded before anybody asks
         self._say.status(self._status())
         log.info("serving experts=%d unavailable=%d", len(self._versions), len(self._installation.unavailable))
@@ -206,12 +229,15 @@ class Service:
         """However it ended: what runs is given up and awaited, and whoever watches the box knows that it is gone."""
         if not self._has_drained:  # a clean goodbye keeps the last will from saying so
             self._outbox.note(Note(contract.status_topic(self._config), b"offline", retain=True))
-        self._store_check.stop()
+        for check in self._store_checks:
+            check.interrupt()
         self._engines.stop()
         self._intake.stop()
         self._door.disconnect()
         if self._journal is not None:
             self._journal.close()
+        for check in self._store_checks:
+            check.stop()
 
     # The loop.
 
@@ -242,8 +268,7 @@ class Service:
 
     def _decide(self, event: Event) -> None:
         now = time.monotonic()
-        if isinstance(event, Finished | RunFailed):
-            self._running.pop(event.batch.id, None)
+        self._underway.ended(event)
         if self._journal is not None:
             self._journal.note(event, now)
         for action in self._controller.handle(event, now):
@@ -257,6 +282,7 @@ class Service:
                 self._alarm_of_experts()
             case _:
                 self._note(action)
+                self._underway.begun(action, time.monotonic())
                 self._engines.obey(action)
 
     def _note(self, order: Order) -> None:
@@ -265,8 +291,6 @@ class Service:
                 self._moves.append({"move": "load", "expert": expert})
             case Evict(expert=expert):
                 self._moves.append({"move": "evict", "expert": expert})
-            case Run(batch):
-                self._running[batch.id] = time.monotonic()
 
     def _feed(self) -> None:
         """Pictures from the spool to the controller in order of acceptance, as many as may wait at once."""
@@ -377,7 +401,8 @@ class Service:
                 "runtime": self._installation.store.key,
                 "experts": len(self._versions),
                 "unavailable": {name: r.reason for name, r in self._controller.unavailable.items()},
-                "weights_budget_bytes": int(config.memory.weights),
+                "weights_budget_bytes": self._controller.ledgers[CPU].device.budget_bytes,
+                "configured_weights_budget_bytes": int(config.memory.weights),
                 "picture_bytes": int(config.limits.picture_bytes),
                 "picture_pixels": config.limits.picture_pixels,
                 "executors": [executor.name for executor in self._installation.executors],
@@ -385,6 +410,8 @@ class Service:
                 "memory_bytes": devices.memory_bytes(),
                 "gpus": [gpu.name for gpu in self._installation.gpus.used],
                 "gpu_trouble": dict(self._installation.gpus.trouble),
+                "gpu_unavailable": {name: r.reason for name, r in self._installation.gpus.unavailable.items()},
+                "unpinned": list(self._installation.unpinned(self._controller.ledgers)),
             }
         ).encode()
 
@@ -394,9 +421,18 @@ class Service:
         self._say.status(self._status())
         if self._door.state is not DoorState.READY:
             return
-        ledger, counts = self._controller.ledgers[CPU], self._controller.counts
-        stored = self._records.counts
-        stats = {
+        cache = {
+            "schema_version": 1,
+            "resident": list(self._controller.ledgers[CPU].resident),
+            "moves": list(self._moves),
+        }
+        self._tell("stats", self._stats())
+        if self._tell("cache", cache):
+            self._moves.clear()
+
+    def _stats(self) -> dict[str, Any]:
+        ledger, counts, stored = self._controller.ledgers[CPU], self._controller.counts, self._records.counts
+        return {
             "schema_version": 1,
             "arrived": counts["arrived"],
             "verdicts": dict(self._outcomes),
@@ -417,19 +453,14 @@ class Service:
             "fallbacks": counts["fallbacks"],
             "alarms": self._alarms.raised,
             **self._memory.numbers(),
-            "memory_drift": round(self._drift.drift, 4),
+            "memory_drift": self._drift.of(PROCESS),
             "anonymous_promise_bytes": promised_bytes(
                 self._config,
                 weights_bytes=ledger.device.budget_bytes,
                 executors=len(self._installation.executors),
-                gpus=len(self._installation.gpus.used),
                 at_start_bytes=self._memory.at_start_bytes,
             ),
         }
-        cache = {"schema_version": 1, "resident": list(ledger.resident), "moves": list(self._moves)}
-        self._tell("stats", stats)
-        if self._tell("cache", cache):
-            self._moves.clear()
 
     def _numbers(self, device: str) -> dict[str, Any]:
         ledger, memory = self._controller.ledgers[device], self._engines.memory(device)
@@ -443,6 +474,7 @@ class Service:
             "activations_peak_bytes": ledger.running_peak_bytes,
             "activations_budget_bytes": ledger.device.activation_bytes,
             "hits": dict(memory.hits),
+            "memory_drift": self._drift.of(device),
         }
 
     def _tell(self, name: str, numbers: dict[str, Any]) -> bool:
@@ -459,24 +491,52 @@ class Service:
     # Health.
 
     def _look_at_memory(self) -> None:
-        """Compare what is booked with what is there, and say when the two part, or when the system refused memory."""
-        config, ledger = self._config, self._controller.ledgers[CPU]
-        decoding = DECODING_BYTES_PER_PIXEL * self._album.largest_pixels * len(self._installation.executors)
-        host_tiers = len(self._installation.gpus.used) * pinned_bytes(config)
-        balance = Balance(
-            booked_bytes=self._memory.at_start_bytes + ledger.used_bytes,
-            unbooked_bytes=int(config.memory.activations) + host_tiers + passing_bytes(config) + decoding,
-            measured_bytes=self._memory.now_bytes,
-        )
-        if not self._drift.look(balance, time.monotonic()):
-            self._alarms.set(Alarm.MEMORY_DRIFT, None)
-        elif Alarm.MEMORY_DRIFT not in self._alarms.raised:
-            self._alarms.set(Alarm.MEMORY_DRIFT, {"drift": round(self._drift.drift, 4), **asdict(balance)})
+        """Compare what is booked with what is there, and say when the two part, or when a device refused memory."""
+        now = time.monotonic()
+        wrong = self._drift.look(self._balances(), now)
+        if self._drift.of(PROCESS) > 0 and now >= self._next_trim:
+            self._next_trim = now + TRIM_SECONDS
+            runtime.trim()  # what only the C heap keeps is no leak; the next look tells
+        self._alarms.set(Alarm.MEMORY_DRIFT, {"memory": dict(wrong)} if wrong else None)
         short = {name: ledger.withheld_bytes for name, ledger in self._controller.ledgers.items()}
         if not any(short.values()):
             self._alarms.set(Alarm.OUT_OF_MEMORY, None)
         elif Alarm.OUT_OF_MEMORY not in self._alarms.raised:
             self._alarms.set(Alarm.OUT_OF_MEMORY, {"withheld_bytes": short})
+
+    def _balances(self) -> dict[str, Balance]:
+        passing = Passing(
+            queued_bytes=self._intake.held_bytes + self._records.queued_bytes,
+            largest_payload_bytes=self._intake.largest_bytes,
+            decoded_bytes=self._album.cached_bytes,
+            pictures_in_work=self._underway.pictures,
+            largest_pixels=self._album.largest_pixels,
+        )
+        ledgers = self._controller.ledgers
+        process = process_balance(
+            ledgers[CPU],
+            self._footprints[CPU],
+            passing,
+            at_start_bytes=self._memory.at_start_bytes,
+            kept_bytes=int(self._config.memory.activations),
+            measured_bytes=self._memory.now_bytes,
+            gpus=len(self._installation.gpus.used),
+        )
+        weights = {
+            name: weights_balance(ledger, self._footprints[name], self._engines.memory(name).mapped_bytes)
+            for name, ledger in ledgers.items()
+        }
+        return {PROCESS: process, **weights}
+
+    def _alarm_of_gpus(self) -> None:
+        gpus = self._installation.gpus
+        wrong: dict[str, Any] = {"gpus": dict(gpus.trouble)} if gpus.trouble else {}
+        if gpus.unavailable:
+            wrong["experts"] = {name: {"reason": r.reason, "detail": r.detail} for name, r in gpus.unavailable.items()}
+        if unpinned := self._installation.unpinned(self._controller.ledgers):
+            why = "has no room beside the other experts of experts.pin without what the GPU lacks, and may leave"
+            wrong["unpinned"] = dict.fromkeys(unpinned, why)
+        self._alarms.set(Alarm.GPU, wrong or None)
 
     def _alarm_of_budget(self) -> None:
         made, wanted = self._installation, int(self._config.memory.weights)
@@ -489,10 +549,9 @@ class Service:
         self._alarms.set(Alarm.EXPERTS, {"experts": broken} if broken else None)
 
     def _is_progressing(self, now: float) -> bool:
-        """The loop turns, no batch hangs, and neither do the threads that every picture passes."""
-        oldest = min(self._running.values(), default=now)
+        """The loop turns, no batch or load hangs, and neither do the threads that every picture passes."""
         turns = (self._door.turned_seconds, self._intake.turned_seconds, self._records.turned_seconds)
-        return now - min(oldest, *turns) < STUCK_SECONDS
+        return now - min(turns) < STUCK_SECONDS and not self._underway.is_stuck(now)
 
     def _check_health(self) -> None:
         if self._records.broken is not None:
@@ -507,7 +566,7 @@ class Service:
         self._say.stopping()
         self._outbox.note(Note(contract.status_topic(self._config), b"draining", retain=True))
         ends = time.monotonic() + DRAIN_SECONDS
-        while self._running and time.monotonic() < ends:
+        while self._underway.has_runs and time.monotonic() < ends:
             try:
                 event = self._inbox.wait(TURN_SECONDS)
             except TimeoutError:
@@ -521,7 +580,7 @@ class Service:
     def _finish(self, event: Finished | RunFailed) -> None:
         """Publish what this batch completes, and begin nothing new."""
         now = time.monotonic()
-        self._running.pop(event.batch.id, None)
+        self._underway.ended(event)
         if self._journal is not None:
             self._journal.note(event, now)
         for action in self._controller.handle(event, now):

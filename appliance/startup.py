@@ -26,7 +26,7 @@ from appliance.errors import ApplianceError, ConfigError
 from appliance.profile import Profile
 from appliance.promise import weights_budget
 from appliance.store.compile import compile_bundles
-from appliance.store.store import Compiled, Store
+from appliance.store.store import PROVIDERS, Compiled, Store
 
 CPU = "cpu"
 GPU_SHARE = 0.8
@@ -41,12 +41,16 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Gpus:
-    """The GPUs in use, their experts, and by its name why another one that is there or asked for is not in use."""
+    """The GPUs in use, their experts, and by its name why another one that is there or asked for is not in use.
+
+    `unavailable` are the experts that cannot be compiled for GPUs; the CPU serves them.
+    """
 
     used: tuple[devices.Gpu, ...] = ()
     store: Store | None = None
     compiled: Mapping[str, Compiled] = field(default_factory=dict)
     trouble: Mapping[str, str] = field(default_factory=dict)
+    unavailable: Mapping[str, Refusal] = field(default_factory=dict)
 
 
 def gpu_name(gpu: devices.Gpu) -> str:
@@ -102,11 +106,10 @@ class Installation:
     @property
     def devices(self) -> tuple[Device, ...]:
         memory, slots = self.config.memory, self.config.executors.load_slots
-        working = int(memory.gpu_activations)
         cpu_bytes = weights_budget(self.config, self.memory_bytes, len(self.gpus.used))
         return (
             *(
-                Device(gpu_name(gpu), int(memory.gpu_weights or GPU_SHARE * gpu.free_bytes - working), slots, working)
+                Device(gpu_name(gpu), _gpu_budget(self.config, gpu), slots, int(memory.gpu_activations))
                 for gpu in self.gpus.used
             ),
             Device(CPU, cpu_bytes, slots, int(memory.activations)),
@@ -122,25 +125,32 @@ class Installation:
         )
 
     def controller(self) -> Controller:
-        """Raises ConfigError when the experts that shall stay do not fit together."""
-        special = self.config.experts
-        made = Controller(
+        """Raises ConfigError when the experts that shall stay do not fit together, and that is no fault of a GPU."""
+        made = self.lenient_controller()
+        for name in self.unpinned(made.ledgers):
+            if not self.gpus.trouble and not self.gpus.unavailable:
+                raise ConfigError(
+                    f"experts.pin: {name} has no room beside the others", "raise memory.weights, or pin fewer"
+                )
+        return made
+
+    def lenient_controller(self) -> Controller:
+        """Pinned experts that have no room beside the others are preloaded as far as memory is free."""
+        return Controller(
             self.catalog.graph,
             self.experts,
             self.devices,
             self.executors,
             self.unavailable,
-            pinned=special.pin,
-            preload=special.preload,
+            pinned=self.config.experts.pin,
+            preload=self.config.experts.preload,
             policy=POLICIES[self.config.scheduler.policy],
         )
-        staying = {name for ledger in made.ledgers.values() for name in ledger.pinned}
-        for name in special.pin:
-            if name in self.compiled and name not in staying:
-                raise ConfigError(
-                    f"experts.pin: {name} has no room beside the others", "raise memory.weights, or pin fewer"
-                )
-        return made
+
+    def unpinned(self, ledgers: Mapping[str, Ledger]) -> tuple[str, ...]:
+        """Of experts.pin, those that have no room beside the others and so may leave."""
+        staying = {name for ledger in ledgers.values() for name in ledger.pinned}
+        return tuple(name for name in self.config.experts.pin if name in self.compiled and name not in staying)
 
 
 def install(config: Config, report: Report = lambda expert, result: None) -> Installation:
@@ -151,35 +161,42 @@ def install(config: Config, report: Report = lambda expert, result: None) -> Ins
     profile = profiles.load(config.paths.profile)
     catalog = catalogs.load(config.paths.catalog)
     _check_named(config, catalog)
-    store = Store(config.paths.store)
-    unavailable = {name: refusal_of(error) for name, error in catalog.broken.items()}
-    for name, error in catalog.broken.items():
+    sound, broken = _verified(catalog)
+    for name, error in broken.items():
         report(name, error)
-    sound, waiting = [], set[str]()
+    store = Store(config.paths.store)
+    compiled, failed = _compiled(store, sound, report)
+    unavailable = {name: refusal_of(error) for name, error in (broken | failed).items()}
+    gpus = _install_gpus(config, [bundle for bundle in sound if bundle.manifest.name in compiled])
+    return Installation(config, catalog, profile, store, compiled, unavailable, devices.memory_bytes(), gpus)
+
+
+def _verified(catalog: Catalog) -> tuple[list[Bundle], dict[str, ApplianceError]]:
+    """The bundles whose files are what their manifests say, and what is wrong with the others."""
+    sound, broken = [], dict[str, ApplianceError](catalog.broken)
     for name, bundle in catalog.bundles.items():
         try:
             catalogs.verify(bundle)
         except ApplianceError as error:
-            unavailable[name] = refusal_of(error)
-            report(name, error)
-            continue
-        sound.append(bundle)
-        if store.find(bundle) is None:
-            waiting.add(name)
+            broken[name] = error
+        else:
+            sound.append(bundle)
+    return sound, broken
+
+
+def _compiled(
+    store: Store, bundles: Sequence[Bundle], report: Report
+) -> tuple[dict[str, Compiled], dict[str, ApplianceError]]:
+    """The experts in the store by name, and why the others cannot be. `report` hears of who was not there before."""
+    waiting = {bundle.manifest.name for bundle in bundles if store.find(bundle) is None}
 
     def tell(name: str, result: Compiled | ApplianceError) -> None:
         if name in waiting:
             report(name, result)
 
-    found = dict[str, Compiled]()
-    for name, result in compile_bundles(store, sound, report=tell, jobs=min(devices.cores(), COMPILE_JOBS)).items():
-        if isinstance(result, ApplianceError):
-            unavailable[name] = refusal_of(result)
-        else:
-            found[name] = result
-    gpus = _install_gpus(config, [bundle for bundle in sound if bundle.manifest.name in found])
-    compiled = dict(sorted(found.items()))
-    return Installation(config, catalog, profile, store, compiled, unavailable, devices.memory_bytes(), gpus)
+    results = compile_bundles(store, bundles, report=tell, jobs=min(devices.cores(), COMPILE_JOBS))
+    made = {name: result for name, result in sorted(results.items()) if isinstance(result, Compiled)}
+    return made, {name: result for name, result in results.items() if isinstance(result, ApplianceError)}
 
 
 def _install_gpus(config: Config, bundles: Sequence[Bundle]) -> Gpus:
@@ -188,7 +205,7 @@ def _install_gpus(config: Config, bundles: Sequence[Bundle]) -> Gpus:
     if wanted == 0:
         return Gpus()
     there = devices.gpus()
-    trouble = {gpu_name(gpu): why for gpu in there if (why := cuda.usable_gpu(gpu.index)) is not None}
+    trouble = {gpu_name(gpu): why for gpu in there if (why := _why_not(config, gpu)) is not None}
     usable = [gpu for gpu in there if gpu_name(gpu) not in trouble]
     if wanted is not None and len(usable) < wanted:
         trouble.setdefault("gpu", f"executors.gpus is {wanted}, and {len(usable)} can be used")
@@ -196,9 +213,27 @@ def _install_gpus(config: Config, bundles: Sequence[Bundle]) -> Gpus:
     if not used:
         return Gpus(trouble=trouble)
     store = Store(config.paths.store, "cuda")
-    results = compile_bundles(store, bundles, report=lambda *_: None, jobs=min(devices.cores(), COMPILE_JOBS))
-    compiled = {name: result for name, result in results.items() if isinstance(result, Compiled)}
-    return Gpus(used, store, compiled, trouble)
+    compiled, failed = _compiled(store, bundles, lambda *_: None)
+    return Gpus(used, store, compiled, trouble, {name: refusal_of(error) for name, error in failed.items()})
+
+
+def _why_not(config: Config, gpu: devices.Gpu) -> str | None:
+    """Why a GPU cannot be used, if it cannot."""
+    if (why := cuda.usable_gpu(gpu.index)) is not None:
+        return why
+    if _gpu_budget(config, gpu) > 0:
+        return None
+    working = int(config.memory.gpu_activations)
+    return (
+        f"{gpu.free_bytes} of its {gpu.memory_bytes} bytes are free, of which {GPU_SHARE:.0%} may be used, and"
+        f" memory.gpu_activations asks for {working} (end what else uses it, or lower that)"
+    )
+
+
+def _gpu_budget(config: Config, gpu: devices.Gpu) -> int:
+    """For weights; none where activations leave nothing."""
+    memory = config.memory
+    return int(memory.gpu_weights or GPU_SHARE * gpu.free_bytes - int(memory.gpu_activations))
 
 
 def _check_named(config: Config, catalog: Catalog) -> None:
@@ -245,50 +280,83 @@ def refusal_of(error: ApplianceError) -> Refusal:
     return Refusal(error.reason, str(error))
 
 
-def checked(config: Config, *, prune: bool = False, tell: Progress = lambda what, done, of: None) -> dict[str, Any]:
-    """What `appliance check` tells: the catalogue, what is unavailable and why, and whether the budget holds it.
+def _stores(config: Config) -> list[Store]:
+    """Those that are on this box already."""
+    stores = (Store(config.paths.store, provider) for provider in PROVIDERS)
+    return [store for store in stores if store.folder.is_dir()]
 
-    Reads every byte of the store first; what was damaged has been compiled again when this returns. `prune` removes
+
+def checked(config: Config, *, prune: bool = False, tell: Progress = lambda what, done, of: None) -> dict[str, Any]:
+    """What `appliance check` tells: the catalogue, what is unavailable and why, and whether the budgets hold it.
+
+    Reads every byte of the stores first; what was damaged has been compiled again when this returns. `prune` removes
     compiled experts that no bundle names any more. `tell` hears how far it is: bytes read, then experts compiled.
     """
-    damaged = Store(config.paths.store).check(tell=partial(tell, "bytes"))
+    damaged = [found for store in _stores(config) for found in store.check(tell=partial(tell, "bytes"))]
+    made = install(config, _counting(config, tell))
+    in_use = {store.provider: store for store in (made.store, made.gpus.store) if store is not None}
+    # Two objects for one folder would be in each other's way.
+    stores = [in_use.get(store.provider, store) for store in _stores(config)]
+    unused = {name: size for store in stores for name, size in store.unused(made.catalog).items()}
+    freed_bytes = sum(store.prune(made.catalog) for store in stores) if prune else None
+    return {
+        **_what_is_there(made),
+        **_what_fits(made),
+        "damaged": {str(damage.path): damage.reason for damage in damaged},
+        "unused": unused,
+        "freed_bytes": freed_bytes,
+        "unavailable": _told(made.unavailable),
+        "gpu_unavailable": _told(made.gpus.unavailable),
+        "graph": draw(made.catalog.graph),
+    }
+
+
+def _counting(config: Config, tell: Progress) -> Report:
+    """Tells how many of the experts that have to be compiled are done."""
     waiting = {bundle.manifest.name for bundle in waiting_to_compile(config)}
-    compiled = set[str]()
+    done = set[str]()
 
     def count(name: str, result: Compiled | ApplianceError) -> None:
-        compiled.update({name} & waiting)
-        tell("experts", len(compiled), len(waiting))
+        done.update({name} & waiting)
+        tell("experts", len(done), len(waiting))
 
-    made = install(config, count)
-    unused = made.store.unused(made.catalog)
-    freed_bytes = made.store.prune(made.catalog) if prune else None
-    device = made.devices[-1]
-    footprints, budget = {name: e.footprints[CPU] for name, e in made.experts.items()}, device.budget_bytes
-    total = sum({s.id: s.bytes for f in footprints.values() for s in f.segments}.values())
-    total += sum(f.private_bytes for f in footprints.values())
-    ledger = Ledger(device, footprints)
+    return count
+
+
+def _what_is_there(made: Installation) -> dict[str, Any]:
     return {
-        "catalog": str(config.paths.catalog),
+        "catalog": str(made.config.paths.catalog),
         "store": str(made.store.folder),
         "profile": made.profile.name,
-        "experts": len(footprints),
+        "experts": len(made.compiled),
         "architectures": len({compiled.architecture for compiled in made.compiled.values()}),
         "versions": {name: list(versions) for name, versions in made.catalog.versions.items()},
         "components": len(made.catalog.graph.entries),
         "products": len(made.catalog.products),
-        "weights_bytes": total,
-        "budget_bytes": budget,
-        "configured_budget_bytes": int(config.memory.weights),
-        "budget_share": budget / total if total else 1.0,
         "memory_bytes": made.memory_bytes,
         "gpus": [gpu.name for gpu in made.gpus.used],
         "gpu_trouble": dict(made.gpus.trouble),
-        "too_large": sorted(name for name in footprints if not ledger.ever_fits(name)),
-        "largest_expert": max(footprints, key=lambda name: footprints[name].weights_bytes, default=None),
         "executors": [executor.name for executor in made.executors],
-        "damaged": {str(damage.path): damage.reason for damage in damaged},
-        "unused": unused,
-        "freed_bytes": freed_bytes,
-        "unavailable": {name: {"reason": r.reason, "detail": r.detail} for name, r in made.unavailable.items()},
-        "graph": draw(made.catalog.graph),
     }
+
+
+def _what_fits(made: Installation) -> dict[str, Any]:
+    footprints = {name: footprint(compiled) for name, compiled in made.compiled.items()}
+    total = sum({s.id: s.bytes for f in footprints.values() for s in f.segments}.values())
+    total += sum(f.private_bytes for f in footprints.values())
+    *gpus, cpu = made.devices
+    ledgers = made.lenient_controller().ledgers
+    return {
+        "weights_bytes": total,
+        "budget_bytes": cpu.budget_bytes,
+        "configured_budget_bytes": int(made.config.memory.weights),
+        "budget_share": cpu.budget_bytes / total if total else 1.0,
+        "gpu_budgets_bytes": {gpu.name: gpu.budget_bytes for gpu in gpus},
+        "too_large": [name for name in footprints if not any(ledger.ever_fits(name) for ledger in ledgers.values())],
+        "unpinned": list(made.unpinned(ledgers)),
+        "largest_expert": max(footprints, key=lambda name: footprints[name].weights_bytes, default=None),
+    }
+
+
+def _told(refusals: Mapping[str, Refusal]) -> dict[str, dict[str, str]]:
+    return {name: {"reason": refusal.reason, "detail": refusal.detail} for name, refusal in refusals.items()}

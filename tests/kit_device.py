@@ -187,8 +187,8 @@ def _inside(blocks: Mapping[int, mmap.mmap], address: int, size: int) -> int | N
 
 @dataclass(frozen=True, slots=True)
 class PretendPlace(CpuPlace):
-    """The processor as the place of the pretend accelerator, with steps of batches as a GPU has them."""
+    """The processor as the place of the pretend accelerator. What a run shrinks is only its own session's arena."""
 
     @property
-    def batch_sizes(self) -> tuple[int, ...]:
-        return 1, 2, 4, 8
+    def shares_arena(self) -> bool:
+        return False

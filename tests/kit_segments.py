@@ -16,6 +16,7 @@ import pytest
 from onnx import ModelProto
 
 from appliance.core.types import Segment
+from appliance.engine.weights import Weights
 from appliance.store.sharing import layout
 from appliance.store.store import Compiled, TensorSlot
 from appliance.store.template import content, dtype_of, lift, packed
@@ -41,6 +42,11 @@ class Disk:
     def path(self, name: str) -> Path:
         self.asked.append(name)
         return self.folder / name
+
+
+def bytes_of(memory: Weights, segment_id: str) -> memoryview:
+    """The bytes of a segment in main memory; while a view of it lives, it cannot be dropped."""
+    return memoryview(memory._ready(segment_id))
 
 
 class Reads:

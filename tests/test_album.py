@@ -78,6 +78,15 @@ def test_what_was_looked_at_longest_ago_makes_room(monkeypatch: pytest.MonkeyPat
     assert "".join(reads) == "abcb" + "a"
 
 
+def test_what_is_kept_is_counted_until_it_is_forgotten(tmp_path: Path) -> None:
+    album = _album({"r": picture(1)}, _product(tmp_path, np.zeros((40, 40), np.uint8)), PLACED)
+    album.look("r")
+    kept = album.cached_bytes
+    assert kept >= 16 * 16 * 3 + 40 * 40
+    album.forget("r")
+    assert album.cached_bytes == kept - 16 * 16 * 3
+
+
 def _album(
     payloads: Mapping[str, bytes], products: Mapping[str, Product], subject: Subject, reads: list[str] | None = None
 ) -> Album:

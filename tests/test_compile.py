@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -26,13 +27,22 @@ from appliance.catalog import Bundle
 from appliance.drivers import runtime
 from appliance.engine.sessions import Sessions
 from appliance.engine.weights import Weights
-from appliance.errors import ApplianceError, CatalogError, DigestMismatch, ModelError, StoreError, UnsafeModel
+from appliance.errors import (
+    ApplianceError,
+    Cancelled,
+    CatalogError,
+    DigestMismatch,
+    ModelError,
+    StoreError,
+    UnsafeModel,
+)
 from appliance.sandbox import Child
 from appliance.store import compile_child, trial
-from appliance.store.compile import Report, compile_bundles
+from appliance.store.compile import Interruption, compile_bundles
 from appliance.store.store import Compiled, Store
 from appliance.store.storecheck import StoreCheck
 from tests import kit_models as kit
+from tests.kit_brokers import until
 
 ZOO = Path(__file__).parent / "data" / "zoo"
 
@@ -842,28 +852,36 @@ def test_a_rebuild_removes_nothing_that_the_service_read_about(
         bench.store.verify(compiled)
 
 
-def test_a_rebuild_ends_with_the_expert_that_is_being_compiled(
-    bench: Workbench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_rebuild_is_ended_in_the_midst_of_a_slow_compile(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
+    """The child's work takes a minute; the next start finds nothing half-made and compiles it."""
     bundle = bench.bundle("e")
     [compiled] = bench.compiled(bundle)
     flip_bit(bench.store.segment_path(compiled.segments[0].id))
+    begun = tmp_path / "begun"
+    (tmp_path / "slow_child.py").write_text(
+        f"import pathlib, sys, time\nsys.stdin.readline(); pathlib.Path({str(begun)!r}).touch(); time.sleep(60)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
     check = StoreCheck(bench.store, {"e": bundle}, {"e": compiled}, share=1.0)
-    stopper = threading.Thread(target=check.stop)
-
-    def endless(store: Store, bundles: Sequence[Bundle], *, report: Report) -> dict[str, Compiled]:
-        stopper.start()
-        for _ in range(10_000):
-            report("e", compiled)
-            threading.Event().wait(0.001)
-        return {"e": compiled}
-
-    monkeypatch.setattr("appliance.store.storecheck.compile_bundles", endless)
-    with caplog.at_level(logging.INFO):
+    with monkeypatch.context() as patch, caplog.at_level(logging.INFO):
+        patch.setattr("appliance.store.compile._COMPILER", "slow_child")
         check.start()
-        check.wait()
-        stopper.join()
-    assert "rebuilt expert" not in caplog.text
+        until(begun.exists)
+        asked = time.monotonic()
+        check.stop()
+        assert time.monotonic() - asked < 10
+    assert not any(record.message.startswith("rebu") for record in caplog.records)
+    assert bench.compiled(bundle) == [compiled]
+
+
+def test_a_rebuild_that_was_ended_before_it_began_compiles_nothing(bench: Workbench) -> None:
+    bundle, interruption = bench.bundle("e"), Interruption()
+    interruption.interrupt()
+    with pytest.raises(Cancelled):
+        compile_bundles(bench.store, [bundle], report=lambda *_: None, interruption=interruption)
+    assert bench.store.find(bundle) is None
 
 
 def test_a_rebuild_gives_way_to_runs_and_loads(
@@ -874,7 +892,7 @@ def test_a_rebuild_gives_way_to_runs_and_loads(
     flip_bit(bench.store.segment_path(compiled.segments[0].id))
     niceness = list[int]()
 
-    def noted(store: Store, bundles: Sequence[Bundle], *, report: Report) -> dict[str, Compiled]:
+    def noted(store: Store, bundles: Sequence[Bundle], **_: object) -> dict[str, Compiled]:
         child = subprocess.run(
             [sys.executable, "-c", "import os; print(os.nice(0))"], stdout=subprocess.PIPE, check=True
         )

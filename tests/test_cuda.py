@@ -16,12 +16,13 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from appliance.core.types import Segment
+from appliance.core.types import Device, Segment
 from appliance.drivers import devices
 from appliance.drivers.devices import Gpu
 from appliance.engine import cuda
 from appliance.engine.cuda import CudaAccelerator, CudaPlace, usable_gpu
 from appliance.engine.device_weights import DeviceWeights
+from appliance.engine.engine import Engine
 from appliance.errors import DeviceError, OutOfMemory
 from tests import kit_models as kit
 from tests.kit_segments import portable_expert
@@ -99,7 +100,8 @@ class PretendRuntime:
         return (self._code("cudaHostUnregister", self.registered.pop(address, None) is not None),)
 
     def cudaStreamCreateWithFlags(self, flags: int) -> Answer:
-        return self._code("cudaStreamCreateWithFlags", flags == 1), self._new(self.streams)
+        code = self._code("cudaStreamCreateWithFlags", flags == 1)
+        return code, None if code else self._new(self.streams)
 
     def cudaStreamDestroy(self, stream: int) -> Answer:
         known = stream in self.streams
@@ -216,6 +218,30 @@ def test_a_device_that_is_not_there_is_an_error(runtime: PretendRuntime) -> None
         CudaAccelerator(3)
 
 
+@pytest.mark.parametrize("call", ["cudaMalloc", "cudaHostRegister"])
+def test_an_engine_that_cannot_be_made_leaves_nothing_on_its_gpu(runtime: PretendRuntime, call: str) -> None:
+    runtime.refused[call] = Code.cudaErrorMemoryAllocation
+    with pytest.raises(OutOfMemory):
+        Engine.on_gpu(
+            Device("cuda:0", 1 << 20, activation_bytes=1 << 20), {}, Path, lambda event: None, host_bytes=1 << 20
+        )
+    assert (runtime.streams, runtime.blocks, runtime.registered) == (set(), {}, {})
+
+
+def test_a_gpu_with_a_stream_for_copies_alone_is_left_without_any(
+    runtime: PretendRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    really_create = runtime.cudaStreamCreateWithFlags
+
+    def only_one(flags: int) -> Answer:
+        return (Code.cudaErrorUnknown, None) if runtime.streams else really_create(flags)
+
+    monkeypatch.setattr(runtime, "cudaStreamCreateWithFlags", only_one)
+    with pytest.raises(DeviceError, match="cuda:0: cudaStreamCreateWithFlags"):
+        CudaAccelerator(0)
+    assert not runtime.streams
+
+
 def test_every_name_that_is_used_is_in_the_real_bindings() -> None:
     pytest.importorskip("cuda.bindings.runtime", reason="not installed: cuda-bindings (extra `cuda`)")
     real = importlib.import_module("cuda.bindings.runtime")
@@ -242,7 +268,7 @@ def test_the_options_of_a_session_name_device_stream_and_limit() -> None:
     options = CudaPlace(1, 4711, 1 << 20)._provider_options()
     assert options["device_id"] == "1"
     assert options["user_compute_stream"] == "4711"
-    assert options["gpu_mem_limit"] == str(1 << 20)
+    assert options["gpu_mem_limit"] == str(2 << 20)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from appliance.core.types import Segment
 from appliance.engine.device_weights import DeviceWeights
 from appliance.engine.disk import CHUNK_BYTES, READERS
 from appliance.engine.pinned import WINDOW_BYTES
-from appliance.errors import Cancelled, DeviceError, LoadError, OutOfMemory
+from appliance.errors import Cancelled, DeviceError, Fragmented, LoadError, OutOfMemory
 from tests.kit_device import POISON, QUEUE_DEPTH, PretendAccelerator, Refused
 from tests.kit_segments import Disk, Reads
 
@@ -246,17 +246,50 @@ def test_free_bytes_in_pieces_are_a_shortage_that_more_evictions_end(
     disk: Disk, new: Callable[..., DeviceWeights]
 ) -> None:
     memory = new(device_bytes=4 * 4096)
-    small = [disk.segment(4096, seed) for seed in range(4)]
+    small = [disk.segment(4096, seed) for seed in range(5)]
     large = disk.segment(2 * 4096, 9)
     memory.load(small)
-    memory.drop([small[0], small[2]])
-    with pytest.raises(OutOfMemory, match="pretend:0: 8192 bytes are needed in one piece"):
+    memory.drop([small[0], small[2], small[4]])
+    with pytest.raises(Fragmented, match="pretend:0: 8192 bytes are needed in one piece") as shortage:
         memory.load([large])
+    assert shortage.value.reason == "fragmented"
     assert memory.mapped_bytes == 2 * 4096
     memory.drop([small[1]])
     memory.load([large])
     assert seen(memory, large)
     assert seen(memory, small[3])
+
+
+def test_what_all_gaps_together_cannot_hold_is_no_matter_of_pieces(
+    disk: Disk, new: Callable[..., DeviceWeights]
+) -> None:
+    memory = new(device_bytes=4 * 4096)
+    memory.load([disk.segment(4 * 4096, 1)])
+    with pytest.raises(OutOfMemory) as shortage:
+        memory.load([disk.segment(2 * 4096, 2)])
+    assert shortage.value.reason == "out-of-memory"
+
+
+def test_experts_of_several_sizes_fill_the_budget_again_and_again(
+    disk: Disk, new: Callable[..., DeviceWeights]
+) -> None:
+    budget, chance = 400 * 4096, random.Random(1)
+    memory = new(device_bytes=budget)
+    absent = [disk.segment(pages * 4096, seed) for seed in range(20) for pages in (5, 18, 68)]
+    present: list[Segment] = []
+    refused = 0
+    for _ in range(600):
+        coming = absent.pop(chance.randrange(len(absent)))
+        while sum(segment.bytes for segment in (*present, coming)) > budget:
+            absent.append(present.pop(chance.randrange(len(present))))
+            memory.drop([absent[-1]])
+        try:
+            memory.load([coming])
+            present.append(coming)
+        except Fragmented:
+            absent.append(coming)
+            refused += 1
+    assert refused <= 12
 
 
 @pytest.mark.parametrize("call", ["copy_in", "mark", "wait"])

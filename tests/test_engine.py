@@ -50,7 +50,7 @@ class Line:
         self.compiled = {device: {n: found(store, b) for n, b in bundles.items()} for device, store in stores.items()}
         size = self.compiled[GPU]["a"].bytes
         devices = (
-            Device(GPU, places * size, activation_bytes=16 << 20),
+            Device(GPU, places * size, activation_bytes=16 << 20, batch_sizes=(1, 2, 4, 8)),
             Device(CPU, 2 * size, activation_bytes=16 << 20),
         )
         executors = (Executor("pretend-0", GPU), Executor("cpu-0", CPU))

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from onnx import ModelProto, helper, numpy_helper
 
 from appliance.catalog import Bundle
-from appliance.core.types import Batch, Event, Finished, Load, Loaded, LoadFailed, Refusal, RunFailed
+from appliance.core.types import Batch, Device, Event, Finished, Load, Loaded, LoadFailed, Refusal, RunFailed
 from appliance.drivers import heads, images, runtime
 from appliance.drivers.images import Views
+from appliance.engine.arena import Arena
 from appliance.engine.cancellation import Cancellation
 from appliance.engine.executors import Executors, Inspection, LoaderLane
 from appliance.engine.sessions import Sessions
@@ -24,9 +25,11 @@ from appliance.errors import Cancelled, LoadError, MessageError, ModelError, Out
 from appliance.store.compile import compile_bundles
 from appliance.store.store import Compiled, Store
 from tests import kit_models as kit
+from tests.kit_segments import bytes_of
 from tests.test_sessions import long_net
 
 TIMEOUT = 20.0
+CPU = Device("cpu", 0)
 
 
 def batch(number: int, executor: str = "one", expert: str = "e", requests: tuple[str, ...] = ("r",)) -> Batch:
@@ -372,7 +375,7 @@ def picture(seed: int, *shape: int) -> NDArray[np.uint8]:
 
 def inspection(workshop: tuple[list[Bundle], Sessions], look: Callable[[str], Views]) -> Inspection:
     bundles, sessions = workshop
-    return Inspection(sessions, {b.manifest.name: b for b in bundles}, look)
+    return Inspection(CPU, sessions, {b.manifest.name: b for b in bundles}, look)
 
 
 def test_a_batch_is_answered_as_each_of_its_pictures_alone(workshop: tuple[list[Bundle], Sessions]) -> None:
@@ -425,7 +428,7 @@ def test_a_batch_of_nothing_but_refusals_does_not_run(workshop: tuple[list[Bundl
         raise PictureError("picture-empty", "nothing", "send it")
 
     bundles, sessions = workshop
-    work = Inspection(sessions, {"absent": bundles[0]}, look)
+    work = Inspection(CPU, sessions, {"absent": bundles[0]}, look)
     assert work(batch(1, expert="absent"), Cancellation()).answers == (Refusal("picture-empty", "nothing (send it)"),)
 
 
@@ -448,7 +451,7 @@ def test_an_expert_that_is_not_ready_fails_the_whole_batch(workshop: tuple[list[
     bundles, _ = workshop
     reports: SimpleQueue[Event] = SimpleQueue()
     empty = Sessions(Weights(lambda name: bundles[0].folder / name), runtime.CpuPlace(), activation_bytes=64 << 20)
-    work = Inspection(empty, {"e": bundles[0]}, lambda request: Views(picture(1)))
+    work = Inspection(CPU, empty, {"e": bundles[0]}, lambda request: Views(picture(1)))
     executors = Executors({"one": "cpu"}, work, reports.put)
     executors.run(batch(7))
     assert reports.get(timeout=TIMEOUT) == RunFailed(batch(7), Refusal("run", "e is not active (load it first)"))
@@ -467,8 +470,10 @@ class Proving:
     memory: Weights
     sessions: Sessions
 
-    def work(self) -> Inspection:
-        return Inspection(self.sessions, {"sworn": self.bundle}, lambda request: Views(picture(1)))
+    def work(self, device: Device = CPU, batch_cap: int | None = None) -> Inspection:
+        return Inspection(
+            device, self.sessions, {"sworn": self.bundle}, lambda request: Views(picture(1)), batch_cap=batch_cap
+        )
 
     def run(self, work: Inspection) -> Finished:
         return work(batch(1, expert="sworn"), Cancellation())
@@ -521,6 +526,43 @@ def test_another_compiled_form_is_proven_anew(proving: Proving) -> None:
         proving.run(work)
 
 
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many pictures each run has from now on, those that fill it included."""
+    sizes: list[int] = []
+    really_begin = Arena.begin
+
+    def begin(arena: Arena, kind: tuple[str, int], size_bytes: int) -> bool:
+        sizes.append(kind[1])
+        return really_begin(arena, kind, size_bytes)
+
+    monkeypatch.setattr(Arena, "begin", begin)
+    return sizes
+
+
+def test_an_expert_is_proven_in_runs_no_larger_than_the_batch_for_which_there_is_memory(
+    tmp_path: Path, ran: list[int]
+) -> None:
+    proving = ready_to_prove(tmp_path, kit.conv_net(5), samples=5, max_batch=4)
+    work = proving.work()
+    work(batch(1, expert="sworn", requests=("r", "s")), Cancellation())
+    assert ran == [2, 2, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("max_batch", "cap", "items", "expected"), [(8, None, 3, 4), (5, None, 5, 5), (8, 6, 5, 6), (8, None, 8, 8)]
+)
+def test_a_batch_is_filled_to_a_size_that_runs_well_and_never_beyond_what_was_booked(
+    tmp_path: Path, ran: list[int], max_batch: int, cap: int | None, items: int, expected: int
+) -> None:
+    proving, steps = ready_to_prove(tmp_path, kit.conv_net(5), samples=1, max_batch=max_batch), (1, 2, 4, 8)
+    work = proving.work(Device("gpu", 0, batch_sizes=steps), cap)
+    done = work(batch(1, expert="sworn", requests=tuple(f"{n}" for n in range(items))), Cancellation())
+    assert isinstance(done, Finished)
+    assert len(done.answers) == items
+    assert ran == [1, expected]
+
+
 def test_an_expert_that_takes_single_pictures_is_proven_with_single_samples(tmp_path: Path) -> None:
     proving = ready_to_prove(tmp_path, kit.conv_net(5, batch=1), samples=3, max_batch=1)
     assert proving.run(proving.work()).answers
@@ -530,7 +572,7 @@ def test_an_expert_whose_answers_are_others_reports_no_finding(proving: Proving)
     reports: SimpleQueue[Event] = SimpleQueue()
     executors = Executors({"one": "cpu"}, proving.work(), reports.put)
     segment = proving.compiled.segments[0]
-    with proving.memory.view(segment.id) as view:
+    with bytes_of(proving.memory, segment.id) as view:
         sound = bytes(view)
         view[:] = flipped(sound)
         for number in range(3):
@@ -584,7 +626,7 @@ def test_a_batch_in_the_middle_of_a_long_run_is_given_up(tmp_path: Path) -> None
             looked.set()
         return Views(np.zeros((kit.SIDE, kit.SIDE, 3), np.uint8))
 
-    executors = Executors({"one": "cpu"}, Inspection(sessions, {"long": bundle}, look), reports.put)
+    executors = Executors({"one": "cpu"}, Inspection(CPU, sessions, {"long": bundle}, look), reports.put)
     ten_seconds = batch(1, expert="long", requests=tuple(str(number) for number in range(500)))
     executors.run(ten_seconds)
     assert looked.wait(TIMEOUT)

@@ -38,7 +38,15 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "appliance.engine": (*WORLD, *FRONT, *CORE_VALUES, "appliance.core.slab"),
     "appliance.promise": (*WORLD, *FRONT),
     "appliance.startup": ("appliance.promise", *WORLD, *FRONT, "appliance.core"),
-    "appliance.service": ("appliance.startup", "appliance.promise", *WORLD, *FRONT, "appliance.core"),
+    "appliance.health": ("appliance.promise", *WORLD, *FRONT, "appliance.core"),
+    "appliance.service": (
+        "appliance.startup",
+        "appliance.health",
+        "appliance.promise",
+        *WORLD,
+        *FRONT,
+        "appliance.core",
+    ),
     "appliance.logs": (),
     "appliance.report": (),
     "appliance.lab": (

@@ -320,6 +320,16 @@ def test_the_inbox_is_bounded_in_bytes(tmp_path: Path, catalog: Catalog) -> None
         until(lambda: desk.acknowledged == [1, 2, 3])  # refused, being no pictures
 
 
+def test_what_has_come_and_is_not_accepted_is_counted(tmp_path: Path, catalog: Catalog) -> None:
+    with _desk(tmp_path, catalog, starts=False) as desk:
+        for packet_id in (1, 2):
+            desk.deliver(packet_id, payload=bytes(100))
+        assert (desk.intake.held_bytes, desk.intake.largest_bytes) == (200, 100)
+        desk.intake.start()
+        until(lambda: desk.acknowledged == [1, 2])
+        until(lambda: desk.intake.held_bytes == 0)
+
+
 def test_a_single_picture_always_fits_the_inbox(tmp_path: Path, catalog: Catalog) -> None:
     with _desk(tmp_path, catalog, starts=False) as desk:
         desk.deliver(1, payload=bytes(INBOX_BYTES + 1))

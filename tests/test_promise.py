@@ -7,7 +7,7 @@ from appliance.engine.pinned import WINDOW_BYTES, WINDOWS
 from appliance.promise import AT_START_BYTES, WORKING_BYTES, promised_bytes, weights_budget
 
 SETTINGS = Config(memory=Memory.model_validate({"weights": "1GB", "activations": "100MB", "gpu_host_tier": "200MB"}))
-TAKEN = AT_START_BYTES + WORKING_BYTES + 100_000_000
+TAKEN = AT_START_BYTES + WORKING_BYTES + 2 * 100_000_000
 
 
 def test_a_machine_with_memory_enough_gives_what_is_asked() -> None:
@@ -26,3 +26,9 @@ def test_the_promise_grows_with_what_is_promised() -> None:
 
     assert promised(1000, 2) - promised(0, 2) == 1000
     assert promised(0, 3) - promised(0, 2) == 16 * SETTINGS.limits.picture_pixels
+
+
+def test_the_runtime_may_keep_as_much_of_past_runs_as_batches_take() -> None:
+    none = SETTINGS.model_copy(update={"memory": SETTINGS.memory.model_copy(update={"activations": 0})})
+    both = [promised_bytes(c, weights_bytes=0, executors=1, at_start_bytes=0) for c in (SETTINGS, none)]
+    assert both[0] - both[1] == 2 * 100_000_000

@@ -223,6 +223,17 @@ def test_pictures_on_their_way_to_the_disk_are_held_to_32_mib(records: Records) 
     gate.set()
 
 
+def test_what_is_on_its_way_to_the_disk_is_counted_until_it_is_there(records: Records) -> None:
+    gate, last = threading.Event(), threading.Event()
+    records.accept(picture("a"), b"x", lambda _: _ignore(gate.wait(WAIT_SECONDS)))
+    until(lambda: records.counts.spooled == 1)
+    records.accept(picture("b", b"2" * 100), b"2" * 100, lambda _: last.set())
+    assert records.queued_bytes == 1 + 100, "the first is still in the hands of who writes"
+    gate.set()
+    assert last.wait(WAIT_SECONDS)
+    until(lambda: records.queued_bytes == 0)
+
+
 def test_the_writer_turns_while_nobody_asks_for_anything(records: Records) -> None:
     for _ in range(2):
         last = records.turned_seconds

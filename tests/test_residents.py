@@ -128,6 +128,15 @@ def test_what_is_hurried_before_it_began_is_not_forgotten(yard: Yard) -> None:
     assert yard.disk.asked.get(timeout=TIMEOUT) == (yard.own("e1"), False)
 
 
+def test_what_was_hurried_too_late_is_loaded_ahead_the_next_time(yard: Yard) -> None:
+    yard.disk.deliver(yard.own("e1"), yard.trunk)
+    yard.bring("e1", ahead=True)[0].result(TIMEOUT)
+    yard.residents.hurry("e1")
+    yard.residents.evict(Evict("cpu", "e1", yard.compiled["e1"].segments))
+    yard.bring("e1", ahead=True)[0].result(TIMEOUT)
+    assert [yard.disk.asked.get_nowait()[1] for _ in range(4)] == [True] * 4
+
+
 def test_what_is_brought_runs_until_it_is_evicted(yard: Yard) -> None:
     yard.disk.deliver(yard.own("e1"), yard.trunk)
     yard.bring("e1")[0].result(TIMEOUT)

@@ -19,7 +19,7 @@ import pytest
 from paho.mqtt.enums import MQTTProtocolVersion
 
 from appliance import client
-from appliance.config import Config, Paths
+from appliance.config import Config, Experts, Memory, Paths
 from appliance.core.types import Finished
 from appliance.drivers import journal
 from appliance.drivers.devices import Gpu
@@ -474,10 +474,13 @@ def test_a_gpu_that_fails_when_it_is_opened_leaves_its_work_to_the_cpu(
     monkeypatch.setattr("appliance.service.cuda.CudaAccelerator", lost)
     profile = Path(__file__).parents[1] / "profiles" / "default.json"
     paths = Paths(catalog=catalog, state=tmp_path / "state", store=tmp_path / "store", profile=profile)
+    config = Config(paths=paths, memory=Memory.model_validate({"weights": 1}), experts=Experts(pin=("e0",)))
     with Records.open(paths.state, spool_bytes=1 << 20, verdict_days=1) as records:
-        service = Service(install(Config(paths=paths)), records, Supervisor(None, None), None)
+        service = Service(install(config), records, Supervisor(None, None), None)
         info = json.loads(service.info())
         service.close()
+    assert info["unpinned"] == ["e0"], "its pin fitted only thanks to the GPU, and stops nobody"
+    assert (info["weights_budget_bytes"], info["configured_weights_budget_bytes"]) == (1, 1)
     assert "no CUDA-capable device" in info["gpu_trouble"]["cuda:0"]
     assert [executor.split("-")[0] for executor in info["executors"]] == ["cpu"] * len(info["executors"])
 

@@ -32,6 +32,7 @@ from appliance.errors import Cancelled, LoadError, ModelError, OutOfMemory, RunE
 from appliance.store.compile import compile_bundles
 from appliance.store.store import Compiled, Store
 from tests import kit_models as kit
+from tests.kit_segments import bytes_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,21 +309,82 @@ def test_activations_beyond_their_budget_are_given_back(shop: Shop) -> None:
     assert held_after(300, sessions) - before < 2 << 20
 
 
-# Batch steps.
+def test_a_run_that_is_given_up_gives_back_what_it_was_to_give_back(long_shop: Shop) -> None:
+    compiled = replace(long_shop.compiled["long"], expert="longer", activation_fixed_bytes=0, activation_item_bytes=1)
+    long_shop.memory.load(compiled.segments)
+    place = PlaceOfArenas()
+    sessions = Sessions(long_shop.memory, place, activation_bytes=1000)
+    sessions.activate(compiled)
+    cancellation, pictures = Cancellation(), kit.noise(1500)
+    with sessions.lease("longer") as lease:
+        lease.run({"image": pictures[:1]})
+    runtime.trim()
+    before = anonymous_bytes()
+    with sessions.lease("longer", cancellation) as lease:
+        threading.Timer(0.2, cancellation.cancel).start()
+        with pytest.raises(Cancelled):
+            lease.run({"image": pictures})
+    gc.collect()
+    assert anonymous_bytes() - before < pictures.nbytes // 2, "a step's outputs are as large as the pictures"
+    with sessions.lease("longer") as lease:
+        lease.run({"image": pictures[:1]})
+    assert place.shrinks == [False, True, False]
 
 
-@dataclass(frozen=True, slots=True)
-class SteppedPlace(runtime.CpuPlace):
-    """A processor that likes some batches better than others."""
+class PlaceOfArenas(runtime.CpuPlace):
+    """Each of its sessions pretends to have an arena of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shrinks: list[bool]
+        object.__setattr__(self, "shrinks", [])
 
     @property
-    def batch_sizes(self) -> tuple[int, ...]:
-        return 2, 4
+    def shares_arena(self) -> bool:
+        return False
+
+    def run_options(self, *, shrink: bool) -> Any:
+        self.shrinks.append(shrink)
+        return super().run_options(shrink=shrink)
 
 
-@pytest.mark.parametrize(("count", "ran"), [(1, 2), (2, 2), (3, 4), (4, 4), (5, 5)])
-def test_batches_are_filled_to_the_next_size_and_answered_without_the_filling(
-    shop: Shop, monkeypatch: pytest.MonkeyPatch, count: int, ran: int
+def test_where_each_session_has_an_arena_they_keep_together_what_one_may(shop: Shop) -> None:
+    place = PlaceOfArenas()
+    sessions = Sessions(shop.memory, place, activation_bytes=100)
+    for name, item_bytes in (("e0", 60), ("e1", 60), ("wide", 50)):
+        compiled = replace(shop.compiled[name], activation_fixed_bytes=0, activation_item_bytes=item_bytes)
+        shop.memory.load(compiled.segments)
+        sessions.activate(compiled)
+    for name in ("e0", "e1", "wide", "wide", "e0", "wide", "wide"):
+        with sessions.lease(name) as lease:
+            lease.run({"image": kit.noise(1)})
+    assert place.shrinks == [False, False, True, True, True, False, False]
+
+
+def test_a_session_out_of_use_whose_arena_holds_too_much_is_closed(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = PlaceOfArenas()
+    sessions = Sessions(shop.memory, place, activation_bytes=100)
+    for name in ("e0", "wide", "e1"):
+        shop.memory.load(shop.compiled[name].segments)
+    for name, item_bytes in (("e0", 60), ("wide", 50)):
+        sessions.activate(replace(shop.compiled[name], activation_fixed_bytes=0, activation_item_bytes=item_bytes))
+        with sessions.lease(name) as lease:
+            lease.run({"image": kit.noise(1)})
+    sessions.drop("e0")
+    with sessions.lease("wide") as lease:
+        lease.run({"image": kit.noise(1)})
+    assert place.shrinks == [False, True, False]
+    openings = count_openings(monkeypatch)
+    sessions.activate(shop.compiled["e1"])
+    assert openings == [shop.compiled["e1"].template_path]
+
+
+# Batch sizes.
+
+
+@pytest.mark.parametrize(("count", "size", "ran"), [(1, 2, 2), (2, 2, 2), (3, 4, 4), (5, 0, 5), (5, 4, 5)])
+def test_batches_are_filled_and_answered_without_the_filling(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, count: int, size: int, ran: int
 ) -> None:
     sizes: list[int] = []
     really_begin = Arena.begin
@@ -334,11 +396,11 @@ def test_batches_are_filled_to_the_next_size_and_answered_without_the_filling(
     monkeypatch.setattr(Arena, "begin", begin)
     compiled = shop.compiled["e0"]
     shop.memory.load(compiled.segments)
-    sessions = Sessions(shop.memory, SteppedPlace(), activation_bytes=64 << 20)
+    sessions = Sessions(shop.memory, runtime.CpuPlace(), activation_bytes=64 << 20)
     sessions.activate(compiled)
     pictures = kit.noise(count)
     with sessions.lease("e0") as lease:
-        found = lease.run({"image": pictures})["logits"]
+        found = lease.run({"image": pictures}, size=size)["logits"]
     assert found.shape == (count, 7)
     np.testing.assert_allclose(found, shop.plain("e0", pictures), atol=1e-5)
     assert sizes == [ran]
@@ -436,7 +498,7 @@ def test_plain_experts_read_their_weights_where_they_lie(plain_shop: Shop) -> No
     slot = next(
         slot for slot in compiled.tensors if len(slot.shape) == 4
     )  # of a Conv; a MatMul's are packed when opened
-    with plain_shop.memory.view(compiled.segments[slot.segment].id) as view:
+    with bytes_of(plain_shop.memory, compiled.segments[slot.segment].id) as view:
         start = slot.offset
         kept = bytes(view[start : start + slot.bytes])
         view[start : start + slot.bytes] = bytes(slot.bytes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -13,11 +14,13 @@ from rich.console import Console
 
 from appliance import catalog as catalogs
 from appliance import profile as profiles
+from appliance.catalog import Bundle
 from appliance.config import Config, Executors, Experts, Memory, Paths
 from appliance.drivers.devices import Gpu, memory_bytes
-from appliance.errors import ApplianceError, ConfigError
+from appliance.errors import ApplianceError, ConfigError, ModelError
 from appliance.report import print_check
-from appliance.startup import checked, install, probabilities, waiting_to_compile
+from appliance.startup import Installation, checked, install, probabilities, waiting_to_compile
+from appliance.store.compile import compile_bundles
 from appliance.store.store import Compiled, Store
 from tests.kit_box import manifest_text, write_catalog
 from tests.kit_models import conv_net, fine_tune, greedy_net, write_bundle
@@ -106,6 +109,68 @@ def test_a_usable_gpu_has_experts_of_its_own_a_budget_and_one_executor(
     assert (len(off.devices), off.gpus.trouble) == (1, {})
 
 
+def test_a_gpu_without_room_beside_activations_is_not_used_and_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("appliance.startup.devices.gpus", lambda: [Gpu(0, "Test GPU", 8 << 30, 1 << 30, "1")])
+    monkeypatch.setattr("appliance.startup.cuda.usable_gpu", lambda index: None)
+    made = install(_config(tmp_path, 1))
+    assert [device.name for device in made.devices] == ["cpu"]
+    assert f"{1 << 30} of its {8 << 30} bytes are free" in made.gpus.trouble["cuda:0"]
+    asked = Memory.model_validate({"weights": 1_000_000, "gpu_weights": "500MB"})
+    assert len(install(made.config.model_copy(update={"memory": asked})).devices) == 2
+
+
+def test_what_cannot_be_compiled_for_gpus_is_said_and_the_cpu_serves_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = _gpu_box(tmp_path, monkeypatch, refuses="e1")
+    assert made.unavailable == {}
+    assert made.gpus.unavailable["e1"].reason == "model"
+    assert made.experts["e1"].footprints.keys() == {"cpu"}
+    found = checked(made.config)
+    assert found["gpu_unavailable"] == {"e1": {"reason": "model", "detail": "no such kernel"}}
+    assert found["gpu_budgets_bytes"] == {"cuda:0": int(0.8 * (5 << 30) - 1_000_000_000)}
+    assert "e1 runs on no GPU (model): no such kernel" in _printed(found)
+    assert "budget of cuda:0" in _printed(found)
+
+
+def test_pins_that_need_a_gpu_that_was_lost_may_leave_and_stop_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = _gpu_box(tmp_path, monkeypatch, weights=1, pin=("e0", "e1"))
+    assert made.unpinned(made.controller().ledgers) == ()
+    lost = made.without("cuda:0", "lost")
+    assert lost.unpinned(lost.controller().ledgers) == ("e0", "e1")
+
+
+def test_a_check_says_which_pins_do_not_fit(tmp_path: Path) -> None:
+    config = _config(tmp_path, 2, weights=1).model_copy(update={"experts": Experts(pin=("e1",))})
+    found = checked(config)
+    assert found["unpinned"] == ["e1"]
+    assert "e1 is pinned and has no room beside the others" in _printed(found)
+
+
+def _gpu_box(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    weights: int = 1_000_000,
+    refuses: str = "",
+    pin: tuple[str, ...] = (),
+) -> Installation:
+    """Two experts and a GPU, for which one of them may be no good."""
+
+    def compiling(store: Store, bundles: Sequence[Bundle], **more: Any) -> dict[str, Compiled | ApplianceError]:
+        results = compile_bundles(store, bundles, **more)
+        return results | ({refuses: ModelError("no such kernel")} if refuses and store.provider == "cuda" else {})
+
+    monkeypatch.setattr("appliance.startup.devices.gpus", lambda: [Gpu(0, "Test GPU", 8 << 30, 5 << 30, "1")])
+    monkeypatch.setattr("appliance.startup.cuda.usable_gpu", lambda index: None)
+    monkeypatch.setattr("appliance.startup.compile_bundles", compiling)
+    return install(_config(folder, 2, weights).model_copy(update={"experts": Experts(pin=pin)}))
+
+
 def test_a_check_tells_what_fits(tmp_path: Path) -> None:
     found = checked(_config(tmp_path, 3, weights=100))
     assert (found["experts"], found["architectures"], found["components"]) == (3, 1, 3)
@@ -172,6 +237,23 @@ def test_compiled_experts_that_no_bundle_names_are_pruned_when_told_to(tmp_path:
     assert {path.name for path in (folder / "segments").iterdir()} == {s.id for s in made.compiled["kept"].segments}
     assert [path.name for path in (folder / "architectures").iterdir()] == [made.compiled["kept"].architecture]
     made.store.verify(made.compiled["kept"])
+
+
+def test_what_is_compiled_for_gpus_is_checked_and_pruned_too(tmp_path: Path) -> None:
+    config, _ = _with_one_gone(tmp_path)
+    bundles = list(catalogs.load(config.paths.catalog).bundles.values())
+    gone = write_bundle(tmp_path / "elsewhere", "gone-too", conv_net(7, width=150))
+    store = Store(config.paths.store, "cuda")
+    compile_bundles(store, [*bundles, gone], report=lambda *_: None)
+    (description,) = (store.folder / "experts" / "gone-too").iterdir()
+    segment = store.find(bundles[0]).segments[0]  # type: ignore[union-attr]
+    path = store.segment_path(segment.id)
+    path.write_bytes(bytes(segment.bytes))
+    del store
+    found = checked(config, prune=True)
+    assert str(path) in found["damaged"]
+    assert any(name.startswith("gone-too/") for name in found["unused"])
+    assert not description.exists()
 
 
 def test_what_a_running_service_may_need_is_not_pruned(tmp_path: Path) -> None:

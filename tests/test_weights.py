@@ -16,11 +16,11 @@ import pytest
 
 from appliance.core.types import Segment
 from appliance.drivers.devices import anonymous_bytes
-from appliance.engine.disk import CHUNK_BYTES, READERS
+from appliance.engine.disk import CHUNK_BYTES, READERS, Reader, Turn
 from appliance.engine.weights import Weights
 from appliance.errors import Cancelled, LoadError, OutOfMemory
 from tests.kit_brokers import until
-from tests.kit_segments import Disk, Reads
+from tests.kit_segments import Disk, Reads, bytes_of
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def memory(disk: Disk) -> Weights:
 def test_a_segment_in_memory_is_the_file(disk: Disk, memory: Weights, size: int) -> None:
     segment = disk.segment(size)
     memory.load([segment])
-    with memory.view(segment.id) as view:
+    with bytes_of(memory, segment.id) as view:
         assert hashlib.sha256(view).hexdigest() == segment.id
     assert memory.address(segment.id) % 4096 == 0
 
@@ -45,7 +45,7 @@ def test_a_segment_in_memory_is_the_file(disk: Disk, memory: Weights, size: int)
 def test_a_file_of_odd_size_is_read_to_its_last_byte(disk: Disk, memory: Weights) -> None:
     segment = disk.segment(2 * CHUNK_BYTES + 4096 + 77)
     memory.load([segment])
-    with memory.view(segment.id) as view:
+    with bytes_of(memory, segment.id) as view:
         assert hashlib.sha256(view[: segment.bytes]).hexdigest() == segment.id
 
 
@@ -62,7 +62,7 @@ def test_a_file_system_that_refuses_direct_reads_is_read_through_its_cache(
 
     monkeypatch.setattr(os, "open", refusing)
     memory.load([segment])
-    with memory.view(segment.id) as view:
+    with bytes_of(memory, segment.id) as view:
         assert hashlib.sha256(view).hexdigest() == segment.id
 
 
@@ -72,7 +72,7 @@ def test_memory_file_systems_serve_too() -> None:
     try:
         memory = Weights(lambda name: path)
         memory.load([Segment("a", 4096)])
-        with memory.view("a") as view:
+        with bytes_of(memory, "a") as view:
             assert view == path.read_bytes()
     finally:
         path.unlink()
@@ -110,7 +110,7 @@ def test_two_who_want_one_segment_cause_one_read(disk: Disk, memory: Weights) ->
     def load() -> None:
         start.wait()
         memory.load([segment])
-        with memory.view(segment.id) as view:
+        with bytes_of(memory, segment.id) as view:
             assert bytes(view[-16:]) != bytes(16)
 
     with ThreadPoolExecutor(4) as pool:
@@ -135,7 +135,7 @@ def test_what_is_needed_is_read_before_what_is_loaded_ahead(
         early.result()
     between = reads.until_last_of(needed).count(ahead.id)
     assert between <= READERS, "no read ahead begins while something needed is read"
-    with memory.view(ahead.id) as view:
+    with bytes_of(memory, ahead.id) as view:
         assert hashlib.sha256(view).hexdigest() == ahead.id
 
 
@@ -175,6 +175,40 @@ def test_a_load_ahead_that_is_hurried_no_longer_waits(
             reads.go_on.set()
 
 
+def test_helpers_that_gave_way_help_again_when_the_load_is_hurried(disk: Disk) -> None:
+    segment, reader, turn = disk.segment(12 * CHUNK_BYTES), Reader(), Turn(is_ahead=True)
+    begun, has_given_way, is_helped = threading.Event(), threading.Event(), threading.Event()
+    me = threading.get_ident()
+
+    def landed(place: int, size: int) -> None:
+        if threading.get_ident() != me:
+            is_helped.set() if has_given_way.is_set() else begun.wait(30)
+        elif has_given_way.is_set():
+            assert is_helped.wait(20), "one thread reads it to its end"
+        else:
+            with reader.waiting(Turn(), ahead=False):
+                begun.set()
+                all_idle(reader)
+            has_given_way.set()
+            reader.hurry(turn)
+
+    memory = memoryview(mmap.mmap(-1, segment.bytes))
+    with (
+        reader.waiting(turn, ahead=True),
+        reader.opened(disk.folder / segment.id, segment.bytes) as file,
+    ):
+        reader.fill(memory, file, turn, landed=landed)
+    assert hashlib.sha256(memory).hexdigest() == segment.id
+    reader.close()
+
+
+def all_idle(reader: Reader) -> None:
+    """Return when no helper does anything else."""
+    together = threading.Barrier(READERS - 1)
+    for waiting in [reader._helpers.submit(together.wait, 30) for _ in range(READERS - 1)]:
+        waiting.result()
+
+
 def test_a_cancelled_load_ends_with_an_error_and_without_memory(
     disk: Disk, memory: Weights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,7 +242,7 @@ def test_who_asks_after_a_cancellation_is_not_cancelled_too(
         with pytest.raises(Cancelled):
             unwanted.result()
         wanted.result()
-    with memory.view(segment.id) as view:
+    with bytes_of(memory, segment.id) as view:
         assert hashlib.sha256(view).hexdigest() == segment.id
 
 
@@ -254,7 +288,7 @@ def test_a_segment_in_use_is_not_dropped(disk: Disk, memory: Weights) -> None:
 def test_a_segment_somebody_looks_at_is_not_dropped(disk: Disk, memory: Weights) -> None:
     segment = disk.segment(4096)
     memory.load([segment])
-    with memory.view(segment.id) as view:
+    with bytes_of(memory, segment.id) as view:
         with pytest.raises(LoadError, match="in use"):
             memory.drop([segment])
         assert view[0] == (disk.folder / segment.id).read_bytes()[0]

@@ -20,12 +20,13 @@ from typing import assert_never
 
 from appliance.core.graph import ExpertGraph, Progress, start
 from appliance.core.memory import Ledger
-from appliance.core.policies import APPLIANCE, Policy, Resident
+from appliance.core.policies import APPLIANCE, ROOM_PATIENCE_SECONDS, Policy, Resident
 from appliance.core.ranking import Ranking
-from appliance.core.scheduler import Group, Scheduler, Task
+from appliance.core.scheduler import Group, Queue, Scheduler, Task
 from appliance.core.types import (
     CANCELLED,
     DEVICE,
+    FRAGMENTED,
     GOLDEN_MISMATCH,
     OUT_OF_MEMORY,
     Action,
@@ -101,7 +102,7 @@ class Controller:
         self._subsequent = frozenset(graph.before) - frozenset(graph.entries.values())
         self._leaving = {device.name: Ranking[str, tuple[bool, float]]() for device in devices}
         self._changes: Counter[str] = Counter()  # by device: of who may leave and of what is held
-        self._blocked: dict[str, tuple[str, bool, int]] = {}  # the load that found no room, and after which change
+        self._blocked: dict[str, tuple[str, bool, int, int]] = {}  # the load that found no room, and after which change
         self._loaded_seconds: dict[tuple[str, str], float] = {}
         self._used_seconds: dict[tuple[str, str], float] = {}
         for number, (device, name) in enumerate(residents):
@@ -111,6 +112,8 @@ class Controller:
     def handle(self, event: Event, now: float) -> list[Action]:
         """Decide what follows from `event`, at monotonic second `now`."""
         actions: list[Action] = []
+        for ledger in self.ledgers.values():
+            ledger.recover(now)
         match event:
             case Arrived(request):
                 self._arrived(request, now, actions)
@@ -137,8 +140,10 @@ class Controller:
     def next_wakeup(self, now: float) -> float | None:
         """When to send a Tick if nothing else happens: a deadline, or when the next load is overdue. None: never."""
         wakeup = self._deadlines[0][0] if self._deadlines else None
-        if self._policy.spares_queued:
-            for name, ledger in self.ledgers.items():
+        for name, ledger in self.ledgers.items():
+            if ledger.recovers_at is not None and (wakeup is None or ledger.recovers_at < wakeup):
+                wakeup = ledger.recovers_at
+            if self._policy.spares_queued:
                 due = self.scheduler.cold[name].least()
                 if due is None or ledger.loading_count >= ledger.device.load_slots:
                     continue
@@ -183,11 +188,19 @@ class Controller:
             if expert in ledger.pinned:
                 self._coming.append(expert)
             return
+        is_wanted = self.scheduler.demand(device, expert) > 0
+        if refusal.reason == FRAGMENTED:
+            self.counts["fragmented"] += 1
+            if is_wanted and self._evict_one(ledger, now, actions):  # and it is tried again
+                return
         self.counts["load_failures"] += 1
         if refusal.reason == OUT_OF_MEMORY:
             self._make_do_with_less(ledger, 0, now, actions)
+        if not is_wanted and expert not in ledger.pinned:
+            return
         self._failed_loads[device, expert] += 1
         if self._failed_loads[device, expert] < LOAD_ATTEMPTS:
+            self._coming.extend([expert] if expert in ledger.pinned else [])
             return
         del self._failed_loads[device, expert]
         for request in self.scheduler.waiting(device, expert):
@@ -245,13 +258,18 @@ class Controller:
     def _quarantine(
         self, expert: str, refusal: Refusal, asked: Sequence[str], now: float, actions: list[Action]
     ) -> None:
-        """The expert serves no more; whoever waits for it is told why."""
+        """The expert serves no more; whoever waits for it is told why, and its memory is anybody's."""
         if expert not in self.unavailable:
             self.unavailable[expert] = refusal
             actions.append(Quarantine(expert, refusal))
         waiting = [request for device in self.ledgers for request in self.scheduler.waiting(device, expert)]
         for request in dict.fromkeys([*asked, *waiting]):
             self._conclude(request, Outcome.ERROR, now, actions, refusal)
+        self.scheduler.forget_who_fits()
+        for ledger in self.ledgers.values():
+            ledger.give_up(expert)
+            if ledger.is_evictable(expert):
+                self._evict(ledger, expert, now, actions)
 
     def _ask_elsewhere(self, request: str, expert: str, device: str, now: float) -> bool:
         """Give the request's task to another device that can hold the expert, if there is one."""
@@ -267,13 +285,22 @@ class Controller:
     def _make_do_with_less(self, ledger: Ledger, less_bytes: int, now: float, actions: list[Action]) -> None:
         """The device ran out of memory: it gets less from now on, and what is too much leaves, idle experts first."""
         self.counts["out_of_memory"] += 1
-        ledger.withhold(less_bytes)
-        for expert in list(self._leavers(ledger, -inf)):
-            if not ledger.excess_bytes:
-                return
-            self.counts["evictions"] += 1
-            actions.append(Evict(ledger.device.name, expert, ledger.evict(expert).segments))
-            self._moved(ledger, expert, now)
+        ledger.withhold(less_bytes, now)
+        while ledger.excess_bytes and self._evict_one(ledger, now, actions):
+            pass
+
+    def _evict_one(self, ledger: Ledger, now: float, actions: list[Action]) -> bool:
+        """Let the one leave that is wanted least; False if nobody can."""
+        expert = next(self._leavers(ledger, -inf), None)
+        if expert is None:
+            return False
+        self._evict(ledger, expert, now, actions)
+        return True
+
+    def _evict(self, ledger: Ledger, expert: str, now: float, actions: list[Action]) -> None:
+        self.counts["evictions"] += 1
+        actions.append(Evict(ledger.device.name, expert, ledger.evict(expert).segments))
+        self._moved(ledger, expert, now)
 
     # Steps
 
@@ -344,14 +371,18 @@ class Controller:
             actions.append(CancelRun(batch))
 
     def _start_runs(self, now: float, actions: list[Action]) -> list[Batch]:
-        begun = []
-        for queue in self.scheduler.queues.values():
-            if queue.running is not None or not queue.groups:
-                continue
+        """Executors take work, who has what waits longest first. Where that finds no room beside what runs and has no
+        patience left, nobody else on its device begins: else small batches would keep a large one waiting for ever."""
+        begun, held = list[Batch](), set[str]()
+        for queue in self._free_queues():
             ledger = self.ledgers[queue.executor.device]
+            if queue.executor.device in held:
+                continue
             batch = self.scheduler.take(queue, ledger, now)
+            if batch is None and self.scheduler.oldest_ready_seconds(queue, ledger) + ROOM_PATIENCE_SECONDS <= now:
+                held.add(queue.executor.device)
             if batch is not None:
-                ledger.begin_run(batch.expert, len(batch.requests))
+                ledger.begin_run(batch.expert, len(batch.requests), self._experts[batch.expert].max_batch)
                 self._release_claim(batch.device, batch.expert)
                 self._used_seconds[batch.device, batch.expert] = now
                 self._rank(ledger, batch.expert, now)
@@ -359,6 +390,14 @@ class Controller:
                 actions.append(Run(batch))
                 begun.append(batch)
         return begun
+
+    def _free_queues(self) -> list[Queue]:
+        """Those without a batch and with work, whose oldest ready work waits longest first."""
+        free = [queue for queue in self.scheduler.queues.values() if queue.running is None and queue.groups]
+        if len(free) < 2:
+            return free
+        oldest = self.scheduler.oldest_ready_seconds
+        return sorted(free, key=lambda queue: oldest(queue, self.ledgers[queue.executor.device]))
 
     def _start_loads(self, now: float, actions: list[Action]) -> None:
         self._hurry(actions)
@@ -387,7 +426,7 @@ class Controller:
         """Make room for the group's expert and load it; False when it has to wait for its turn."""
         device, expert = ledger.device.name, group.expert
         is_overdue = self._policy.spares_queued and now >= group.due_seconds
-        attempt = (expert, is_overdue, self._changes[device])
+        attempt = (expert, is_overdue, self._changes[device], ledger.withheld_bytes)
         if self._blocked.get(device) == attempt:
             return False
         try:
@@ -421,6 +460,8 @@ class Controller:
         """While a batch runs, bring whom it may lead to, as far as slots and memory are free anyway."""
         for batch in begun:
             ledger = self.ledgers[batch.device]
+            if self.scheduler.cold[batch.device]:
+                continue
             for expert in (edge.to for edge in self._graph.edges.get(batch.expert, ())):
                 if (
                     expert not in self.unavailable
@@ -523,7 +564,8 @@ class Controller:
             changed = leaving.drop(expert)
         else:
             is_needed = self._policy.spares_queued and self.scheduler.demand(device, expert) > 0
-            changed = leaving.put(expert, (is_needed, self._policy.worth(self._resident(device, expert), now)))
+            worth = -inf if expert in self.unavailable else self._policy.worth(self._resident(device, expert), now)
+            changed = leaving.put(expert, (is_needed, worth))
         self._changes[device] += changed
 
     def _resident(self, device: str, name: str) -> Resident:
@@ -541,7 +583,7 @@ class Controller:
         self.scheduler.finished(batch)
         self._cancelled_runs.discard(batch.id)
         ledger = self.ledgers[batch.device]
-        ledger.end_run(batch.expert, len(batch.requests))
+        ledger.end_run(batch.expert, len(batch.requests), self._experts[batch.expert].max_batch)
         self._rank(ledger, batch.expert, now)
 
     def _release_claim(self, device: str, expert: str) -> None:

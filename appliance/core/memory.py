@@ -15,6 +15,10 @@ from enum import StrEnum
 from appliance.core.types import Device, Footprint, Segment
 from appliance.errors import NoRoom
 
+RECOVERY_SECONDS = 60.0
+LEAST_WITHHELD = 64
+"""Less than this part of the budget is not worth withholding."""
+
 
 class Residency(StrEnum):
     ABSENT = "absent"
@@ -44,7 +48,7 @@ class Ledger:
         self.device, self.pinned = device, pinned
         self.used_bytes = self.peak_bytes = 0
         self.running_bytes = self.running_peak_bytes = 0
-        self.withheld_bytes = 0
+        self.withheld_bytes, self._recovers_at = 0, 0.0
         self.loading_count = 0
         self._footprints = footprints
         self._needs: dict[str, int] = {}
@@ -114,7 +118,6 @@ class Ledger:
         self.loading_count -= 1
         if expert in self.pinned:
             self.pin(expert)
-        self.withheld_bytes = self.withheld_bytes * 15 // 16
 
     def abort_load(self, expert: str) -> tuple[Segment, ...]:
         """The load failed: give its memory back; returns the segments that nobody holds any more."""
@@ -136,33 +139,54 @@ class Ledger:
         footprint, working = self._footprints[expert], self.device.activation_bytes
         if working is None:
             return limit
-        free_bytes = working - self.running_bytes - footprint.activation_fixed_bytes
-        if not footprint.activation_item_bytes:
-            return limit if free_bytes >= 0 else 0
-        return max(0, min(limit, free_bytes // footprint.activation_item_bytes))
+        free_bytes = working - self.running_bytes
+        sizes = range(limit, 0, -1)
+        return next((n for n in sizes if footprint.activation_bytes(self.device.filled(n, limit)) <= free_bytes), 0)
 
-    def begin_run(self, expert: str, items: int) -> None:
-        """The expert stays and its batch's activations are booked, until the run ends."""
-        assert items <= self.most_items(expert, items), f"{items} pictures of {expert} do not fit"
+    def begin_run(self, expert: str, items: int, limit: int) -> None:
+        """The expert stays and its batch's activations are booked, until the run ends; those of the whole batch that
+        is run for so many pictures, of an expert that takes up to `limit`."""
+        takes = self._footprints[expert].activation_bytes(self.device.filled(items, limit))
         self.pin(expert)
-        self.running_bytes += self._footprints[expert].activation_bytes(items)
+        self.running_bytes += takes
         self.running_peak_bytes = max(self.running_peak_bytes, self.running_bytes)
+        assert self.device.activation_bytes is None or self.running_bytes <= self.device.activation_bytes
 
-    def end_run(self, expert: str, items: int) -> None:
+    def end_run(self, expert: str, items: int, limit: int) -> None:
         self.unpin(expert)
-        self.running_bytes -= self._footprints[expert].activation_bytes(items)
+        self.running_bytes -= self._footprints[expert].activation_bytes(self.device.filled(items, limit))
 
-    def withhold(self, less_bytes: int = 0) -> None:
-        """The device ran out of memory, whatever is booked: from now on hold what is held now, or so much less.
+    def withhold(self, less_bytes: int, now: float) -> None:
+        """The device ran out of memory, whatever is booked: from now on hold what is held now, or so much less."""
+        budget = self.device.budget_bytes
+        self.withheld_bytes = min(budget, max(budget - self.used_bytes + less_bytes, budget // LEAST_WITHHELD))
+        self._recovers_at = now + RECOVERY_SECONDS
 
-        Every load that succeeds gives a sixteenth of what is withheld back, for whoever took that memory may be gone.
-        """
-        self.withheld_bytes = min(self.device.budget_bytes, self.device.budget_bytes - self.used_bytes + less_bytes)
+    def recover(self, now: float) -> None:
+        """Half of what is withheld comes back with every RECOVERY_SECONDS: whoever took that memory may be gone."""
+        while self.withheld_bytes and now >= self._recovers_at:
+            self.withheld_bytes //= 2
+            self._recovers_at += RECOVERY_SECONDS
+            if self.withheld_bytes < self.device.budget_bytes // LEAST_WITHHELD:
+                self.withheld_bytes = 0
+
+    @property
+    def recovers_at(self) -> float | None:
+        """When `recover` has something to do."""
+        return self._recovers_at if self.withheld_bytes else None
 
     @property
     def excess_bytes(self) -> int:
         """How much has to leave because it is withheld."""
         return max(0, self.used_bytes + self.withheld_bytes - self.device.budget_bytes)
+
+    def give_up(self, expert: str) -> None:
+        """An expert that was pinned serves no more: it may leave, and its place is anybody's."""
+        if expert in self.pinned:
+            self.pinned -= {expert}
+            self._needs.clear()
+            if self.is_ready(expert):
+                self.unpin(expert)
 
     def evict(self, expert: str) -> Freed:
         """The expert leaves, and nobody comes."""

@@ -10,6 +10,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
+from math import inf
 
 from appliance.core.memory import Ledger
 from appliance.core.policies import APPLIANCE, ROOM_PATIENCE_SECONDS, SECOND_COPY, Offer, Policy
@@ -132,12 +133,23 @@ class Scheduler:
         return device
 
     def able(self, expert: str, ledgers: Mapping[str, Ledger]) -> list[Queue]:
-        """The executors whose device can hold the expert, which never changes."""
+        """The executors whose device can hold the expert."""
         able = self._able.get(expert)
         if able is None:
             fitting = {name for name, ledger in ledgers.items() if ledger.ever_fits(expert)}
             able = self._able[expert] = [q for q in self.queues.values() if q.executor.device in fitting]
         return able
+
+    def forget_who_fits(self) -> None:
+        """An expert that was pinned is so no more: others may fit where they did not."""
+        self._able.clear()
+
+    def oldest_ready_seconds(self, queue: Queue, ledger: Ledger) -> float:
+        """Since when the first task of a ready expert waits, where its turn can come; infinity if there is none."""
+        if self.policy.in_order:
+            head = self.head(queue)
+            return head.first.since_seconds if head is not None and ledger.is_ready(head.expert) else inf
+        return min((queue.groups[expert].first.since_seconds for expert in queue.ready), default=inf)
 
     def on(self, device: str) -> list[Queue]:
         return self._on[device]

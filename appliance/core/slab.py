@@ -3,9 +3,23 @@
 It knows numbers only: offsets and sizes, no memory and no segments.
 
 Pieces are whole pages of 4 KiB and nothing else: segments are files of whole pages, so nothing is wasted on them, and
-one rule serves device addresses (256 bytes) and direct reads into pinned memory (a page). Size classes would buy
-nothing: the experts of one architecture are of equal size, and of all gaps the best fitting one is taken, so where one
-of them left, the next one fits exactly.
+one rule serves device addresses (256 bytes) and direct reads into pinned memory (a page). Of all gaps the best fitting
+one is taken: where an expert left, the next one of its architecture fits exactly.
+
+Experts of several sizes leave gaps that are of use to nobody, so a block needs more bytes than are ever booked in it.
+How often a load that a full budget allows finds no gap (2026-11-21, the worst of mixes of 14, 45 and 170 MB; 45, 90 and
+180; 10, 37, 64 and 150, then of any sizes from 10 to 170 MB; whoever leaves is drawn by chance):
+
+    slack           none      5 %    12.5 %     20 %     25 %     33 %
+    budget 1 GB   56, 94   45, 63   19, 35    10, 12   3.5, 6.8  0.8, 2.4 %
+    budget 2 GB                     11, 43    3.0, 9.3  0.9, 3.3  0.0, 0.3
+    budget 4 GB   80, 95   37, 86   8.3, 33   0.9, 2.8  0.2, 0.5  0.0, 0.0
+    budget 8 GB                     0.7, 12   0.0, 0.0  0.0, 0.0  0.0, 0.0
+
+A GPU has more than 2 GB, and what finds no gap costs an eviction more: 25 % it is. Other rules measured no better: of
+the first mixes at 12.5 % and 4 GB, where best fit refuses 8.3 %, first fit refuses 26; sizes rounded up to eighths of a
+power of two, 22; the worst fit where none is exact, 38; large pieces from one end and small ones from the other, 10.
+The last together with best fit refuses 5, but at 1 GB 30 instead of 19.
 """
 
 from __future__ import annotations
@@ -14,6 +28,13 @@ from appliance.errors import NoRoom
 
 PAGE_BYTES = 4096
 """Every piece begins at a multiple of it and is as many of them as hold what was asked for, at least one."""
+SLACK = 0.25
+"""Of a budget, what its block has beside it."""
+
+
+def block_bytes(budget_bytes: int) -> int:
+    """Of a block in which, almost always, whatever fits into the budget finds a gap."""
+    return budget_bytes + int(SLACK * budget_bytes)
 
 
 def whole_pages(wanted_bytes: int) -> int:

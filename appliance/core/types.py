@@ -61,6 +61,7 @@ class Refusal:
 
 
 OUT_OF_MEMORY = "out-of-memory"
+FRAGMENTED = "fragmented"
 DEVICE = "device"
 CANCELLED = "cancelled"
 GOLDEN_MISMATCH = "golden-mismatch"
@@ -152,13 +153,20 @@ class Expert:
 class Device:
     """A memory with budgets for weights and for the activations of what runs, and how many loads it takes at a time.
 
-    Without a budget for activations, they are not counted.
+    Without a budget for activations, they are not counted. `batch_sizes` are the batches that run well, in ascending
+    order; where there are none, any does.
     """
 
     name: str
     budget_bytes: int
     load_slots: int = 2
     activation_bytes: int | None = None
+    batch_sizes: tuple[int, ...] = ()
+
+    def filled(self, items: int, most: int) -> int:
+        """How many pictures really run when so many shall: up to the next batch that runs well, or the expert's
+        largest if that is less."""
+        return min(next((size for size in self.batch_sizes if size >= items), items), max(items, most))
 
 
 @dataclass(frozen=True, slots=True)

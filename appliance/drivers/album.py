@@ -60,6 +60,11 @@ class Album:
             )
         return Views(picture, reference)
 
+    @property
+    def cached_bytes(self) -> int:
+        """Of the decoded pictures that are kept."""
+        return self._pictures.bytes + self._golden.bytes
+
     def forget(self, request: str) -> None:
         """The request has its verdict."""
         self._pictures.drop(request)
@@ -96,7 +101,7 @@ class _Cache:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._kept: OrderedDict[str, Picture] = OrderedDict()
-        self._bytes = 0
+        self.bytes = 0
 
     def get(self, key: str, make: Callable[[], Picture]) -> Picture:
         with self._lock:
@@ -107,13 +112,13 @@ class _Cache:
         with self._lock:
             if key not in self._kept:
                 self._kept[key] = picture
-                self._bytes += picture.nbytes
-            while self._bytes > CACHE_BYTES:
-                self._bytes -= self._kept.popitem(last=False)[1].nbytes
+                self.bytes += picture.nbytes
+            while self.bytes > CACHE_BYTES:
+                self.bytes -= self._kept.popitem(last=False)[1].nbytes
         return picture
 
     def drop(self, key: str) -> None:
         with self._lock:
             picture = self._kept.pop(key, None)
             if picture is not None:
-                self._bytes -= picture.nbytes
+                self.bytes -= picture.nbytes

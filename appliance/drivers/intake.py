@@ -144,6 +144,8 @@ class Intake:
         self._changed = threading.Condition()  # guards all that follows; never held while records or outbox are called
         self._inbox: deque[Message] = deque()
         self._inbox_bytes = 0
+        self.largest_bytes = 0
+        """Of the payloads so far."""
         self._owed: deque[_Owed] = deque()
         self._keys: set[tuple[int, int]] = set()
         """Of those in the inbox and owed that have a packet id: what comes again under one of these is known."""
@@ -164,9 +166,16 @@ class Intake:
         """Monotonic time of the thread's last turn: it is older than a few seconds only if the thread is stuck."""
         return self._turned_seconds
 
+    @property
+    def held_bytes(self) -> int:
+        """Of the pictures that have come and are not accepted yet."""
+        with self._changed:
+            return self._inbox_bytes + sum(len(owed.message.payload) for owed in self._owed)
+
     def deliver(self, message: Message) -> None:
         """On the network thread: enqueue, nothing more. What does not fit is not acknowledged."""
         with self._changed:
+            self.largest_bytes = max(self.largest_bytes, len(message.payload))
             if message.generation > self._generation:
                 self._forget_former(message.generation)
             if message.qos > 0 and _key(message) in self._keys:

@@ -321,6 +321,11 @@ class Records:
         return self._writer.counts
 
     @property
+    def queued_bytes(self) -> int:
+        """Of the pictures that the writer has, and the disk has not."""
+        return self._writer.held_bytes
+
+    @property
     def turned_seconds(self) -> float:
         """Monotonic time of the writer's last turn: it is older than a few seconds only if it hangs, say in fsync."""
         return self._writer.turned_seconds
@@ -385,7 +390,7 @@ class _Writer:
         self._spool_bytes, self._verdict_seconds, self._clock = spool_bytes, verdict_seconds, clock
         self._queue: queue.SimpleQueue[_Request | _Close] = queue.SimpleQueue()
         self._queued_lock = threading.Lock()
-        self._queued_bytes = 0
+        self._queued_bytes = self._group_bytes = 0
         self._clean_at_seconds = 0.0
         self._is_closing = False
         self.turned_seconds = time.monotonic()
@@ -410,6 +415,12 @@ class _Writer:
                 return _call(request.done, Full("more pictures come than the disk can take"))
         self._queue.put(request)
 
+    @property
+    def held_bytes(self) -> int:
+        """Of the pictures that wait, and of those that are being written."""
+        with self._queued_lock:
+            return self._queued_bytes + self._group_bytes
+
     def close(self) -> None:
         self._queue.put(_Close())
         self._thread.join()
@@ -420,6 +431,7 @@ class _Writer:
         while not self._is_closing:
             self._clean()
             kept = self._write([*kept, *self._collect(self._patience_seconds(kept))])
+            self._group_bytes = sum(len(request.payload) for request in kept if isinstance(request, _Accept))
         if kept := self._write(kept):
             log.error("records gave_up=%d why=%s: made again from their pictures", len(kept), self.trouble)
 
@@ -445,6 +457,7 @@ class _Writer:
             group.append(request)
         with self._queued_lock:
             self._queued_bytes -= size
+            self._group_bytes += size
         return group
 
     def _write(self, group: list[_Request]) -> list[_Request]:

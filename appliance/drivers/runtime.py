@@ -92,8 +92,8 @@ class CpuPlace:
         return "cpu", 0
 
     @property
-    def batch_sizes(self) -> tuple[int, ...]:
-        return ()
+    def shares_arena(self) -> bool:
+        return True
 
     def open_template(self, path: Path) -> Any:
         return open_session(path, intra_threads=self.intra_threads)
@@ -102,7 +102,7 @@ class CpuPlace:
         return open_session(path, intra_threads=self.intra_threads, weights=weights)
 
     def run_options(self, *, shrink: bool) -> Any:
-        """Shrinking makes a run of 2 to 3 ms 0.1 to 0.4 ms longer."""
+        """Shrinking makes a run of 2 to 3 ms 0.1 to 0.4 ms longer; a run that is ended shrinks, too (1.31.1)."""
         options = onnxruntime.RunOptions()
         if shrink:
             options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")

@@ -31,7 +31,7 @@ _LIBRARIES = ("libcudart.so.13", "libcublas.so.13", "libcublasLt.so.13", "libcur
 """What the provider of 1.31.1 links to, and cuDNN, which it opens only when it first meets a convolution."""
 _INSTALL = "install the appliance with its extra `cuda`"
 _LOOK = "look at `nvidia-smi` and the kernel's log"
-_BATCH_SIZES = (1, 2, 4, 8, 16, 32)
+BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 """cuDNN plans a convolution anew for every batch size that it meets."""
 
 
@@ -60,7 +60,11 @@ class CudaAccelerator:
         self._cudart = _bindings(self.name)
         self._pinned: dict[int, mmap.mmap] = {}
         self._upload = self._new_stream()
-        self._compute = self._new_stream()
+        try:
+            self._compute = self._new_stream()
+        except DeviceError:
+            self._call("cudaStreamDestroy", self._upload)
+            raise
 
     @property
     def compute_stream(self) -> int:
@@ -162,7 +166,8 @@ class _Event:
 class CudaPlace:
     """One GPU as ONNX Runtime sees it. It serves templates only.
 
-    Runs are queued on `compute_stream`. `activation_bytes` limit what one session's arena takes for its runs.
+    Runs are queued on `compute_stream`. Each session has an arena of its own, which may keep as much as runs may take:
+    `activation_bytes`.
     """
 
     index: int
@@ -174,8 +179,8 @@ class CudaPlace:
         return "cuda", self.index
 
     @property
-    def batch_sizes(self) -> tuple[int, ...]:
-        return _BATCH_SIZES
+    def shares_arena(self) -> bool:
+        return False
 
     def open_template(self, path: Path) -> Any:
         """An InferenceSession of a graph without weights. Raises one of runtime.ERRORS, or DeviceError."""
@@ -208,7 +213,7 @@ class CudaPlace:
             "device_id": str(self.index),
             "user_compute_stream": str(self.compute_stream),
             "do_copy_in_default_stream": "1",  # pictures and results on the compute stream; 0 is known for races
-            "gpu_mem_limit": str(self.activation_bytes),
+            "gpu_mem_limit": str(2 * self.activation_bytes),  # what was kept and what runs: beyond it a run fails
             "arena_extend_strategy": "kSameAsRequested",
             "cudnn_conv_algo_search": "HEURISTIC",  # EXHAUSTIVE runs every algorithm on first sight of a shape
             "use_tf32": "0",  # ten bits of mantissa would be further from golden outputs than their tolerance allows

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from appliance.core.slab import Slab, whole_pages
+from appliance.core.slab import Slab, block_bytes, whole_pages
 from appliance.core.types import Segment
 from appliance.engine.disk import READERS, OpenFile, Turn
 from appliance.engine.pinned import WINDOW_BYTES, Copy, PinnedTier, Pinning, Windows
 from appliance.engine.segments import SegmentTable
-from appliance.errors import NoRoom, OutOfMemory
+from appliance.errors import Fragmented, NoRoom, OutOfMemory
 
 
 class Accelerator(Pinning, Protocol):
@@ -78,13 +78,13 @@ class DeviceWeights(SegmentTable[_Slot]):
         host_bytes: int,
         readers: int = READERS,
     ) -> None:
-        """Takes `device_bytes` of the device, `host_bytes` of pinned memory and the windows, at once and for good.
+        """Takes the block for a budget of `device_bytes`, `host_bytes` of pinned memory and the windows, for good.
 
         Raises OutOfMemory or DeviceError, having taken nothing.
         """
         super().__init__(segment_path, ("device", "host", "disk"), readers)
         self._accelerator = accelerator
-        self._slab = Slab(device_bytes)
+        self._slab = Slab(block_bytes(device_bytes))
         with ExitStack() as undo:
             undo.callback(self._reader.close)
             self._start = self._allocated()
@@ -106,7 +106,7 @@ class DeviceWeights(SegmentTable[_Slot]):
         except OutOfMemory as error:
             free, total = self._accelerator.memory()
             raise OutOfMemory(
-                f"{self._accelerator.name} cannot give {size} bytes for weights: {free} of {total} are free",
+                f"{self._accelerator.name} cannot give {size} bytes for weights and gaps: {free} of {total} are free",
                 "lower its weights budget",
             ) from error
 
@@ -114,7 +114,8 @@ class DeviceWeights(SegmentTable[_Slot]):
         try:
             return _Slot(self._slab.take(segment.bytes)), whole_pages(segment.bytes)
         except NoRoom as error:
-            raise OutOfMemory(
+            kind = Fragmented if error.need_bytes <= self._slab.free_bytes else OutOfMemory
+            raise kind(
                 f"{self._accelerator.name}: {error.need_bytes} bytes are needed in one piece,"
                 f" the largest free one has {error.could_free_bytes} of {self._slab.free_bytes}",
                 "evict more",

@@ -10,7 +10,7 @@ import errno
 import mmap
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,6 +131,7 @@ class Reader:
         try:
             for place in places:
                 self.wait_for_turn(turn)
+                helpers = [self._helpers.submit(help_out) if _gave_way(job) else job for job in helpers]
                 bring(place)
         finally:
             # All must have ended before anybody may free what they write to, whatever became of the first.
@@ -146,6 +147,11 @@ class Reader:
             turn.is_ahead &= ahead
             self._wanted += 0 if ahead else more
             self._calm.notify_all()
+
+
+def _gave_way(helper: Future[None]) -> bool:
+    """Or found nothing left to read, which its like will find, too."""
+    return helper.done() and helper.exception() is None
 
 
 def _step_back() -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import assert_never
 
 from appliance.catalog import Bundle
 from appliance.core.types import CancelLoad, CancelRun, Device, Event, Evict, Executor, HurryLoad, Load, Run
 from appliance.drivers.images import Views
+from appliance.engine import cuda
+from appliance.engine.device_weights import DeviceWeights
 from appliance.engine.executors import Executors, Inspection, LoaderLane
 from appliance.engine.place import Place, SegmentMemory
 from appliance.engine.residents import Residents
@@ -23,6 +27,7 @@ Report = Callable[[Event], None]
 class Engine:
     """What brings experts to one device and runs them there."""
 
+    device: Device
     memory: SegmentMemory
     sessions: Sessions
     residents: Residents
@@ -36,7 +41,27 @@ class Engine:
         sessions = Sessions(memory, place, activation_bytes=device.activation_bytes)
         residents = Residents(compiled, memory, sessions)
         loaders = LoaderLane(device.name, device.load_slots, residents.bring, report, residents.hurry)
-        return cls(memory, sessions, residents, loaders)
+        return cls(device, memory, sessions, residents, loaders)
+
+    @classmethod
+    def on_gpu(
+        cls,
+        device: Device,
+        compiled: Mapping[str, Compiled],
+        segment_path: Callable[[str], Path],
+        report: Report,
+        *,
+        host_bytes: int,
+    ) -> Engine:
+        """Of the GPU that the device is called by. Raises OutOfMemory or DeviceError, having taken nothing of it."""
+        assert device.activation_bytes is not None, "activations of a real device are bounded"
+        accelerator = cuda.CudaAccelerator(int(device.name.removeprefix("cuda:")))
+        with ExitStack() as undo:
+            undo.callback(accelerator.close)
+            memory = DeviceWeights(segment_path, accelerator, device_bytes=device.budget_bytes, host_bytes=host_bytes)
+            undo.pop_all()
+        place = cuda.CudaPlace(accelerator.index, accelerator.compute_stream, device.activation_bytes)
+        return cls.on(device, compiled, memory, place, report)
 
 
 class Engines:
@@ -49,9 +74,14 @@ class Engines:
         bundles: Mapping[str, Bundle],
         look: Callable[[str], Views],
         report: Report,
+        *,
+        batch_cap: int | None = None,
     ) -> None:
         self._engines = engines
-        work = {name: Inspection(engine.sessions, bundles, look) for name, engine in engines.items()}
+        work = {
+            name: Inspection(engine.device, engine.sessions, bundles, look, batch_cap=batch_cap)
+            for name, engine in engines.items()
+        }
         names = {executor.name: executor.device for executor in executors}
         self._executors = Executors(names, lambda batch, given_up: work[batch.device](batch, given_up), report)
 

@@ -18,12 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from appliance.catalog import Bundle, ExpertManifest
-from appliance.core.types import Batch, Event, Finished, Load, Loaded, LoadFailed, Refusal, RunFailed
+from appliance.core.types import Batch, Device, Event, Finished, Load, Loaded, LoadFailed, Refusal, RunFailed
 from appliance.drivers import heads, images
 from appliance.drivers.golden import prove
 from appliance.drivers.images import Views
 from appliance.engine.cancellation import Cancellation
-from appliance.engine.sessions import Sessions
+from appliance.engine.sessions import Lease, Sessions
 from appliance.errors import ApplianceError, CatalogError, GoldenMismatch, MessageError, OutOfMemory, RunError
 from appliance.store.store import Compiled
 
@@ -253,8 +253,18 @@ class Inspection:
     loaded again comes from the same file, so it is not asked again.
     """
 
-    def __init__(self, sessions: Sessions, bundles: Mapping[str, Bundle], look: Callable[[str], Views]) -> None:
-        self._sessions, self._bundles, self._look = sessions, bundles, look
+    def __init__(
+        self,
+        device: Device,
+        sessions: Sessions,
+        bundles: Mapping[str, Bundle],
+        look: Callable[[str], Views],
+        *,
+        batch_cap: int | None = None,
+    ) -> None:
+        """No batch is filled beyond `batch_cap`, nor beyond what its expert allows: the ledger booked no more."""
+        self._device, self._sessions, self._bundles, self._look = device, sessions, bundles, look
+        self._batch_cap = batch_cap
         self._proven: dict[str, Compiled] = {}
 
     def __call__(self, batch: Batch, cancellation: Cancellation) -> Finished:
@@ -264,7 +274,7 @@ class Inspection:
         its proof: then no picture was inspected.
         """
         bundle = self._bundles[batch.expert]
-        self._prove(bundle, cancellation)
+        self._prove(bundle, len(batch.requests), cancellation)
         begun = time.perf_counter()
         looks = []
         for request in batch.requests:
@@ -278,8 +288,11 @@ class Inspection:
             time.perf_counter() - begun,
         )
 
-    def _prove(self, bundle: Bundle, cancellation: Cancellation) -> None:
-        """Two executors may do so at the same time, which is only once too often."""
+    def _prove(self, bundle: Bundle, items: int, cancellation: Cancellation) -> None:
+        """In runs of at most so many samples as the batch has pictures: there is memory for no more.
+
+        Two executors may do so at the same time, which is only once too often.
+        """
         golden, path = bundle.manifest.golden, bundle.golden_path
         if golden is None or path is None:
             return
@@ -289,11 +302,13 @@ class Inspection:
                 return
             try:
                 prove(
-                    lambda pictures: list(lease.run(dict(zip(compiled.inputs, pictures, strict=True))).values()),
+                    lambda pictures: list(
+                        self._run(bundle.manifest, lease, dict(zip(compiled.inputs, pictures, strict=True))).values()
+                    ),
                     path,
                     compiled.inputs,
                     compiled.outputs,
-                    max_batch=bundle.manifest.model.max_batch,
+                    max_batch=min(items, bundle.manifest.model.max_batch),
                     tolerance=golden.tolerance,
                 )
             except GoldenMismatch as error:
@@ -326,12 +341,18 @@ class Inspection:
         most = manifest.model.max_batch
         with self._sessions.lease(manifest.name, cancellation) as lease:
             runs = [
-                (part, lease.run(_stacked(part)))
+                (part, self._run(manifest, lease, _stacked(part)))
                 for part in (prepared[i : i + most] for i in range(0, len(prepared), most))
             ]
         return [
             answer for part, outputs in runs for answer in heads.findings(manifest, outputs, [p.size for p in part])
         ]
+
+    def _run(
+        self, manifest: ExpertManifest, lease: Lease, feeds: Mapping[str, NDArray[np.float32]]
+    ) -> dict[str, NDArray[Any]]:
+        items, most = len(next(iter(feeds.values()))), manifest.model.max_batch
+        return lease.run(feeds, size=self._device.filled(items, min(most, self._batch_cap or most)))
 
 
 def _stacked(prepared: Sequence[_Prepared]) -> dict[str, NDArray[Any]]:

@@ -79,8 +79,8 @@ class Place(Protocol):
         ...
 
     @property
-    def batch_sizes(self) -> tuple[int, ...]:
-        """The batches that run well, in ascending order; others are filled up to the next. Empty: any."""
+    def shares_arena(self) -> bool:
+        """Whether all sessions take their activations from one arena, so that a run in any can shrink it."""
         ...
 
     def open_template(self, path: Path) -> Any:
@@ -92,5 +92,5 @@ class Place(Protocol):
         ...
 
     def run_options(self, *, shrink: bool) -> Any:
-        """Of one run; with `shrink` the runtime gives memory for activations back after it."""
+        """Of one run; with `shrink` the session's arena gives back what is not in use when it ends, however it does."""
         ...

@@ -32,7 +32,7 @@ class Residents:
         self._lock = threading.Lock()
         self._active: set[str] = set()
         self._coming: list[_Coming] = []
-        self._hurried: set[str] = set()  # before they began
+        self._hurried: set[str] = set()  # until they are evicted, which comes before every other load of them
 
     def bring(self, load: Load, cancellation: Cancellation) -> None:
         """Make the expert ready. What came before an error stays to be evicted.
@@ -52,7 +52,7 @@ class Residents:
             self._active.add(load.expert)
 
     def hurry(self, expert: str) -> None:
-        """Somebody waits for what is brought ahead, or is just about to be."""
+        """Somebody waits for what is brought ahead, or is just about to be. It may have come already."""
         with self._lock:
             self._hurried.add(expert)
             for coming in self._coming:
@@ -65,6 +65,7 @@ class Residents:
         with self._lock:
             is_active = eviction.expert in self._active
             self._active.discard(eviction.expert)
+            self._hurried.discard(eviction.expert)
         if is_active:
             self._sessions.drop(eviction.expert)
         self._weights.drop([segment for segment in eviction.segments if self._weights.is_mapped(segment)])
@@ -79,7 +80,6 @@ class Residents:
         finally:
             with self._lock:
                 self._coming.remove(coming)
-                self._hurried.discard(coming.expert)
 
     def _give_up(self, coming: _Coming) -> None:
         """Stop what no load that is still wanted is bringing. Who asks for it from now on has it brought anew."""

@@ -24,7 +24,7 @@ from appliance.drivers import runtime
 from appliance.engine.arena import Arena
 from appliance.engine.cancellation import Cancellation
 from appliance.engine.place import Place, SegmentMemory
-from appliance.errors import ApplianceError, DeviceError, ModelError, OutOfMemory, RunError, StoreError
+from appliance.errors import ApplianceError, Cancelled, DeviceError, ModelError, OutOfMemory, RunError, StoreError
 from appliance.store.store import Compiled, TensorSlot
 
 _FAILURES: tuple[type[Exception], ...] = (*runtime.ERRORS, MemoryError)
@@ -62,9 +62,10 @@ class Lease:
         self._session, self._binding = session, binding
         self._place, self._arena, self._cancellation = place, arena, cancellation
 
-    def run(self, feeds: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[Any]]:
+    def run(self, feeds: Mapping[str, NDArray[np.float32]], *, size: int = 0) -> dict[str, NDArray[Any]]:
         """Outputs by the portable graph's names; `feeds` has its input names, arrays of shape (N, C, H, W).
 
+        A batch of less than `size` pictures is filled up to so many; nothing is answered for what fills it.
         Raises RunError that names the expert when a feed is missing or the runtime refuses or fails, OutOfMemory when
         the device has not enough for it, and Cancelled when nobody wants the run any more. Another run may follow all.
         """
@@ -75,11 +76,9 @@ class Lease:
             raise RunError(f"{self.compiled.expert} was run after its lease had ended")
         self._cancellation.check(f"the run of {self.compiled.expert}")
         count = len(feeds[self.compiled.inputs[0]])
-        size = next((step for step in self._place.batch_sizes if step >= count), count)
+        size = max(size, count)
         with self._in_arena(size) as shrink:
             outputs = self._run(feeds, size - count, self._place.run_options(shrink=shrink))
-        if shrink:
-            runtime.trim()
         return {name: output[:count] for name, output in zip(self.compiled.outputs, outputs, strict=True)}
 
     def end(self) -> None:
@@ -110,11 +109,16 @@ class Lease:
         try:
             yield shrink
             has_shrunk = shrink
+        except Cancelled:
+            has_shrunk = shrink
+            raise
         except OutOfMemory:
             self._arena.left_behind()
             raise
         finally:
             self._arena.end(kind, has_shrunk=has_shrunk)
+            if has_shrunk:
+                runtime.trim()
 
 
 def _terminate(options: Any) -> None:
@@ -142,7 +146,7 @@ class Sessions:
         self._templates: dict[str, Future[Any]] = {}  # those out of use in the order in which they fell out of it
         self._users: Counter[str] = Counter()
         self._residents: dict[str, _Resident] = {}
-        self._arena = Arena(activation_bytes)
+        self._arena = Arena(activation_bytes, is_shared=place.shares_arena)
 
     def activate(self, compiled: Compiled) -> None:
         """Make an expert ready whose segments are in memory. Activating it again does nothing.
@@ -244,7 +248,7 @@ class Sessions:
         return promised.result()
 
     def _let_go(self, resident: _Resident) -> None:
-        """The reverse of `hold` and `_open`; templates long out of use are closed."""
+        """The reverse of `hold` and `_open`; templates out of use are closed, in the end or if they hold too much."""
         compiled = resident.compiled
         resident.close()
         self._weights.release(compiled.segments)
@@ -257,8 +261,11 @@ class Sessions:
             if promised is not None:
                 self._templates[compiled.architecture] = promised
             unused = [architecture for architecture in self._templates if not self._users[architecture]]
-            for architecture in unused[:-_UNUSED_TEMPLATES]:
-                del self._templates[architecture], self._users[architecture]
+            long_unused = unused[:-_UNUSED_TEMPLATES]
+            for architecture in unused:
+                if architecture in long_unused or self._arena.is_due(architecture):
+                    del self._templates[architecture], self._users[architecture]
+                    self._arena.closed(architecture)
 
     def _bound(self, compiled: Compiled, session: Any) -> Any:
         """A binding of every weight to its place in memory. It owns none of it: what is resident is held."""

@@ -26,10 +26,6 @@ class Weights(SegmentTable[mmap.mmap]):
     def __init__(self, segment_path: Callable[[str], Path], *, readers: int = READERS) -> None:
         super().__init__(segment_path, ("memory", "disk"), readers)
 
-    def view(self, segment_id: str) -> memoryview:
-        """The segment's bytes; while a view of it lives, it cannot be dropped. Raises LoadError if it is not there."""
-        return memoryview(self._ready(segment_id))
-
     def _take(self, segment: Segment) -> tuple[mmap.mmap, int]:
         size = max(-(-segment.bytes // _PAGE) * _PAGE, _PAGE)
         try:

@@ -47,8 +47,8 @@ _LEFTOVER_SHARE = 0.02
 _TICK_SECONDS = 0.0005
 _AT_ONCE = (1, 2, 4)
 _QUIET_RUNS = 3
-_ACTIVATION_BYTES = 64 << 20
 """Runs after the first, whose median the first is compared with."""
+_ACTIVATION_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,19 +172,39 @@ def targets(found: Switching) -> list[Target]:
 
 def _measured(shape: Shape, effort: Effort, folder: Path, say: Say) -> Switching:
     with _rig(shape, effort.residents, folder, say) as rig:
-        say(f"{shape.name}: memory")
-        memory = _memory(rig)
-        say(f"{shape.name}: {effort.pairs} switches")
-        laps = [_lap(rig, number) for number in range(effort.pairs)]
-        say(f"{shape.name}: {effort.run_pairs} runs, template and plain")
-        runs = _runs(rig, effort.run_pairs)
-        say(f"{shape.name}: {effort.sides} runs with and without loads beside them")
-        beside = _beside_loads(rig, effort)
-        say(f"{shape.name}: several loads at once")
-        at_once = _at_once(rig, effort.pairs)
-        say(f"{shape.name}: stalls")
-        stall, idle_stall = _stalls(rig, effort.pairs)
-    size = rig.experts[0].bytes
+        return _summed_up(shape, effort, _found(rig, effort, lambda what: say(f"{shape.name}: {what}")))
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What was measured of one shape, as it was measured."""
+
+    weights_bytes: int
+    memory: _Memory
+    laps: list[_Lap]
+    runs: _Runs
+    beside: _Beside
+    at_once: dict[int, float]
+    stalls: tuple[float, float]
+
+
+def _found(rig: _Rig, effort: Effort, say: Say) -> _Found:
+    say("memory")
+    memory = _memory(rig)
+    say(f"{effort.pairs} switches")
+    laps = [_lap(rig, number) for number in range(effort.pairs)]
+    say(f"{effort.run_pairs} runs, template and plain")
+    runs = _runs(rig, effort.run_pairs)
+    say(f"{effort.sides} runs with and without loads beside them")
+    beside = _beside_loads(rig, effort)
+    say("several loads at once")
+    at_once = _at_once(rig, effort.pairs)
+    say("stalls")
+    return _Found(rig.experts[0].bytes, memory, laps, runs, beside, at_once, _stalls(rig, effort.pairs))
+
+
+def _summed_up(shape: Shape, effort: Effort, found: _Found) -> Switching:
+    size, memory, laps, runs, beside = found.weights_bytes, found.memory, found.laps, found.runs, found.beside
     disk, load = _median(laps, "disk_seconds"), _median(laps, "load_seconds")
     return Switching(
         shape=shape.name,
@@ -214,9 +234,9 @@ def _measured(shape: Shape, effort: Effort, folder: Path, say: Say) -> Switching
         run_p99_ratio_while_loading=_ratio(beside, effort.percentile),
         run_median_ratio_while_loading=_ratio(beside, 50),
         loads_beside_runs=beside.loads,
-        bytes_per_second_at_once=at_once,
-        python_stall_seconds=stall,
-        python_stall_idle_seconds=idle_stall,
+        bytes_per_second_at_once=found.at_once,
+        python_stall_seconds=found.stalls[0],
+        python_stall_idle_seconds=found.stalls[1],
         booked_bytes=memory.booked_bytes,
         measured_bytes=memory.measured_bytes,
         leftover_bytes=memory.leftover_bytes,

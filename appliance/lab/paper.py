@@ -53,7 +53,7 @@ class Machine:
 
 NUMA = Machine(
     "numa",
-    gpu_pools={3: (12, 12, 12), 4: (9, 9, 9, 8)},
+    gpu_pools={3: (14, 13, 13), 4: (10, 9, 9, 9)},
     cpu_pool=85,
     one_pool=128,
     load_seconds=1.06,

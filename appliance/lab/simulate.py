@@ -63,7 +63,8 @@ class PretendDevice:
     experts: dict[str, Footprint] = field(default_factory=dict)
     loading: set[str] = field(default_factory=set)
     cancelled: set[str] = field(default_factory=set)
-    running: list[Batch] = field(default_factory=list)
+    running: dict[int, Batch] = field(default_factory=dict)
+    taken: dict[int, int] = field(default_factory=dict)
     peak_bytes: int = 0
 
     def load(self, action: Load, expert: Expert) -> None:
@@ -87,7 +88,7 @@ class PretendDevice:
 
     def evict(self, action: Evict) -> None:
         _require(action.expert in self.experts, f"{action.expert} is not here")
-        runs = any(batch.expert == action.expert for batch in self.running)
+        runs = any(batch.expert == action.expert for batch in self.running.values())
         _require(not runs, f"{action.expert} is evicted while it runs")
         _require(action.expert not in self.loading, f"{action.expert} is evicted while it loads")
         del self.experts[action.expert]
@@ -97,10 +98,12 @@ class PretendDevice:
         for segment in freed:
             del self.held[segment]
 
-    def run(self, batch: Batch) -> None:
+    def run(self, batch: Batch, most_items: int) -> None:
         _require(batch.expert in self.experts and batch.expert not in self.loading, f"{batch.expert} is not ready")
-        self.running.append(batch)
-        takes = sum(self.experts[b.expert].activation_bytes(len(b.requests)) for b in self.running)
+        self.running[batch.id] = batch
+        items = self.device.filled(len(batch.requests), most_items)
+        self.taken[batch.id] = self.experts[batch.expert].activation_bytes(items)
+        takes = sum(self.taken.values())
         most = self.device.activation_bytes
         _require(most is None or takes <= most, f"{takes} bytes of activations exceed the budget of {most}")
 
@@ -207,7 +210,7 @@ class World:
                     self.devices[device].cancelled.remove(expert)
                     return LoadFailed(device, expert, Refusal(CANCELLED, "nobody waits for it"))
             case Finished(batch) | RunFailed(batch):
-                self.devices[batch.device].running.remove(batch)
+                del self.devices[batch.device].running[batch.id], self.devices[batch.device].taken[batch.id]
                 self.busy.remove(batch.executor)
                 if batch.id in self._cancelled_runs:
                     self._cancelled_runs.remove(batch.id)
@@ -221,7 +224,7 @@ class World:
     def _run(self, action: Run, batch: Batch) -> tuple[float, Event]:
         _require(batch.executor not in self.busy, f"{batch.executor} runs two batches at once")
         _require(0 < len(batch.requests) <= self.experts[batch.expert].max_batch, f"batch of {len(batch.requests)}")
-        self.devices[batch.device].run(batch)
+        self.devices[batch.device].run(batch, self.experts[batch.expert].max_batch)
         self.busy.add(batch.executor)
         seconds = self.experts[batch.expert].costs[batch.device].run_seconds(len(batch.requests))
         refusal = self._fails(action)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from appliance.engine.weights import Weights
 from appliance.errors import ApplianceError
 from appliance.lab.shapes import small_net, write_expert
 from appliance.store.compile import compile_bundles
-from appliance.store.store import Store
+from appliance.store.store import Compiled, Store
 
 _SIDE = 32
 _LAYERS, _CHANNELS = 6, 96
@@ -34,25 +34,12 @@ def trunks(count: int, folder: Path, say: Callable[[str], None] = lambda line: N
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="trunks-", dir=folder) as home:
         say(f"making and compiling {count} fine-tunes of one trunk")
-        bundles = [write_expert(Path(home), f"e{i}", fine_tune(i), side=_SIDE) for i in range(count)]
         store = Store(Path(home) / "store")
-        made = []
-        for result in compile_bundles(store, bundles, report=lambda name, result: None, jobs=min(cores(), 2)).values():
-            if isinstance(result, ApplianceError):
-                raise result
-            made.append(result)
-        weights = Weights(store.segment_path)
-        sessions = Sessions(weights, runtime.CpuPlace(), activation_bytes=_ACTIVATION_BYTES)
-        for expert in made:
-            weights.load(expert.segments)
-            sessions.activate(expert)
-        unshared = sum(expert.bytes for expert in made)
+        made = _compiled(store, Path(home), count)
         on_disk = sum(path.stat().st_size for path in (store.folder / "segments").iterdir())
-        resident = weights.mapped_bytes
-        trunk = max(segment.bytes for segment in made[0].segments)
-        for expert in made:
-            sessions.drop(expert.expert)
-        weights.close()
+        resident = _resident_bytes(store, made)
+    unshared = sum(expert.bytes for expert in made)
+    trunk = max(segment.bytes for segment in made[0].segments)
     return {
         "experts": count,
         "trunk_share": trunk / made[0].bytes,
@@ -65,6 +52,30 @@ def trunks(count: int, folder: Path, say: Callable[[str], None] = lambda line: N
             for name, value in (("disk_share", on_disk), ("resident_share", resident))
         ],
     }
+
+
+def _compiled(store: Store, folder: Path, count: int) -> list[Compiled]:
+    bundles = [write_expert(folder, f"e{i}", fine_tune(i), side=_SIDE) for i in range(count)]
+    made = []
+    for result in compile_bundles(store, bundles, report=lambda name, result: None, jobs=min(cores(), 2)).values():
+        if isinstance(result, ApplianceError):
+            raise result
+        made.append(result)
+    return made
+
+
+def _resident_bytes(store: Store, experts: Sequence[Compiled]) -> int:
+    """What all of them together take when they are ready."""
+    weights = Weights(store.segment_path)
+    sessions = Sessions(weights, runtime.CpuPlace(), activation_bytes=_ACTIVATION_BYTES)
+    for expert in experts:
+        weights.load(expert.segments)
+        sessions.activate(expert)
+    resident = weights.mapped_bytes
+    for expert in experts:
+        sessions.drop(expert.expert)
+    weights.close()
+    return resident
 
 
 def fine_tune(seed: int) -> ModelProto:

@@ -17,7 +17,7 @@ from typing import Any
 
 from appliance import catalog
 from appliance.catalog import Bundle, DetectionHead
-from appliance.errors import ApplianceError, CatalogError, ModelError, StoreError
+from appliance.errors import ApplianceError, Cancelled, CatalogError, ModelError, StoreError
 from appliance.sandbox import Child
 from appliance.store.store import Compiled, Store
 
@@ -34,15 +34,57 @@ _TIDY_EVERY = 16
 """Experts compiled between two looks for what they share: until then each lies whole on the disk."""
 
 
+class Interruption:
+    """Ends a compile from another thread, soon and for good: its children are killed, and no other begins.
+
+    The store is left as after a crash: the experts that are done stay, and the next who compiles tidies up.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._children: set[Child] = set()
+        self._has_come = False
+
+    def interrupt(self) -> None:
+        with self._lock:
+            self._has_come = True
+            for child in self._children:
+                child.kill()
+
+    def check(self) -> None:
+        """Raises Cancelled once it has come."""
+        if self._has_come:
+            raise Cancelled("compiling was interrupted")
+
+    @contextmanager
+    def ends(self, child: Child) -> Iterator[None]:
+        """Within, the child is killed when it comes. Raises Cancelled then, whatever became of the child."""
+        with self._lock:
+            self.check()
+            self._children.add(child)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._children.discard(child)
+            self.check()
+
+
 def compile_bundles(
-    store: Store, bundles: Sequence[Bundle], *, report: Report, jobs: int = 1
+    store: Store,
+    bundles: Sequence[Bundle],
+    *,
+    report: Report,
+    jobs: int = 1,
+    interruption: Interruption | None = None,
 ) -> dict[str, Compiled | ApplianceError]:
     """Bring what is missing into the store; each expert's result by name, also told to `report` as it comes.
 
     A broken expert does not stop the others: its result is the error (DigestMismatch, CatalogError, ModelError,
     UnsafeModel). With more than one job `report` is called from other threads, one call at a time. Raises StoreError
-    when the store itself cannot be written.
+    when the store itself cannot be written, and Cancelled when it is interrupted.
     """
+    ending = interruption or Interruption()
     results: dict[str, Compiled | ApplianceError] = {}
     telling = Lock()
 
@@ -53,10 +95,11 @@ def compile_bundles(
 
     with _store_errors(store):
         store.join()
-        _complete(store, bundles, tell, jobs)
+        _complete(store, bundles, tell, jobs, ending)
         if store.tidy():  # what shares a damaged segment was sound only at first sight
             broken = {name for name, result in results.items() if isinstance(result, ApplianceError)}
-            _complete(store, [b for b in bundles if b.manifest.name not in broken], lambda *_: None, jobs)
+            sound = [bundle for bundle in bundles if bundle.manifest.name not in broken]
+            _complete(store, sound, lambda *_: None, jobs, ending)
             store.tidy()
     return {bundle.manifest.name: _final(store, bundle, results[bundle.manifest.name]) for bundle in bundles}
 
@@ -68,7 +111,7 @@ def _final(store: Store, bundle: Bundle, result: Compiled | ApplianceError) -> C
     return store.find(bundle) or StoreError(f"{bundle.manifest.name} is damaged", "restart: it is compiled again")
 
 
-def _complete(store: Store, bundles: Sequence[Bundle], tell: Report, jobs: int) -> None:
+def _complete(store: Store, bundles: Sequence[Bundle], tell: Report, jobs: int, ending: Interruption) -> None:
     missing = []
     for bundle in bundles:
         found = store.find(bundle)
@@ -80,17 +123,17 @@ def _complete(store: Store, bundles: Sequence[Bundle], tell: Report, jobs: int) 
         store.sweep()
         for bundle in missing:
             store.repair(bundle)
-        _share_out(store, missing, tell, min(jobs, len(missing)))
+        _share_out(store, missing, tell, min(jobs, len(missing)), ending)
 
 
-def _share_out(store: Store, missing: Sequence[Bundle], tell: Report, jobs: int) -> None:
+def _share_out(store: Store, missing: Sequence[Bundle], tell: Report, jobs: int, ending: Interruption) -> None:
     memory_bytes = _COMPILE_BYTES + _COPIES_AT_COMPILE * max(bundle.manifest.model.bytes for bundle in missing)
     waiting: SimpleQueue[Bundle] = SimpleQueue()
     for bundle in missing:
         waiting.put(bundle)
 
     def work() -> None:
-        with _Compiler(store, memory_bytes) as compiler:
+        with _Compiler(store, memory_bytes, ending) as compiler:
             for bundle in _drained(waiting):
                 tell(bundle.manifest.name, compiler.attempt(bundle))
                 if waiting.qsize() % _TIDY_EVERY == _TIDY_EVERY - 1:
@@ -116,8 +159,8 @@ def _drained(waiting: SimpleQueue[Bundle]) -> Iterator[Bundle]:
 class _Compiler:
     """One child process that compiles expert after expert, replaced when one of them kills it."""
 
-    def __init__(self, store: Store, memory_bytes: int) -> None:
-        self._store, self._memory_bytes = store, memory_bytes
+    def __init__(self, store: Store, memory_bytes: int, ending: Interruption) -> None:
+        self._store, self._memory_bytes, self._ending = store, memory_bytes, ending
         self._child: Child | None = None
 
     def __enter__(self) -> _Compiler:
@@ -137,10 +180,13 @@ class _Compiler:
             return error
 
     def _compile(self, bundle: Bundle) -> Compiled:
+        self._ending.check()
         catalog.verify(bundle)
         with _store_errors(self._store), self._store.workshop() as folder:
             _check_room(folder, _FILES_PER_MODEL * bundle.manifest.model.bytes)
-            made = self._living_child().ask(_request(bundle, self._store, folder), seconds=_COMPILE_SECONDS)
+            child = self._living_child()
+            with self._ending.ends(child):
+                made = child.ask(_request(bundle, self._store, folder), seconds=_COMPILE_SECONDS)
             return self._store.keep(bundle, made, folder)
 
     def _living_child(self) -> Child:

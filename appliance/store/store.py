@@ -47,6 +47,7 @@ _log = logging.getLogger(__name__)
 
 Provider = Literal["cpu", "cuda"]
 """Of the runtime: what the graphs are optimised for."""
+PROVIDERS: tuple[Provider, ...] = ("cpu", "cuda")
 _LAYOUT = 3
 """Part of the store's key: raise it when templates, segments or these files change their form."""
 _COPIES_OF_OUTPUTS = 3

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 from appliance.catalog import Bundle
-from appliance.errors import ApplianceError, StoreError
-from appliance.store.compile import compile_bundles
+from appliance.errors import ApplianceError, Cancelled, StoreError
+from appliance.store.compile import Interruption, compile_bundles
 from appliance.store.store import Compiled, Damage, Store
 
 _log = logging.getLogger(__name__)
@@ -41,6 +41,7 @@ class StoreCheck:
         self._store, self._bundles, self._serving = store, bundles, serving
         self._rests_per_second = 1 / share - 1
         self._stopping = threading.Event()
+        self._interruption = Interruption()
         self._thread = threading.Thread(target=self._run, name="store-check", daemon=True)
 
     def start(self) -> None:
@@ -50,12 +51,14 @@ class StoreCheck:
         """Return when everything has been read, and what was damaged is whole again if it can be."""
         self._thread.join()
 
-    def stop(self) -> None:
-        """Return when no file is touched any more: at once, or when an expert that is being compiled is done.
-
-        Nothing happens if it was never started, or has ended.
-        """
+    def interrupt(self) -> None:
+        """Let it end soon: what is not compiled yet, the next start compiles. Returns at once."""
         self._stopping.set()
+        self._interruption.interrupt()
+
+    def stop(self) -> None:
+        """Return when no file is touched any more, soon. Nothing happens if it was never started, or has ended."""
+        self.interrupt()
         if self._thread.is_alive():
             self._thread.join()
 
@@ -84,8 +87,13 @@ class StoreCheck:
         # Another one, so that it is never alone in the folder: what the service read about stays.
         apart = Store(self._store.folder.parent, self._store.provider)
         try:
-            results = compile_bundles(apart, [self._bundles[name] for name in names], report=self._go_on)
-        except _Stopped:
+            results = compile_bundles(
+                apart,
+                [self._bundles[name] for name in names],
+                report=lambda *_: None,
+                interruption=self._interruption,
+            )
+        except Cancelled:
             return
         for name, result in results.items():
             if isinstance(result, ApplianceError):
@@ -94,11 +102,3 @@ class StoreCheck:
                 _log.error("rebuild_differs expert=%s remedy=%s", name, "restart: it is loaded as it is now")
             else:
                 _log.info("rebuilt expert=%s", name)
-
-    def _go_on(self, name: str, result: Compiled | ApplianceError) -> None:
-        if self._stopping.is_set():
-            raise _Stopped
-
-
-class _Stopped(Exception):
-    """The service ends; what is not compiled yet, the next start compiles."""
