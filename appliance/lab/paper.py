@@ -65,12 +65,12 @@ NUMA = Machine(
 )
 UMA = Machine(
     "uma",
-    gpu_pools={3: (12, 12, 12), 4: (9, 9, 9, 8)},
-    cpu_pool=85,
-    one_pool=124,
+    gpu_pools={3: (13, 12, 12), 4: (8, 8, 8, 7)},
+    cpu_pool=70,
+    one_pool=125,
     load_seconds=1.13,
-    gpu_item_seconds=0.008,
-    gpu_fixed_seconds=0.004,
+    gpu_item_seconds=0.012,
+    gpu_fixed_seconds=0.002,
     cpu_item_seconds=0.075,
     cpu_fixed_seconds=0.03,
     disk_bytes_per_second=3e9,
