@@ -141,6 +141,11 @@ def simulate(
     loader: Annotated[
         str, typer.Option(help="paper: each load takes what it took there; segments: its bytes over the shared disk.")
     ] = "paper",
+    gap: Annotated[float, typer.Option(min=0.0, help="Seconds from one picture of a task to the next.")] = 0.004,
+    due: Annotated[
+        float | None, typer.Option(min=0.0, help="In how many seconds each picture has to be answered.")
+    ] = None,
+    boards: Annotated[int, typer.Option(min=1, help="How many times a task's pictures come.")] = 1,
     paper_table: Annotated[bool, typer.Option(help="Every number that CoServe prints, beside ours.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -150,8 +155,8 @@ def simulate(
     loads and runs take as long as the costs say, which shows what another --policy or other circumstances would do.
     """
     from appliance.lab.simulate import simulated
+    from appliance.lab.trial import Pace, tried_by_name
     from appliance.lab.trial import paper_table as tabled
-    from appliance.lab.trial import tried_by_name
     from appliance.report import print_paper_table, print_simulation
 
     if paper_table:
@@ -163,7 +168,7 @@ def simulate(
     if journal is not None:
         found = simulated(journal, predict=predict, policy=policy)
     else:
-        found = tried_by_name(device, str(task), policy or "appliance", loader)
+        found = tried_by_name(device, str(task), policy or "appliance", loader, Pace(gap, due, boards))
     _print(found) if as_json else print_simulation(found, Console())
 
 

@@ -230,6 +230,25 @@ def test_a_picture_that_is_due_soon_displaces_one_that_is_not() -> None:
     assert [type(move) for move in controller.handle(Tick(), wakeup)] == [Evict, Load]
 
 
+def test_a_picture_whose_turn_came_long_before_it_is_due_is_looked_at_again_then() -> None:
+    """Its deadline leaves it more time than patience: it takes its turn by patience, and displaces by its deadline."""
+    experts = [*_experts("a", "b", size=60), expert("c", 40)]
+    controller, _ = box(experts, inspection_graph(["a", "b", "c"]), 100, executors=1)
+    controller.handle(Arrived(request("a1", "c-a")), 0.0)
+    run = _run(controller.handle(Loaded("cpu", "a"), 0.1))
+    controller.handle(Arrived(request("c1", "c-c")), 0.1)
+    controller.handle(Loaded("cpu", "c"), 0.2)
+    controller.handle(Arrived(request("b1", "c-b", deadline=60.0)), 0.3)
+    controller.handle(Arrived(request("a2", "c-a", deadline=100.0)), 0.4)
+    controller.handle(Finished(run.batch, ((SOUND,),), 0.3), 0.5)
+    assert controller.next_wakeup(0.5) == 0.3 + PATIENCE_SECONDS
+    assert controller.handle(Tick(), 0.3 + PATIENCE_SECONDS) == []
+    due = controller.next_wakeup(0.3 + PATIENCE_SECONDS)
+    assert due is not None
+    assert due == pytest.approx(60.0 - SLACK_SHARE * 0.13)
+    assert [type(move) for move in controller.handle(Tick(), due)] == [Evict, Load]
+
+
 def test_an_expert_loaded_for_waiting_pictures_stays_until_it_has_run() -> None:
     """However long another waits: a load that is evicted before its run would be for nothing."""
     experts = [*(expert(name, 50) for name in "abc"), expert("detector", 200)]

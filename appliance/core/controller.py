@@ -138,18 +138,16 @@ class Controller:
         return actions
 
     def next_wakeup(self, now: float) -> float | None:
-        """When to send a Tick if nothing else happens: a deadline, or when the next load is overdue. None: never."""
-        wakeup = self._deadlines[0][0] if self._deadlines else None
+        """When to send a Tick if nothing else happens: a deadline, or when a load may displace more. None: never."""
+        times = [self._deadlines[0][0]] if self._deadlines else []
         for name, ledger in self.ledgers.items():
-            if ledger.recovers_at is not None and (wakeup is None or ledger.recovers_at < wakeup):
-                wakeup = ledger.recovers_at
-            if self._policy.spares_queued:
-                due = self.scheduler.cold[name].least()
-                if due is None or ledger.loading_count >= ledger.device.load_slots:
-                    continue
-                if due[0] > now and (wakeup is None or due[0] < wakeup):
-                    wakeup = due[0]
-        return wakeup
+            if ledger.recovers_at is not None:
+                times.append(ledger.recovers_at)
+            if self._policy.spares_queued and ledger.loading_count < ledger.device.load_slots:
+                turn = self.scheduler.next_turn_seconds(name, now)
+                if turn is not None:
+                    times.append(turn)
+        return min(times) if times else None
 
     # Events
 
@@ -542,8 +540,8 @@ class Controller:
                 yield expert
 
     def _orphans(self, ledger: Ledger) -> Iterator[str]:
-        orphans = [e for e in self._leaving[ledger.device.name] if self._is_orphan(ledger, e)]
         device = ledger.device.name
+        orphans = [e for e in self._subsequent if e in self._leaving[device] and self._is_orphan(ledger, e)]
         yield from sorted(orphans, key=lambda e: (-self._experts[e].footprints[device].weights_bytes, e))
 
     def _is_orphan(self, ledger: Ledger, expert: str) -> bool:

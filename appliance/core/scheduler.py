@@ -110,8 +110,7 @@ class Scheduler:
         able = self.able(task.expert, ledgers)
         if task.barred:
             able = [queue for queue in able if queue.executor.device not in task.barred]
-        offers = [self._offer(queue, task.expert, ledgers) for queue in able]
-        offer = self.policy.assign(offers, self._turn)
+        offer = self.policy.assign(self._offers(able, task.expert, ledgers), self._turn)
         self._turn += 1
         queue = self.queues[offer.executor]
         device = queue.executor.device
@@ -198,11 +197,18 @@ class Scheduler:
         slack, so that one load serves more of them.
         """
         turn = self.cold[device].least()
-        if turn is None:
+        ranking = self.cold[device] if turn is not None and turn[0] <= now else self._rare[device]
+        return self._group(ranking.first())
+
+    def next_turn_seconds(self, device: str, now: float) -> float | None:
+        """When the next turn to be loaded comes; where it has come, when that group is overdue. None: neither will."""
+        turn, group = self.cold[device].least(), self._group(self.cold[device].first())
+        if turn is None or group is None:
             return None
-        ranking = self.cold[device] if turn[0] <= now else self._rare[device]
-        expert, executor = ranking.first() or ("", "")
-        return self.queues[executor].groups[expert]
+        return next((when for when in (turn[0], group.due_seconds) if when > now), None)
+
+    def _group(self, place: tuple[str, str] | None) -> Group | None:
+        return None if place is None else self.queues[place[1]].groups[place[0]]
 
     def finished(self, batch: Batch) -> None:
         """The batch's executor is free again."""
@@ -244,26 +250,29 @@ class Scheduler:
     def is_idle(self) -> bool:
         return all(not queue.groups and queue.running is None for queue in self.queues.values())
 
-    def _offer(self, queue: Queue, expert: str, ledgers: Mapping[str, Ledger]) -> Offer:
+    def _offers(self, able: list[Queue], expert: str, ledgers: Mapping[str, Ledger]) -> list[Offer]:
         """What CoServe weighs: K where requests for the expert wait, else K + B, and L where it has to be loaded."""
-        device = queue.executor.device
-        cost = self._experts[expert].costs[device]
-        run = cost.item_seconds if expert in queue.groups else cost.item_seconds + cost.fixed_seconds
-        load = self._load_seconds(device, expert, ledgers)
-        if self.policy.in_order:
-            return Offer(queue.executor.name, queue.total_seconds, run + load)
-        # Loads go on beside runs, in the device's slots: the backlog ends with the later of the two.
-        slots, loading = ledgers[device].device.load_slots, self._loading[device]
-        running = queue.total_seconds - queue.loading_seconds
-        total = max(running, loading / slots)
-        if load and self._is_at_hand(expert, ledgers):
-            load *= SECOND_COPY
-        loaded = (loading + load) / slots
-        answer = max(running, loaded) + run if load else running + run
-        return Offer(queue.executor.name, total, max(running + run, loaded) - total, answer)
+        offers, loads, costs = [], dict[str, float](), self._experts[expert].costs
+        for queue in able:
+            device = queue.executor.device
+            if device not in loads:
+                loads[device] = self._weighed_load(device, expert, ledgers)
+            cost, load = costs[device], loads[device]
+            run = cost.item_seconds if expert in queue.groups else cost.item_seconds + cost.fixed_seconds
+            if self.policy.in_order:
+                offers.append(Offer(queue.executor.name, queue.total_seconds, run + load))
+            else:
+                offers.append(self._overlapping(queue, run, load, ledgers[device].device.load_slots))
+        return offers
 
-    def _is_at_hand(self, expert: str, ledgers: Mapping[str, Ledger]) -> bool:
-        return any(not ledger.is_absent(expert) or self._demand[name][expert] for name, ledger in ledgers.items())
+    def _overlapping(self, queue: Queue, run: float, load: float, slots: int) -> Offer:
+        """Loads go on beside runs, in the device's slots: the backlog ends with the later of the two."""
+        loading = self._loading[queue.executor.device]
+        running = queue.total_seconds - queue.loading_seconds
+        loaded, ran = (loading + load) / slots, running + run
+        total = max(running, loading / slots)
+        answer = max(running, loaded) + run if load else ran
+        return Offer(queue.executor.name, total, max(ran, loaded) - total, answer)
 
     def _book(self, queue: Queue, seconds: float) -> None:
         """So much more loading is ahead of the queue, or less."""
@@ -276,6 +285,16 @@ class Scheduler:
         if self._demand[device][expert] or not ledgers[device].is_absent(expert):
             return 0.0
         return self._experts[expert].costs[device].load_seconds
+
+    def _weighed_load(self, device: str, expert: str, ledgers: Mapping[str, Ledger]) -> float:
+        """The same, but ours minds a second copy."""
+        seconds = self._load_seconds(device, expert, ledgers)
+        if not seconds or self.policy.in_order or not self._is_at_hand(expert, ledgers):
+            return seconds
+        return seconds * SECOND_COPY
+
+    def _is_at_hand(self, expert: str, ledgers: Mapping[str, Ledger]) -> bool:
+        return any(not ledger.is_absent(expert) or self._demand[name][expert] for name, ledger in ledgers.items())
 
     def _split(self, queue: Queue, group: Group, most: int) -> list[Task]:
         """As many of the oldest tasks as one run takes; a task that must run alone does."""

@@ -94,12 +94,16 @@ class Board:
     @property
     def probabilities(self) -> list[float]:
         weights = [rank**-self.zipf for rank in range(1, self.types + 1)]
-        return [weight / sum(weights) for weight in weights]
+        total = sum(weights)
+        return [weight / total for weight in weights]
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One of the paper's tasks: so many pictures of a board, one every `gap_seconds`, drawn by chance from `seed`."""
+    """One of the paper's tasks: so many pictures of a board, one every `gap_seconds`, drawn by chance from `seed`.
+
+    The same pictures come again for each of so many `boards`. All of a board's are due so many seconds after they came.
+    """
 
     name: str
     board: Board
@@ -107,6 +111,7 @@ class Job:
     seed: int
     gap_seconds: float = GAP_SECONDS
     due_seconds: float | None = None
+    boards: int = 1
 
 
 BOARD_A = Board(352, zipf=0.944, checked_share=0.35, gpu_executors=3)
@@ -141,13 +146,15 @@ def drawn(job: Job) -> Trace:
     chance = random.Random(job.seed)
     cumulated = list(accumulate(job.board.probabilities))
     types = chance.choices(range(job.board.types), cum_weights=cumulated, k=job.pictures)
-    due = job.due_seconds
-    times = [number * job.gap_seconds for number in range(job.pictures)]
-    requests = tuple(
-        Request(f"r{number}", f"type{kind:03}", at, None if due is None else at + due)
-        for number, (kind, at) in enumerate(zip(types, times, strict=True))
-    )
-    return Trace(requests, frozenset(r.id for r in requests if chance.random() < job.board.checked_share))
+    is_checked = [chance.random() < job.board.checked_share for _ in types]
+    requests, checked = list[Request](), set[str]()
+    for number in range(job.pictures * job.boards):
+        at = number * job.gap_seconds
+        due = None if job.due_seconds is None else at + job.due_seconds
+        requests.append(Request(f"r{number}", f"type{types[number % job.pictures]:03}", at, due))
+        if is_checked[number % job.pictures]:
+            checked.add(f"r{number}")
+    return Trace(tuple(requests), frozenset(checked))
 
 
 def classifier(rank: int) -> str:

@@ -259,7 +259,7 @@ def simulate(controller: Controller, world: World, arrivals: Sequence[Request]) 
     agenda: list[tuple[float, int, Event]] = [(r.arrived_seconds, n, Arrived(r)) for n, r in enumerate(arrivals)]
     heapq.heapify(agenda)
     number, now = len(agenda), agenda[0][0] if agenda else 0.0
-    started, scheduling, taken = now, 0.0, list[Action]()
+    started, ended, scheduling, taken = now, now, 0.0, list[Action]()
     clock, disk = time.perf_counter, world.disk
     while True:
         wakeup = controller.next_wakeup(now)
@@ -280,6 +280,7 @@ def simulate(controller: Controller, world: World, arrivals: Sequence[Request]) 
         for action in actions:
             taken.append(action)
             following = world.obey(action)
+            ended = now if isinstance(action, Publish) else ended
             if following is None:
                 continue
             number += 1
@@ -288,7 +289,7 @@ def simulate(controller: Controller, world: World, arrivals: Sequence[Request]) 
                 disk.begin(sum(segment.bytes for segment in action.segments), number, after, now)
             else:
                 heapq.heappush(agenda, (now + seconds, number, after))
-    return _report(world, taken, now - started, scheduling)
+    return _report(world, taken, ended - started, scheduling)
 
 
 def replay(controller: Controller, world: World, events: Iterable[tuple[float, Event]]) -> Report:

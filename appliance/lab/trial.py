@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
 from appliance.core import policies
 from appliance.core.controller import Controller
 from appliance.core.policies import Policy
-from appliance.core.types import Device, Executor, Expert, Outcome
+from appliance.core.types import Device, Executor, Expert, Outcome, Verdict
 from appliance.errors import ConfigError
 from appliance.lab import paper
 from appliance.lab.paper import CLASSIFIER_BYTES, Job, Machine, Trace
@@ -34,7 +34,16 @@ class Box:
     loads_in_flight: int
 
 
-def tried_by_name(machine: str, task: str, policy: str, loader: str) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Pictures as they come on a line instead of all at once: one every `gap_seconds`, for so many boards."""
+
+    gap_seconds: float = paper.GAP_SECONDS
+    due_seconds: float | None = None
+    boards: int = 1
+
+
+def tried_by_name(machine: str, task: str, policy: str, loader: str, pace: Pace) -> dict[str, Any]:
     """What a trial comes to. Raises ConfigError naming what does not exist."""
     for what, name, known in (
         ("machine", machine, (*paper.MACHINES,)),
@@ -44,7 +53,8 @@ def tried_by_name(machine: str, task: str, policy: str, loader: str) -> dict[str
     ):
         if name not in known:
             raise ConfigError(f"there is no {what} {name}", f"choose one of {', '.join(known)}")
-    return tried(paper.MACHINES[machine], paper.JOBS[task], policy, loader)
+    job = replace(paper.JOBS[task], gap_seconds=pace.gap_seconds, due_seconds=pace.due_seconds, boards=pace.boards)
+    return tried(paper.MACHINES[machine], job, policy, loader)
 
 
 def tried(machine: Machine, job: Job, name: str, loader: str = "paper") -> dict[str, Any]:
@@ -71,6 +81,7 @@ def tried(machine: Machine, job: Job, name: str, loader: str = "paper") -> dict[
         "task": job.name,
         "loader": loader,
         "images_per_second": report.images_per_second,
+        "steady_images_per_second": _steady(trace, report.verdicts),
         "bound_images_per_second": len(trace.requests) / _least_seconds(machine, job, box, asked, absent, loader),
         "switches_total": report.loads,
         "switches_per_executor": report.loads / len(box.executors),
@@ -135,7 +146,7 @@ def _least_seconds(
     machine: Machine, job: Job, box: Box, asked: Mapping[str, Sequence[float]], absent: Iterable[str], loader: str
 ) -> float:
     """No schedule on this box is quicker: arrivals, compulsory loads and runs, each as if the others cost nothing."""
-    arriving = (job.pictures - 1) * job.gap_seconds
+    arriving = (job.pictures * job.boards - 1) * job.gap_seconds
     runs = sum(len(times) for times in asked.values())
     speed = sum(1 / box.experts[0].costs[executor.device].item_seconds for executor in box.executors)
     absent = set(absent)
@@ -145,6 +156,14 @@ def _least_seconds(
     else:
         loading = len(absent) * machine.load_seconds / box.loads_in_flight
     return max(arriving, runs / speed, loading)
+
+
+def _steady(trace: Trace, verdicts: Sequence[Verdict]) -> float:
+    """Answers in time per second of the middle eight tenths of the time in which pictures came; zero for no time."""
+    lasting = trace.requests[-1].arrived_seconds
+    came = {request.id: request.arrived_seconds for request in trace.requests}
+    answered = (came[v.request] + v.waited_seconds for v in verdicts if v.outcome is not Outcome.LATE)
+    return sum(0.1 * lasting <= at < 0.9 * lasting for at in answered) / (0.8 * lasting) if lasting else 0.0
 
 
 def _quantile(ordered: Sequence[float], share: float) -> float:
