@@ -50,10 +50,7 @@ from appliance.drivers.journal import Journal, Opening
 from appliance.drivers.mqtt import Door, DoorState
 from appliance.drivers.outbox import Note, Outbox
 from appliance.drivers.records import Conclusion, Recorded, Records, Spooled
-from appliance.engine import cuda
-from appliance.engine.device_weights import DeviceWeights
 from appliance.engine.engine import Engine, Engines, Order
-from appliance.engine.place import SegmentMemory
 from appliance.engine.weights import Weights
 from appliance.errors import ApplianceError, BrokerError, DeviceError, MessageError, OutOfMemory
 from appliance.health import PROCESS, STUCK_SECONDS, Drift, Passing, Underway, process_balance, weights_balance
@@ -152,7 +149,8 @@ class Service:
         self._store_checks = list(_store_checks(installation))
         self._album = self._make_album()
         bundles, report = installation.catalog.bundles, self._inbox.tell
-        self._engines = Engines(engines, installation.executors, bundles, self._album.look, report)
+        cap = installation.profile.batch_cap
+        self._engines = Engines(engines, installation.executors, bundles, self._album.look, report, batch_cap=cap)
         self._join_broker()
         self._journal = self._open_journal()
 
@@ -195,15 +193,11 @@ class Service:
     def _engine(self, device: Device, installation: Installation) -> Engine:
         """Raises DeviceError or OutOfMemory when a GPU does not do what it says."""
         if device.name == CPU:
-            memory: SegmentMemory = Weights(installation.store.segment_path)
+            memory = Weights(installation.store.segment_path)
             return Engine.on(device, installation.compiled, memory, runtime.CpuPlace(), self._inbox.tell)
-        assert installation.gpus.store is not None
-        accelerator = cuda.CudaAccelerator(int(device.name.removeprefix("cuda:")))
-        host_bytes, working = int(installation.config.memory.gpu_host_tier), device.activation_bytes or 0
-        path = installation.gpus.store.segment_path
-        memory = DeviceWeights(path, accelerator, device_bytes=device.budget_bytes, host_bytes=host_bytes)
-        place = cuda.CudaPlace(accelerator.index, accelerator.compute_stream, working)
-        return Engine.on(device, installation.gpus.compiled, memory, place, self._inbox.tell)
+        gpus, host_bytes = installation.gpus, int(installation.config.memory.gpu_host_tier)
+        assert gpus.store is not None
+        return Engine.on_gpu(device, gpus.compiled, gpus.store.segment_path, self._inbox.tell, host_bytes=host_bytes)
 
     def run(self, stop: threading.Event) -> None:
         """Serve until `stop`, then finish what runs. Raises ApplianceError when going on would lose something."""

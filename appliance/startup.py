@@ -19,6 +19,7 @@ from appliance.core.costs import Cost
 from appliance.core.graph import draw
 from appliance.core.memory import Ledger
 from appliance.core.policies import POLICIES
+from appliance.core.slab import SLACK
 from appliance.core.types import Device, Executor, Expert, Footprint, Refusal
 from appliance.drivers import devices
 from appliance.engine import cuda
@@ -106,12 +107,10 @@ class Installation:
     @property
     def devices(self) -> tuple[Device, ...]:
         memory, slots = self.config.memory, self.config.executors.load_slots
+        working, steps = int(memory.gpu_activations), cuda.BATCH_SIZES
         cpu_bytes = weights_budget(self.config, self.memory_bytes, len(self.gpus.used))
         return (
-            *(
-                Device(gpu_name(gpu), _gpu_budget(self.config, gpu), slots, int(memory.gpu_activations))
-                for gpu in self.gpus.used
-            ),
+            *(Device(gpu_name(gpu), _gpu_budget(self.config, gpu), slots, working, steps) for gpu in self.gpus.used),
             Device(CPU, cpu_bytes, slots, int(memory.activations)),
         )
 
@@ -231,9 +230,10 @@ def _why_not(config: Config, gpu: devices.Gpu) -> str | None:
 
 
 def _gpu_budget(config: Config, gpu: devices.Gpu) -> int:
-    """For weights; none where activations leave nothing."""
+    """For weights; none where activations, running and kept, leave nothing. They lie in a block with room for gaps."""
     memory = config.memory
-    return int(memory.gpu_weights or GPU_SHARE * gpu.free_bytes - int(memory.gpu_activations))
+    left = GPU_SHARE * gpu.free_bytes - 2 * int(memory.gpu_activations)
+    return int(memory.gpu_weights or left / (1 + SLACK))
 
 
 def _check_named(config: Config, catalog: Catalog) -> None:

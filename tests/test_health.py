@@ -105,7 +105,7 @@ def test_pictures_that_wait_or_run_and_batches_may_be_there() -> None:
     ledger = Ledger(Device("cpu", 10**9, 2, 10**8), {"e": Footprint((segment,), 0, 500, 50)})
     ledger.begin_load("e")
     ledger.finish_load("e")
-    ledger.begin_run("e", 2)
+    ledger.begin_run("e", 2, 4)
     balance = process_balance(
         ledger, {}, Passing(10, 20, 30, 2, 100), at_start_bytes=5000, kept_bytes=7, measured_bytes=0
     )

@@ -471,7 +471,7 @@ def test_a_gpu_that_fails_when_it_is_opened_leaves_its_work_to_the_cpu(
 
     monkeypatch.setattr("appliance.startup.devices.gpus", lambda: [Gpu(0, "Test GPU", 8 << 30, 5 << 30, "1")])
     monkeypatch.setattr("appliance.startup.cuda.usable_gpu", lambda index: None)
-    monkeypatch.setattr("appliance.service.cuda.CudaAccelerator", lost)
+    monkeypatch.setattr("appliance.engine.engine.cuda.CudaAccelerator", lost)
     profile = Path(__file__).parents[1] / "profiles" / "default.json"
     paths = Paths(catalog=catalog, state=tmp_path / "state", store=tmp_path / "store", profile=profile)
     config = Config(paths=paths, memory=Memory.model_validate({"weights": 1}), experts=Experts(pin=("e0",)))

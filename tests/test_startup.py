@@ -99,7 +99,7 @@ def test_a_usable_gpu_has_experts_of_its_own_a_budget_and_one_executor(
     made = install(_config(tmp_path, 1))
     gpu, cpu = made.devices
     assert (gpu.name, cpu.name) == ("cuda:0", "cpu")
-    assert gpu.budget_bytes == int(0.8 * (5 << 30) - 1_000_000_000)
+    assert gpu.budget_bytes == int((0.8 * (5 << 30) - 2_000_000_000) / 1.25)
     assert [e.name for e in made.executors if e.device == "cuda:0"] == ["cuda:0-0"]
     (expert,) = made.experts.values()
     assert expert.footprints.keys() == expert.costs.keys() == {"cuda:0", "cpu"}
@@ -130,7 +130,7 @@ def test_what_cannot_be_compiled_for_gpus_is_said_and_the_cpu_serves_it(
     assert made.experts["e1"].footprints.keys() == {"cpu"}
     found = checked(made.config)
     assert found["gpu_unavailable"] == {"e1": {"reason": "model", "detail": "no such kernel"}}
-    assert found["gpu_budgets_bytes"] == {"cuda:0": int(0.8 * (5 << 30) - 1_000_000_000)}
+    assert found["gpu_budgets_bytes"] == {"cuda:0": int((0.8 * (5 << 30) - 2_000_000_000) / 1.25)}
     assert "e1 runs on no GPU (model): no such kernel" in _printed(found)
     assert "budget of cuda:0" in _printed(found)
 
