@@ -525,13 +525,13 @@ class Controller:
         return min(now, due + self._policy.patience_seconds) if now >= due else None
 
     def _leavers(self, ledger: Ledger, needed_after: float | None) -> Iterator[str]:
-        """Who may leave, least worth first; of those that queued tasks need, who is needed after that second alone."""
+        """Who may leave, least worth first; then who is needed by queued tasks, if after that second alone."""
         device = ledger.device.name
         if self._policy.orphans_first:
             yield from self._orphans(ledger)
-        for (is_needed, _), expert in self._leaving[device].ranked():
+        for (is_needed, worth), expert in self._leaving[device].ranked():
             if is_needed:
-                if needed_after is None:
+                if needed_after is None or -worth <= needed_after:
                     return
                 due = self.scheduler.due_seconds(device, expert)
                 if due is not None and due <= needed_after:
@@ -561,10 +561,15 @@ class Controller:
         if not ledger.is_evictable(expert):
             changed = leaving.drop(expert)
         else:
-            is_needed = self._policy.spares_queued and self.scheduler.demand(device, expert) > 0
-            worth = -inf if expert in self.unavailable else self._policy.worth(self._resident(device, expert), now)
-            changed = leaving.put(expert, (is_needed, worth))
+            changed = leaving.put(expert, self._reluctance(device, expert, now))
         self._changes[device] += changed
+
+    def _reluctance(self, device: str, expert: str, now: float) -> tuple[bool, float]:
+        """Whether the expert is spared for queued tasks, whoever has to wait for them longest first; and its worth."""
+        if expert in self.unavailable:
+            return False, -inf
+        due = self.scheduler.due_seconds(device, expert) if self._policy.spares_queued else None
+        return (False, self._policy.worth(self._resident(device, expert), now)) if due is None else (True, -due)
 
     def _resident(self, device: str, name: str) -> Resident:
         expert = self._experts[name]
