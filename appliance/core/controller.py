@@ -392,7 +392,7 @@ class Controller:
     def _free_queues(self) -> list[Queue]:
         """Those without a batch and with work, whose oldest ready work waits longest first."""
         free = [queue for queue in self.scheduler.queues.values() if queue.running is None and queue.groups]
-        if len(free) < 2:
+        if len(free) < 2 or len(self.ledgers) >= len(self.scheduler.queues):  # nobody shares a device
             return free
         oldest = self.scheduler.oldest_ready_seconds
         return sorted(free, key=lambda queue: oldest(queue, self.ledgers[queue.executor.device]))

@@ -47,9 +47,12 @@ class Group:
     is_fresh: bool = False
     _dues: list[tuple[float, str]] = field(default_factory=list)
 
-    def put(self, task: Task, due_seconds: float) -> None:
+    def put(self, task: Task, due_seconds: float) -> bool:
+        """Whether the task is the one due first."""
+        is_first = not self.tasks or due_seconds < self.due_seconds
         self.tasks[task.request] = task
         heappush(self._dues, (due_seconds, task.request))
+        return is_first
 
     @property
     def first(self) -> Task:
@@ -123,12 +126,13 @@ class Scheduler:
             self._book(queue, group.load_seconds)
             queue.total_seconds += cost.fixed_seconds
         work_seconds = cost.load_seconds + cost.run_seconds(1)
-        group.put(task, self.policy.due_seconds(task.since_seconds, task.deadline_seconds, work_seconds))
+        is_first = group.put(task, self.policy.due_seconds(task.since_seconds, task.deadline_seconds, work_seconds))
         queue.total_seconds += cost.item_seconds
         self._demand[device][task.expert] += 1
         if not self.policy.groups:
             queue.line[task.request, task.expert] = None
-        self._rank(queue, group, ledgers[device])
+        if is_first:
+            self._rank(queue, group, ledgers[device])
         return device
 
     def able(self, expert: str, ledgers: Mapping[str, Ledger]) -> list[Queue]:
@@ -157,7 +161,9 @@ class Scheduler:
         """The group whose turn it is where queues are worked off in order."""
         if self.policy.groups:
             return next(iter(queue.groups.values()), None)
-        return next((queue.groups[expert] for _, expert in queue.line), None)
+        for _, expert in queue.line:
+            return queue.groups[expert]
+        return None
 
     def take(self, queue: Queue, ledger: Ledger, now: float) -> Batch | None:
         """The next batch: the head's, or of the groups whose expert is ready, that of the one due first.
