@@ -30,20 +30,18 @@ class Arena:
     def __init__(self, limit_bytes: int, *, is_shared: bool = True) -> None:
         self._limit_bytes, self._is_shared = limit_bytes, is_shared
         self._lock = Lock()
-        self._running: Counter[Kind] = Counter()
-        self._most_at_once: Counter[Kind] = Counter()  # since its arena last gave back
+        self._running: dict[Kind, int] = {}
+        self._most_at_once: dict[Kind, int] = {}  # since its arena last gave back
         self._bytes: dict[Kind, int] = {}
         self._due: set[str] = set()  # arenas to be shrunk by the next run in them
 
     def begin(self, kind: Kind, size_bytes: int) -> bool:
         """Whether the run that begins has to shrink its arena when it ends; it takes `size_bytes` while it lasts."""
         with self._lock:
-            self._running[kind] += 1
-            self._most_at_once[kind] = max(self._most_at_once[kind], self._running[kind])
-            self._bytes[kind] = size_bytes
-            gathered = self._gathered_bytes()
-            if gathered.total() > self._limit_bytes:
-                self._due |= {self._arena_of(kind), max(gathered, key=gathered.__getitem__)}
+            running = self._running[kind] = self._running.get(kind, 0) + 1
+            if running > self._most_at_once.get(kind, 0) or size_bytes != self._bytes[kind]:  # seldom, as runs repeat
+                self._most_at_once[kind], self._bytes[kind] = running, size_bytes
+                self._bound(kind)
             return self._arena_of(kind) in self._due
 
     def end(self, kind: Kind, *, has_shrunk: bool) -> None:
@@ -72,21 +70,23 @@ class Arena:
             if not self._is_shared:
                 self._forget(architecture)
 
+    def _bound(self, kind: Kind) -> None:
+        """A run of this kind holds more than any did: who leads beyond the limit gives back, and who holds most."""
+        gathered: Counter[str] = Counter()
+        for known, count in self._most_at_once.items():
+            gathered[self._arena_of(known)] += self._bytes[known] * count
+        if gathered.total() > self._limit_bytes:
+            self._due |= {self._arena_of(kind), max(gathered, key=gathered.__getitem__)}
+
     def _arena_of(self, kind: Kind) -> str:
         return _SHARED if self._is_shared else kind[0]
 
     def _forget(self, arena: str) -> None:
-        for kind in self._most_at_once:
-            if self._arena_of(kind) == arena:
-                self._most_at_once[kind] = self._running[kind]
-        self._most_at_once = +self._most_at_once
+        for kind in [kind for kind in self._most_at_once if self._arena_of(kind) == arena]:
+            self._most_at_once[kind] = self._running[kind]
+            if not self._running[kind]:
+                del self._most_at_once[kind], self._running[kind]
         self._due.discard(arena)
-
-    def _gathered_bytes(self) -> Counter[str]:
-        gathered: Counter[str] = Counter()
-        for kind, count in self._most_at_once.items():
-            gathered[self._arena_of(kind)] += self._bytes[kind] * count
-        return gathered
 
 
 _SHARED = ""

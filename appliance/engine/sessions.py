@@ -77,8 +77,22 @@ class Lease:
         self._cancellation.check(f"the run of {self.compiled.expert}")
         count = len(feeds[self.compiled.inputs[0]])
         size = max(size, count)
-        with self._in_arena(size) as shrink:
+        kind = (self.compiled.architecture, size)
+        size_bytes = self.compiled.activation_fixed_bytes + size * self.compiled.activation_item_bytes
+        shrink, has_ended = self._arena.begin(kind, size_bytes), False
+        try:
             outputs = self._run(feeds, size - count, self._place.run_options(shrink=shrink))
+            has_ended = True
+        except Cancelled:
+            has_ended = True
+            raise
+        except OutOfMemory:
+            self._arena.left_behind()
+            raise
+        finally:
+            self._arena.end(kind, has_shrunk=shrink and has_ended)
+            if shrink and has_ended:
+                runtime.trim()
         return {name: output[:count] for name, output in zip(self.compiled.outputs, outputs, strict=True)}
 
     def end(self) -> None:
@@ -100,25 +114,6 @@ class Lease:
             raise _named(error, self.compiled, self._place, RunError, "failed") from error
         finally:
             _unbind(self._binding, self.compiled)
-
-    @contextmanager
-    def _in_arena(self, count: int) -> Iterator[bool]:
-        kind = (self.compiled.architecture, count)
-        size_bytes = self.compiled.activation_fixed_bytes + count * self.compiled.activation_item_bytes
-        shrink, has_shrunk = self._arena.begin(kind, size_bytes), False
-        try:
-            yield shrink
-            has_shrunk = shrink
-        except Cancelled:
-            has_shrunk = shrink
-            raise
-        except OutOfMemory:
-            self._arena.left_behind()
-            raise
-        finally:
-            self._arena.end(kind, has_shrunk=has_shrunk)
-            if has_shrunk:
-                runtime.trim()
 
 
 def _terminate(options: Any) -> None:
