@@ -249,6 +249,21 @@ def test_a_picture_whose_turn_came_long_before_it_is_due_is_looked_at_again_then
     assert [type(move) for move in controller.handle(Tick(), due)] == [Evict, Load]
 
 
+def test_the_least_probable_is_loaded_first_until_patience_of_another_ends() -> None:
+    """More pictures will likely come for the others: loaded later, they need no second load for these."""
+    likely, rare, first = (
+        expert(name, 30, probability=p) for name, p in (("likely", 0.3), ("rare", 0.1), ("first", 0.2))
+    )
+    experts = [likely, rare, first, expert("detector", 200)]
+    for asked_again, following in ((1.0, "rare"), (PATIENCE_SECONDS + 1.0, "likely")):
+        controller, _ = box(experts, inspection_graph(["likely", "rare", "first"]), 100, executors=1, load_slots=1)
+        controller.handle(Arrived(request("0", "c-first")), 0.0)
+        controller.handle(Arrived(request("1", "c-likely")), 0.1)
+        controller.handle(Arrived(request("2", "c-rare")), asked_again)
+        loads = [a for a in controller.handle(Loaded("cpu", "first"), asked_again + 0.1) if isinstance(a, Load)]
+        assert [load.expert for load in loads] == [following]
+
+
 def test_an_expert_loaded_for_waiting_pictures_stays_until_it_has_run() -> None:
     """However long another waits: a load that is evicted before its run would be for nothing."""
     experts = [*(expert(name, 50) for name in "abc"), expert("detector", 200)]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from appliance.core.costs import Cost
 from appliance.core.memory import Ledger
+from appliance.core.policies import SECOND_COPY
 from appliance.core.scheduler import Scheduler, Task
 from appliance.core.types import Device, Executor
 from tests.kit import expert
@@ -116,6 +120,30 @@ def test_a_task_that_runs_alone_neither_takes_nor_joins_others() -> None:
         batches.append(batch.requests)
         scheduler.finished(batch)
     assert batches == [("0", "1"), ("2",), ("3",)]
+
+
+def test_a_second_copy_is_loaded_only_where_it_saves_many_times_its_load() -> None:
+    """Half a second per task where the expert is, one for its load where it is not, in two slots."""
+    devices = {name: Device(name, 1000) for name in ("gpu", "cpu")}
+    there = replace(expert("a", on=tuple(devices)), costs={"gpu": Cost(0.01, 0.0, 1.0), "cpu": Cost(0.5, 0.0, 1.0)})
+    ledgers = {name: Ledger(device, {"a": there.footprints[name]}) for name, device in devices.items()}
+    ledgers["cpu"].begin_load("a")
+    ledgers["cpu"].finish_load("a")
+    scheduler = Scheduler(tuple(Executor(f"{name}-0", name) for name in devices), {"a": there})
+    where = [scheduler.put(Task(str(number), "a", 0.0), ledgers) for number in range(100)]
+    assert where.index("gpu") == int(SECOND_COPY)
+
+
+def test_what_was_just_loaded_for_waiting_tasks_runs_before_what_waits_as_long() -> None:
+    scheduler = _scheduler(1)
+    scheduler.put(Task("0", "b", 0.0), _ledgers("b"))
+    scheduler.put(Task("1", "a", 1.0), _ledgers("b"))
+    scheduler.moved("cpu", "a", RESIDENT["cpu"])
+    batches = []
+    while (batch := scheduler.take(scheduler.queues["cpu-0"], RESIDENT["cpu"], 2.0)) is not None:
+        batches.append(batch.requests)
+        scheduler.finished(batch)
+    assert batches == [("1",), ("0",)]
 
 
 def _scheduler(executors: int) -> Scheduler:
