@@ -20,7 +20,6 @@ ROOM_PATIENCE_SECONDS = 2.0
 """A batch that has waited so long for room for its activations is passed by nobody."""
 SLACK_SHARE = 4.0
 """A task is overdue so many times its load and run before its deadline: others may be in the way."""
-
 SECOND_COPY = 64.0
 """How many times its cost a load has to be worth that brings to one device what another one holds or loads: memory
 that others need goes to it too."""
