@@ -264,6 +264,28 @@ def test_the_least_probable_is_loaded_first_until_patience_of_another_ends() -> 
         assert [load.expert for load in loads] == [following]
 
 
+def test_a_load_for_which_somebody_has_to_leave_is_held_for_a_moment_and_a_rarer_one_may_come_first() -> None:
+    here, first, rarer = (
+        expert(name, 60, load=0.4, probability=p) for name, p in (("here", 0.5), ("first", 0.2), ("rarer", 0.1))
+    )
+    experts = [here, first, rarer, expert("detector", 200)]
+    controller, _ = box(experts, inspection_graph(["here", "first", "rarer"]), 100, executors=1, load_slots=1)
+    controller.handle(Arrived(request("0", "c-here")), 0.0)
+    run = _run(controller.handle(Loaded("cpu", "here"), 0.4))
+    controller.handle(Finished(run.batch, ((SOUND,),), 0.1), 0.5)
+    assert controller.handle(Arrived(request("1", "c-first")), 1.0) == []
+    assert controller.next_wakeup(1.0) == pytest.approx(1.0 + APPLIANCE.hold_share * 0.4)
+    assert controller.handle(Arrived(request("2", "c-rarer")), 1.05) == []
+    wakeup = controller.next_wakeup(1.05)
+    assert wakeup is not None
+    assert wakeup == pytest.approx(1.05 + APPLIANCE.hold_share * 0.4)
+    evict, load = controller.handle(Tick(), wakeup)
+    assert (evict, load) == (
+        Evict("cpu", "here", (Segment("here-weights", 60),)),
+        Load("cpu", "rarer", (Segment("rarer-weights", 60),)),
+    )
+
+
 def test_an_expert_loaded_for_waiting_pictures_stays_until_it_has_run() -> None:
     """However long another waits: a load that is evicted before its run would be for nothing."""
     experts = [*(expert(name, 50) for name in "abc"), expert("detector", 200)]
@@ -283,6 +305,7 @@ def test_an_expert_whose_pictures_are_all_late_may_leave() -> None:
     controller.handle(Finished(run.batch, ((SOUND,),), 0.1), 0.2)
     controller.handle(Arrived(request("b1", "c-b", deadline=1.0)), 0.3)
     controller.handle(Arrived(request("b2", "c-b", deadline=1.0)), 0.3)
+    controller.handle(Tick(), 0.35)
     run = _run(controller.handle(Loaded("cpu", "b"), 0.4))
     controller.handle(Arrived(request("b3", "c-b", deadline=1.0)), 0.5)
     controller.handle(Tick(), 1.0)

@@ -102,7 +102,9 @@ class Controller:
         self._subsequent = frozenset(graph.before) - frozenset(graph.entries.values())
         self._leaving = {device.name: Ranking[str, tuple[bool, float]]() for device in devices}
         self._changes: Counter[str] = Counter()  # by device: of who may leave and of what is held
-        self._blocked: dict[str, tuple[str, bool, int, int]] = {}  # the load that found no room, and after which change
+        self._blocked: dict[
+            str, tuple[str, bool, bool, int, int]
+        ] = {}  # the load that found no room, and after which change
         self._loaded_seconds: dict[tuple[str, str], float] = {}
         self._used_seconds: dict[tuple[str, str], float] = {}
         for number, (device, name) in enumerate(residents):
@@ -424,12 +426,16 @@ class Controller:
         """Make room for the group's expert and load it; False when it has to wait for its turn."""
         device, expert = ledger.device.name, group.expert
         is_overdue = self._policy.spares_queued and now >= group.due_seconds
-        attempt = (expert, is_overdue, self._changes[device], ledger.withheld_bytes)
+        is_held = not is_overdue and now < self.scheduler.held_until(device, group)
+        attempt = (expert, is_overdue, is_held, self._changes[device], ledger.withheld_bytes)
         if self._blocked.get(device) == attempt:
             return False
+        leaving: list[str] | None
         try:
             leaving = ledger.victims(self._leavers(ledger, self._may_give_way(group, now)), expert)
         except NoRoom:
+            leaving = None
+        if leaving is None or (leaving and is_held):
             self._blocked[device] = attempt
             return False
         self._begin_load(ledger, expert, leaving, now, actions)

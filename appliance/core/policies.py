@@ -60,7 +60,8 @@ class Policy:
     `place`: who is resident where at the start.
     `worth(resident, now)`: the least worth leaves first, with `orphans_first` after the subsequent experts none of
     whose preliminary experts is resident, largest first (CoServe §4.4). `spares_queued`: what a queued task needs
-    leaves only for one that is overdue by its deadline or by `patience_seconds`, and that came before it.
+    leaves only for one that is overdue by its deadline or by `patience_seconds`, and that came before it. A load for
+    which somebody has to leave is held for `hold_share` of its seconds: others may ask for the same, or for a rarer one.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Policy:
     orphans_first: bool = False
     spares_queued: bool = False
     patience_seconds: float = PATIENCE_SECONDS
+    hold_share: float = 0.0
 
     def due_seconds(self, since_seconds: float, deadline_seconds: float | None, work_seconds: float) -> float:
         """From when a task is overdue that needs so many seconds of loading and running."""
@@ -168,7 +170,9 @@ NONE = replace(SAMBA_PARALLEL, name="none", worth=first_in)
 EM = replace(NONE, name="em", worth=least_probable, orphans_first=True)
 EM_RA = replace(EM, name="em+ra", groups=True)
 COSERVE = replace(EM_RA, name="coserve", assign=soonest)
-APPLIANCE = Policy("appliance", soonest, least_loss, filled, groups=True, in_order=False, spares_queued=True)
+APPLIANCE = Policy(
+    "appliance", soonest, least_loss, filled, groups=True, in_order=False, spares_queued=True, hold_share=0.25
+)
 ALL_RESIDENT = replace(APPLIANCE, name="all-resident")
 """The bound: ours, on a box whose memory holds everything. Whoever makes the box sees to that."""
 

@@ -207,11 +207,24 @@ class Scheduler:
         return self._group(ranking.first())
 
     def next_turn_seconds(self, device: str, now: float) -> float | None:
-        """When the next turn to be loaded comes; where it has come, when that group is overdue. None: neither will."""
-        turn, group = self.cold[device].least(), self._group(self.cold[device].first())
-        if turn is None or group is None:
+        """When the next turn to be loaded comes, that group is overdue, or the next to be loaded is held no more.
+
+        None: nothing of that will happen.
+        """
+        turn, group, following = (
+            self.cold[device].least(),
+            self._group(self.cold[device].first()),
+            self.next_cold(device, now),
+        )
+        if turn is None or group is None or following is None:
             return None
-        return next((when for when in (turn[0], group.due_seconds) if when > now), None)
+        times = (turn[0], group.due_seconds, self.held_until(device, following))
+        return min((when for when in times if when > now), default=None)
+
+    def held_until(self, device: str, group: Group) -> float:
+        """From when somebody may leave for the group's expert."""
+        load_seconds = self._experts[group.expert].costs[device].load_seconds
+        return group.first.since_seconds + self.policy.hold_share * load_seconds
 
     def _group(self, place: tuple[str, str] | None) -> Group | None:
         return None if place is None else self.queues[place[1]].groups[place[0]]
