@@ -61,7 +61,7 @@ class Policy:
     `worth(resident, now)`: the least worth leaves first, with `orphans_first` after the subsequent experts none of
     whose preliminary experts is resident, largest first (CoServe §4.4). `spares_queued`: what a queued task needs
     leaves only for one that is overdue by its deadline or by `patience_seconds`, and that came before it. A load for
-    which somebody has to leave is held for `hold_share` of its seconds: others may ask for the same, or for a rarer one.
+    which somebody has to leave is held for `hold_share` of its seconds: others may ask for the same, or a rarer one.
     """
 
     name: str
