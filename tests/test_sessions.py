@@ -352,7 +352,9 @@ def test_where_each_session_has_an_arena_they_keep_together_what_one_may(shop: S
     place = PlaceOfArenas()
     sessions = Sessions(shop.memory, place, activation_bytes=100)
     for name, item_bytes in (("e0", 60), ("e1", 60), ("wide", 50)):
-        compiled = replace(shop.compiled[name], activation_fixed_bytes=0, activation_item_bytes=item_bytes)
+        compiled = replace(
+            shop.compiled[name], activation_fixed_bytes=0, fixed_seconds=1.0, activation_item_bytes=item_bytes
+        )
         shop.memory.load(compiled.segments)
         sessions.activate(compiled)
     for name in ("e0", "e1", "wide", "wide", "e0", "wide", "wide"):
@@ -361,13 +363,28 @@ def test_where_each_session_has_an_arena_they_keep_together_what_one_may(shop: S
     assert place.shrinks == [False, False, True, True, True, False, False]
 
 
+def test_a_run_that_is_over_at_once_is_not_made_one_that_can_be_ended(shop: Shop) -> None:
+    place = PlaceOfArenas()
+    sessions = Sessions(shop.memory, place, activation_bytes=1 << 20)
+    compiled = replace(shop.compiled["e0"], fixed_seconds=0.01, item_seconds=0.002)
+    shop.memory.load(compiled.segments)
+    sessions.activate(compiled)
+    with sessions.lease("e0") as lease:
+        lease.run({"image": kit.noise(4)})
+        assert place.shrinks == []
+        lease.run({"image": kit.noise(8)})
+        assert place.shrinks == [False]
+
+
 def test_a_session_out_of_use_whose_arena_holds_too_much_is_closed(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     place = PlaceOfArenas()
     sessions = Sessions(shop.memory, place, activation_bytes=100)
     for name in ("e0", "wide", "e1"):
         shop.memory.load(shop.compiled[name].segments)
     for name, item_bytes in (("e0", 60), ("wide", 50)):
-        sessions.activate(replace(shop.compiled[name], activation_fixed_bytes=0, activation_item_bytes=item_bytes))
+        sessions.activate(
+            replace(shop.compiled[name], activation_fixed_bytes=0, fixed_seconds=1.0, activation_item_bytes=item_bytes)
+        )
         with sessions.lease(name) as lease:
             lease.run({"image": kit.noise(1)})
     sessions.drop("e0")
