@@ -124,23 +124,51 @@ def export_experts(context: typer.Context) -> None:
 @app.command()
 def simulate(
     journal: Annotated[
-        Path, typer.Argument(help="A journal that a service wrote (paths.journal), such as the demo's.")
-    ],
+        Path | None, typer.Argument(help="A journal that a service wrote (paths.journal), such as the demo's.")
+    ] = None,
     predict: Annotated[
         bool,
         typer.Option(help="Take only the arrivals and answers from the journal, and predict all timings from costs."),
     ] = False,
+    device: Annotated[str, typer.Option(help="One of CoServe's machines: numa or uma.")] = "numa",
+    task: Annotated[
+        str | None, typer.Option(help="One of CoServe's tasks, instead of a journal: A1, A2, B1, B2.")
+    ] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(help="Such as appliance, coserve, em+ra, em, none, samba, all-resident, oracle; ours by default."),
+    ] = None,
+    loader: Annotated[
+        str, typer.Option(help="paper: each load takes what it took there; segments: its bytes over the shared disk.")
+    ] = "paper",
+    gap: Annotated[float, typer.Option(min=0.0, help="Seconds from one picture of a task to the next.")] = 0.004,
+    due: Annotated[
+        float | None, typer.Option(min=0.0, help="In how many seconds each picture has to be answered.")
+    ] = None,
+    boards: Annotated[int, typer.Option(min=1, help="How many times a task's pictures come.")] = 1,
+    paper_table: Annotated[bool, typer.Option(help="Every number that CoServe prints, beside ours.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run a journal through the scheduler in virtual time, without broker, disk or models.
+    """Run a journal, or a task of the CoServe paper, through the scheduler in virtual time, without disk or models.
 
-    By default it is replayed event by event: loads and evictions are then exactly those of the live run. With
-    --predict, loads and runs take as long as the costs say, which shows what other circumstances would do.
+    A journal is replayed event by event: loads and evictions are then exactly those of the live run. With --predict,
+    loads and runs take as long as the costs say, which shows what another --policy or other circumstances would do.
     """
     from appliance.lab.simulate import simulated
-    from appliance.report import print_simulation
+    from appliance.lab.trial import Pace, tried_by_name
+    from appliance.lab.trial import paper_table as tabled
+    from appliance.report import print_paper_table, print_simulation
 
-    found = simulated(journal, predict=predict)
+    if paper_table:
+        found = tabled()
+        _print(found) if as_json else print_paper_table(found, Console())
+        return
+    if (journal is None) == (task is None):
+        raise typer.BadParameter("give a journal, or --task, or --paper-table")
+    if journal is not None:
+        found = simulated(journal, predict=predict, policy=policy)
+    else:
+        found = tried_by_name(device, str(task), policy or "appliance", loader, Pace(gap, due, boards))
     _print(found) if as_json else print_simulation(found, Console())
 
 

@@ -123,6 +123,15 @@ class Executors(Settings):
     load_slots: Annotated[int, Field(ge=1, le=16)] = Field(2, description="Loads in flight per device.")
 
 
+class Scheduler(Settings):
+    """Who is asked when, and who leaves when memory is needed."""
+
+    policy: Literal["appliance", "coserve", "em+ra", "em", "none", "samba", "samba-fifo", "samba-parallel"] = Field(
+        "appliance",
+        description="Ours; the others are CoServe as published, its ablations and its baselines, for comparison.",
+    )
+
+
 class Limits(Settings):
     """What the box accepts."""
 
@@ -155,6 +164,7 @@ class Config(Settings):
     memory: Memory = Memory()
     experts: Experts = Experts()
     executors: Executors = Executors()
+    scheduler: Scheduler = Scheduler()
     limits: Limits = Limits()
 
     @property

@@ -104,6 +104,29 @@ def print_simulation(found: Mapping[str, Any], console: Console) -> None:
     console.print(table)
 
 
+def print_paper_table(found: Mapping[str, Any], console: Console) -> None:
+    tasks = list(dict.fromkeys(cell["task"] for cell in found["cells"]))
+    for device in dict.fromkeys(cell["device"] for cell in found["cells"]):
+        for what, printed, ours, off in (
+            ("images per second", "paper_images_per_second", "images_per_second", "off"),
+            ("switches per executor", "paper_switches", "switches_per_executor", "switches_off"),
+        ):
+            table = Table("policy", *tasks, title=f"{device}: {what}, paper / ours", title_justify="left")
+            cells = [cell for cell in found["cells"] if cell["device"] == device and cell[off] is not None]
+            for policy in dict.fromkeys(cell["policy"] for cell in cells):
+                row = [cell for cell in cells if cell["policy"] == policy]
+                table.add_row(policy, *(f"{c[printed]:g} / {c[ours]:.3g} {_apart(c[off])}" for c in row))
+            console.print(table)
+    console.print(
+        f"images per second: {found['mean_off']:.1%} apart on average, {found['worst_off']:.1%} at most; "
+        f"switches: {found['mean_switches_off']:.1%} on average"
+    )
+
+
+def _apart(off: float) -> str:
+    return f"[{'green' if abs(off) <= 0.2 else 'red'}]{off:+.0%}[/]"
+
+
 def print_switching(found: Mapping[str, Any], console: Console) -> None:
     for shape in found["shapes"]:
         goals = {target["name"]: target for target in shape["targets"]}

@@ -595,6 +595,7 @@ class Service:
             dict(made.unavailable),
             self._config.experts.pin,
             self._config.experts.preload,
+            self._config.scheduler.policy,
         )
         return Journal(path, opening)
 

@@ -18,6 +18,7 @@ from appliance.core.controller import Controller
 from appliance.core.costs import Cost
 from appliance.core.graph import draw
 from appliance.core.memory import Ledger
+from appliance.core.policies import POLICIES
 from appliance.core.slab import SLACK
 from appliance.core.types import Device, Executor, Expert, Footprint, Refusal
 from appliance.drivers import devices
@@ -142,6 +143,7 @@ class Installation:
             self.unavailable,
             pinned=self.config.experts.pin,
             preload=self.config.experts.preload,
+            policy=POLICIES[self.config.scheduler.policy],
         )
 
     def unpinned(self, ledgers: Mapping[str, Ledger]) -> tuple[str, ...]:

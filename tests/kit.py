@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from appliance.core.controller import Controller
 from appliance.core.costs import Cost
 from appliance.core.graph import Condition, Edge, ExpertGraph, compile_graph
+from appliance.core.policies import APPLIANCE, Policy
 from appliance.core.types import Box, Device, Executor, Expert, Finding, Footprint, Request, Segment
 from appliance.lab.simulate import World
 
@@ -53,11 +54,12 @@ def box(
     executors: int = 2,
     load_slots: int = 2,
     activation_bytes: int | None = None,
+    policy: Policy = APPLIANCE,
 ) -> tuple[Controller, tuple[Device, ...]]:
     """A controller of one CPU with so many executors."""
     devices = (Device("cpu", budget_bytes, load_slots, activation_bytes),)
     names = tuple(Executor(f"cpu-{number}", "cpu") for number in range(executors))
-    return Controller(graph, {e.name: e for e in experts}, devices, names), devices
+    return Controller(graph, {e.name: e for e in experts}, devices, names, policy=policy), devices
 
 
 def pretend(experts: Sequence[Expert], devices: Sequence[Device], finding: Finding = SOUND) -> World:

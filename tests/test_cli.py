@@ -105,6 +105,13 @@ def test_a_stopped_boxs_journal_is_simulated(folder: Path) -> None:
     assert "images per second" in _run("simulate", journal, "--predict").stdout
 
 
+def test_a_task_of_the_paper_is_simulated() -> None:
+    found = json.loads(_run("simulate", "--device", "uma", "--task", "A1", "--policy", "coserve", "--json").stdout)
+    assert (found["policy"], found["device"], found["task"]) == ("coserve", "uma", "A1")
+    assert found["switches_per_executor"] == found["switches_total"] / 4
+    _fails(_run("simulate", "--task", "C3"), "there is no task C3 (choose one of A1, A2, B1, B2)")
+
+
 def test_simulating_what_is_no_journal_is_one_line(folder: Path) -> None:
     _fails(_run("simulate", str(folder / "0.png")), "0.png cannot be read")
 

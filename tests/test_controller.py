@@ -11,8 +11,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from appliance.core.controller import Controller
+from appliance.core.graph import Edge, compile_graph
 from appliance.core.memory import RECOVERY_SECONDS
-from appliance.core.policies import PATIENCE_SECONDS
+from appliance.core.policies import (
+    APPLIANCE,
+    COSERVE,
+    EM,
+    EM_RA,
+    PAPER,
+    PATIENCE_SECONDS,
+    POLICIES,
+    ROOM_PATIENCE_SECONDS,
+    SAMBA,
+    SAMBA_FIFO,
+    SLACK_SHARE,
+    Policy,
+    oracle,
+)
 from appliance.core.types import (
     CANCELLED,
     FRAGMENTED,
@@ -44,7 +59,7 @@ from appliance.core.types import (
     Segment,
     Tick,
 )
-from appliance.lab.simulate import IllegalMove, PretendDevice, World, simulate
+from appliance.lab.simulate import IllegalMove, PretendDevice, World, replay, simulate
 from tests.kit import BOXED, DOUBTFUL, OPEN, SOUND, box, expert, inspection_graph, pretend, request
 
 BROKEN = Refusal("disk", "unreadable")
@@ -174,15 +189,101 @@ def test_a_cold_expert_waits_for_residents_with_work_until_its_patience_ends() -
     run = _run(controller.handle(Loaded("cpu", "a"), 0.1))
     controller.handle(Arrived(request("c1", "c-c")), 0.1)
     controller.handle(Loaded("cpu", "c"), 0.2)
-    controller.handle(Arrived(request("a2", "c-a")), 0.3)
-    assert controller.handle(Arrived(request("b1", "c-b")), 0.4) == []
+    assert controller.handle(Arrived(request("b1", "c-b")), 0.3) == []
+    assert controller.handle(Arrived(request("a2", "c-a")), 0.4) == []
     run = _run(controller.handle(Finished(run.batch, ((SOUND,),), 0.3), 0.5))
     assert run.batch.expert == "c"
     assert controller.handle(Tick(), 1.0) == []
-    assert controller.next_wakeup(1.0) == 0.4 + PATIENCE_SECONDS
-    moves = controller.handle(Tick(), 0.4 + PATIENCE_SECONDS)
+    assert controller.next_wakeup(1.0) == 0.3 + PATIENCE_SECONDS
+    moves = controller.handle(Tick(), 0.3 + PATIENCE_SECONDS)
     assert [type(move) for move in moves] == [Evict, Load]
     assert (moves[0], moves[1].expert) == (Evict("cpu", "a", (Segment("a-weights", 60),)), "b")  # type: ignore[union-attr]
+
+
+def test_whom_an_earlier_picture_needs_stays_however_long_a_cold_expert_waits() -> None:
+    """It runs before anyway: leaving would cost a load and help nobody."""
+    experts = [*_experts("a", "b", size=60), expert("c", 40)]
+    controller, _ = box(experts, inspection_graph(["a", "b", "c"]), 100, executors=1)
+    controller.handle(Arrived(request("a1", "c-a")), 0.0)
+    run = _run(controller.handle(Loaded("cpu", "a"), 0.1))
+    controller.handle(Arrived(request("c1", "c-c")), 0.1)
+    controller.handle(Loaded("cpu", "c"), 0.2)
+    controller.handle(Arrived(request("a2", "c-a")), 0.3)
+    controller.handle(Arrived(request("b1", "c-b")), 0.4)
+    assert [type(a) for a in controller.handle(Finished(run.batch, ((SOUND,),), 0.3), 0.5)] == [Publish, Run]
+    assert controller.handle(Tick(), 0.4 + PATIENCE_SECONDS) == []
+
+
+def test_a_picture_that_is_due_soon_displaces_one_that_is_not() -> None:
+    experts = [*_experts("a", "b", size=60), expert("c", 40)]
+    controller, _ = box(experts, inspection_graph(["a", "b", "c"]), 100, executors=1)
+    controller.handle(Arrived(request("a1", "c-a")), 0.0)
+    run = _run(controller.handle(Loaded("cpu", "a"), 0.1))
+    controller.handle(Arrived(request("c1", "c-c")), 0.1)
+    controller.handle(Loaded("cpu", "c"), 0.2)
+    controller.handle(Arrived(request("a2", "c-a")), 0.3)
+    controller.handle(Arrived(request("b1", "c-b", deadline=2.0)), 0.4)
+    controller.handle(Finished(run.batch, ((SOUND,),), 0.3), 0.5)
+    wakeup = controller.next_wakeup(0.5)
+    assert wakeup is not None
+    assert wakeup == pytest.approx(2.0 - SLACK_SHARE * 0.13)
+    assert [type(move) for move in controller.handle(Tick(), wakeup)] == [Evict, Load]
+
+
+def test_a_picture_whose_turn_came_long_before_it_is_due_is_looked_at_again_then() -> None:
+    """Its deadline leaves it more time than patience: it takes its turn by patience, and displaces by its deadline."""
+    experts = [*_experts("a", "b", size=60), expert("c", 40)]
+    controller, _ = box(experts, inspection_graph(["a", "b", "c"]), 100, executors=1)
+    controller.handle(Arrived(request("a1", "c-a")), 0.0)
+    run = _run(controller.handle(Loaded("cpu", "a"), 0.1))
+    controller.handle(Arrived(request("c1", "c-c")), 0.1)
+    controller.handle(Loaded("cpu", "c"), 0.2)
+    controller.handle(Arrived(request("b1", "c-b", deadline=60.0)), 0.3)
+    controller.handle(Arrived(request("a2", "c-a", deadline=100.0)), 0.4)
+    controller.handle(Finished(run.batch, ((SOUND,),), 0.3), 0.5)
+    assert controller.next_wakeup(0.5) == 0.3 + PATIENCE_SECONDS
+    assert controller.handle(Tick(), 0.3 + PATIENCE_SECONDS) == []
+    due = controller.next_wakeup(0.3 + PATIENCE_SECONDS)
+    assert due is not None
+    assert due == pytest.approx(60.0 - SLACK_SHARE * 0.13)
+    assert [type(move) for move in controller.handle(Tick(), due)] == [Evict, Load]
+
+
+def test_the_least_probable_is_loaded_first_until_patience_of_another_ends() -> None:
+    """More pictures will likely come for the others: loaded later, they need no second load for these."""
+    likely, rare, first = (
+        expert(name, 30, probability=p) for name, p in (("likely", 0.3), ("rare", 0.1), ("first", 0.2))
+    )
+    experts = [likely, rare, first, expert("detector", 200)]
+    for asked_again, following in ((1.0, "rare"), (PATIENCE_SECONDS + 1.0, "likely")):
+        controller, _ = box(experts, inspection_graph(["likely", "rare", "first"]), 100, executors=1, load_slots=1)
+        controller.handle(Arrived(request("0", "c-first")), 0.0)
+        controller.handle(Arrived(request("1", "c-likely")), 0.1)
+        controller.handle(Arrived(request("2", "c-rare")), asked_again)
+        loads = [a for a in controller.handle(Loaded("cpu", "first"), asked_again + 0.1) if isinstance(a, Load)]
+        assert [load.expert for load in loads] == [following]
+
+
+def test_a_load_for_which_somebody_has_to_leave_is_held_for_a_moment_and_a_rarer_one_may_come_first() -> None:
+    here, first, rarer = (
+        expert(name, 60, load=0.4, probability=p) for name, p in (("here", 0.5), ("first", 0.2), ("rarer", 0.1))
+    )
+    experts = [here, first, rarer, expert("detector", 200)]
+    controller, _ = box(experts, inspection_graph(["here", "first", "rarer"]), 100, executors=1, load_slots=1)
+    controller.handle(Arrived(request("0", "c-here")), 0.0)
+    run = _run(controller.handle(Loaded("cpu", "here"), 0.4))
+    controller.handle(Finished(run.batch, ((SOUND,),), 0.1), 0.5)
+    assert controller.handle(Arrived(request("1", "c-first")), 1.0) == []
+    assert controller.next_wakeup(1.0) == pytest.approx(1.0 + APPLIANCE.hold_share * 0.4)
+    assert controller.handle(Arrived(request("2", "c-rarer")), 1.05) == []
+    wakeup = controller.next_wakeup(1.05)
+    assert wakeup is not None
+    assert wakeup == pytest.approx(1.05 + APPLIANCE.hold_share * 0.4)
+    evict, load = controller.handle(Tick(), wakeup)
+    assert (evict, load) == (
+        Evict("cpu", "here", (Segment("here-weights", 60),)),
+        Load("cpu", "rarer", (Segment("rarer-weights", 60),)),
+    )
 
 
 def test_an_expert_loaded_for_waiting_pictures_stays_until_it_has_run() -> None:
@@ -204,6 +305,7 @@ def test_an_expert_whose_pictures_are_all_late_may_leave() -> None:
     controller.handle(Finished(run.batch, ((SOUND,),), 0.1), 0.2)
     controller.handle(Arrived(request("b1", "c-b", deadline=1.0)), 0.3)
     controller.handle(Arrived(request("b2", "c-b", deadline=1.0)), 0.3)
+    controller.handle(Tick(), 0.35)
     run = _run(controller.handle(Loaded("cpu", "b"), 0.4))
     controller.handle(Arrived(request("b3", "c-b", deadline=1.0)), 0.5)
     controller.handle(Tick(), 1.0)
@@ -339,7 +441,7 @@ def test_small_batches_do_not_keep_a_large_one_waiting_for_ever() -> None:
         asked = sorted([*stream, request("large", "c-large", 1.0)], key=lambda r: r.arrived_seconds)
         report = simulate(controller, pretend(experts, devices), asked)
         (waited,) = [v.waited_seconds for v in report.verdicts if v.request == "large"]
-        assert waited < PATIENCE_SECONDS + 1.0
+        assert waited < ROOM_PATIENCE_SECONDS + 1.0
 
 
 NO_MEMORY = Refusal(OUT_OF_MEMORY, "cudaMalloc")
@@ -515,6 +617,7 @@ def workloads(draw: st.DrawFn) -> tuple[list[Expert], list[Request], int, int, i
                 name,
                 draw(st.integers(5, 40)),
                 load=draw(st.floats(0.01, 3)),
+                item=draw(st.floats(0.01, 1)),
                 probability=draw(st.floats(0, 1)),
                 activation_fixed=draw(st.integers(0, 20)),
                 activation_item=draw(st.integers(0, 45)),
@@ -550,13 +653,17 @@ class HalfTooLate(World):
         return event if self.cancellations % 2 else told
 
 
-@given(workloads(), st.randoms(use_true_random=False))
+EVERY = pytest.mark.parametrize("policy", [*POLICIES.values(), oracle({})], ids=lambda policy: policy.name)
+
+
+@EVERY
+@given(workload=workloads())
 def test_every_request_gets_exactly_one_verdict_whatever_fails(
-    workload: tuple[list[Expert], list[Request], int, int, int, dict[str, int]], chance: object
+    policy: Policy, workload: tuple[list[Expert], list[Request], int, int, int, dict[str, int]]
 ) -> None:
     experts, requests, budget, executors, slots, fails = workload
     graph = inspection_graph([e.name for e in experts if e.name != "detector"])
-    controller, devices = box(experts, graph, budget, executors, slots, activation_bytes=60)
+    controller, devices = box(experts, graph, budget, executors, slots, activation_bytes=60, policy=policy)
     left = dict(fails)
 
     def broken(action: Load | Run) -> Refusal | None:
@@ -582,9 +689,12 @@ def test_every_request_gets_exactly_one_verdict_whatever_fails(
     assert not [v for v in report.verdicts if v.outcome is Outcome.LATE and v.request in unhurried]
 
 
-@given(workloads(), st.lists(st.integers(5, 120), min_size=1, max_size=3))
+@EVERY
+@given(workload=workloads(), budgets=st.lists(st.integers(5, 120), min_size=1, max_size=3))
 def test_no_verdict_is_lost_whatever_the_devices_hold(
-    workload: tuple[list[Expert], list[Request], int, int, int, dict[str, int]], budgets: list[int]
+    policy: Policy,
+    workload: tuple[list[Expert], list[Request], int, int, int, dict[str, int]],
+    budgets: list[int],
 ) -> None:
     """Some experts fit nowhere, some on one device only."""
     experts, requests, _, executors, slots, _ = workload
@@ -599,35 +709,137 @@ def test_no_verdict_is_lost_whatever_the_devices_hold(
     ]
     names = tuple(Executor(f"{d.name}-{n}", d.name) for d in devices for n in range(executors))
     graph = inspection_graph([e.name for e in experts if e.name != "detector"])
-    controller = Controller(graph, {e.name: e for e in experts}, devices, names)
+    controller = Controller(graph, {e.name: e for e in experts}, devices, names, policy=policy)
     report = simulate(controller, pretend(experts, devices, DOUBTFUL), requests)
     assert sorted(v.request for v in report.verdicts) == sorted(r.id for r in requests)
     assert controller.scheduler.is_idle
 
 
-@given(workloads())
+@EVERY
+@given(workload=workloads())
 def test_the_same_events_make_the_same_actions(
+    policy: Policy, workload: tuple[list[Expert], list[Request], int, int, int, dict[str, int]]
+) -> None:
+    """Run twice; then the events that were noted are replayed."""
+    experts, requests, budget, executors, slots, _ = workload
+    graph = inspection_graph([e.name for e in experts if e.name != "detector"])
+    events: list[tuple[float, Event]] = []
+    runs = []
+    for _ in range(2):
+        controller, devices = box(experts, graph, budget, executors, slots, policy=policy)
+        noted = Noting(controller)
+        runs.append(simulate(noted, pretend(experts, devices, DOUBTFUL), requests).actions)  # type: ignore[arg-type]
+        events = noted.events
+    controller, devices = box(experts, graph, budget, executors, slots, policy=policy)
+    runs.append(replay(controller, pretend(experts, devices, DOUBTFUL), events).actions)
+    assert runs[0] == runs[1] == runs[2]
+
+
+class Noting:
+    """A controller whose events are noted, and whose actions are looked at before anybody obeys."""
+
+    def __init__(self, controller: Controller) -> None:
+        self.controller, self.events = controller, list[tuple[float, Event]]()
+        self.next_wakeup = controller.next_wakeup
+
+    def handle(self, event: Event, now: float) -> list[Action]:
+        self.events.append((now, event))
+        actions = self.controller.handle(event, now)
+        self.look(actions, now)
+        return actions
+
+    def look(self, actions: Sequence[Action], now: float) -> None:
+        pass
+
+
+class Sparing(Noting):
+    """Ours: who is needed leaves only for one who is overdue and was due before."""
+
+    def look(self, actions: Sequence[Action], now: float) -> None:
+        scheduler, coming, event = self.controller.scheduler, None, self.events[-1][1]
+        cancelled = event.expert if isinstance(event, LoadFailed) else None
+        for action in reversed(actions):
+            if isinstance(action, Load):
+                coming = action
+            elif isinstance(action, Evict) and coming is not None and action.expert != cancelled:
+                needed = scheduler.due_seconds(action.device, action.expert)
+                due = scheduler.due_seconds(coming.device, coming.expert)
+                assert needed is None or (due is not None and due <= now and due < needed)
+
+
+@given(workloads())
+def test_nobody_whom_a_queued_picture_needs_leaves_for_one_who_can_wait(
     workload: tuple[list[Expert], list[Request], int, int, int, dict[str, int]],
 ) -> None:
     experts, requests, budget, executors, slots, _ = workload
     graph = inspection_graph([e.name for e in experts if e.name != "detector"])
-    runs = []
-    for _ in range(2):
-        controller, devices = box(experts, graph, budget, executors, slots)
-        runs.append(simulate(controller, pretend(experts, devices, DOUBTFUL), requests).actions)
-    assert runs[0] == runs[1]
+    policy = replace(APPLIANCE, patience_seconds=1.0)
+    controller, devices = box(experts, graph, budget, executors, slots, policy=policy)
+    report = simulate(Sparing(controller), pretend(experts, devices, DOUBTFUL), requests)  # type: ignore[arg-type]
+    assert len(report.verdicts) == len(requests)
+
+
+@pytest.mark.parametrize("policy", PAPER, ids=lambda policy: policy.name)
+def test_a_load_occupies_its_executor_where_queues_are_worked_off_in_order(policy: Policy) -> None:
+    experts = _experts("a", "b", "c", size=40)
+    controller, devices = box(experts, inspection_graph(["a", "b", "c"]), 100, executors=1, policy=policy)
+    stream = [request(f"{n}", f"c-{name}", n * 0.05) for n, name in enumerate("abcabccbacab")]
+    busy: set[str] = set()
+
+    class Alone(Noting):
+        def look(self, actions: Sequence[Action], now: float) -> None:
+            event = self.events[-1][1]
+            busy.difference_update(
+                {"run"} if isinstance(event, Finished) else {"load"} if isinstance(event, Loaded) else ()
+            )
+            for action in actions:
+                if isinstance(action, Load | Run):
+                    assert not busy
+                    busy.add("run" if isinstance(action, Run) else "load")
+
+    simulate(Alone(controller), pretend(experts, devices, DOUBTFUL), stream)  # type: ignore[arg-type]
+
+
+def test_first_come_first_served_batches_only_neighbours() -> None:
+    experts = _experts("a", "b", size=10)
+    order = []
+    for policy in (SAMBA, EM_RA):
+        controller, devices = box(experts, inspection_graph(["a", "b"]), 100, executors=1, policy=policy)
+        stream = [request(f"{n}", f"c-{name}") for n, name in enumerate("aababb")]
+        report = simulate(controller, pretend(experts, devices), stream)
+        order.append([a.batch.requests for a in report.actions if isinstance(a, Run)])
+    assert order == [[("0", "1"), ("2",), ("3",), ("4", "5")], [("0", "1", "3"), ("2", "4", "5")]]
+
+
+@pytest.mark.parametrize(
+    ("policy", "leaver"),
+    [(SAMBA, "b"), (SAMBA_FIFO, "b"), (EM, "detector"), (COSERVE, "detector"), (replace(EM, orphans_first=False), "b")],
+)
+def test_a_detector_none_of_whose_classifiers_is_here_leaves_first_however_probable(
+    policy: Policy, leaver: str
+) -> None:
+    experts = [expert("a", 40), expert("b", 40, probability=0.2), expert("detector", 40, probability=0.9)]
+    graph = compile_graph({"c-a": "a", "c-b": "b"}, [Edge("a", "detector")], ["a", "b", "detector"])
+    devices, executors = (Device("cpu", 100, 1),), (Executor("cpu-0", "cpu"),)
+    here = [("cpu", "b"), ("cpu", "detector")]
+    controller = Controller(graph, {e.name: e for e in experts}, devices, executors, policy=policy, residents=here)
+    evict, load = controller.handle(Arrived(request("r", "c-a")), 0.0)
+    assert isinstance(evict, Evict)
+    assert (evict.expert, load) == (leaver, Load("cpu", "a", (Segment("a-weights", 40),)))
 
 
 @given(st.lists(st.sampled_from(["hot", "warm"]), min_size=50, max_size=200))
 def test_nobody_starves_behind_busy_residents(arrivals: list[str]) -> None:
     """Residents are kept busy for longer than patience lasts; the cold expert's picture still gets its turn."""
     experts = [expert(name, 40, item=0.1) for name in ("hot", "warm", "cold")] + [expert("detector", 1)]
-    controller, devices = box(experts, inspection_graph(["hot", "warm", "cold"]), 90, executors=1, load_slots=1)
+    policy = replace(APPLIANCE, patience_seconds=2.0)
+    graph = inspection_graph(["hot", "warm", "cold"])
+    controller, devices = box(experts, graph, 90, executors=1, load_slots=1, policy=policy)
     requests = [request(f"{n}", f"c-{name}", n * 0.05) for n, name in enumerate(arrivals)]
     cold = request("cold", "c-cold", 0.5)
     report = simulate(controller, pretend(experts, devices), sorted([*requests, cold], key=lambda r: r.arrived_seconds))
     (waited,) = [v.waited_seconds for v in report.verdicts if v.request == "cold"]
-    assert waited < PATIENCE_SECONDS + 2.0
+    assert waited < policy.patience_seconds + 2.0
 
 
 def _experts(*names: str, size: int = 10) -> list[Expert]:

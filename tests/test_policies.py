@@ -6,26 +6,38 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from appliance.core.costs import Cost, fit
-from appliance.core.policies import Offer, Resident, assign, eviction_order
+from appliance.core.policies import (
+    Offer,
+    Resident,
+    dealt,
+    filled,
+    first_in,
+    in_turn,
+    least_loss,
+    least_probable,
+    least_recently_used,
+    oracle,
+    soonest,
+)
 
 
 def test_the_backlog_that_ends_soonest_wins() -> None:
-    assert assign([Offer("a", 5.0, 1.0), Offer("b", 3.0, 1.5)]).executor == "b"
+    assert soonest([Offer("a", 5.0, 1.0), Offer("b", 3.0, 1.5)], 0).executor == "b"
 
 
 def test_among_equal_ends_the_smaller_addition_wins() -> None:
     offers = [Offer("a", 9.0, 2.0), Offer("b", 1.0, 1.2), Offer("c", 2.0, 0.1)]
-    assert assign(offers).executor == "c"
+    assert soonest(offers, 0).executor == "c"
 
 
 def test_one_executor_gets_everything() -> None:
-    assert assign([Offer("a", 5.0, 1.0)]).executor == "a"
+    assert soonest([Offer("a", 5.0, 1.0)], 0).executor == "a"
 
 
 @given(st.lists(st.tuples(st.floats(0, 100), st.floats(0, 10)), min_size=1, max_size=6))
 def test_the_choice_is_the_published_formula(numbers: list[tuple[float, float]]) -> None:
     offers = [Offer(str(n), total, extra) for n, (total, extra) in enumerate(numbers)]
-    chosen = assign(offers)
+    chosen = soonest(offers, 0)
 
     def score(offer: Offer) -> float:
         return max([offer.total_seconds + offer.extra_seconds, *(o.total_seconds for o in offers if o is not offer)])
@@ -33,19 +45,39 @@ def test_the_choice_is_the_published_formula(numbers: list[tuple[float, float]])
     assert score(chosen) == min(score(offer) for offer in offers)
 
 
-def test_orphaned_subsequent_experts_leave_first_and_the_largest_of_them_before() -> None:
-    residents = [_resident("rare", p=0.01), _resident("small", orphaned=True, size=5), _resident("big", orphaned=True)]
-    assert eviction_order(residents, spare_queued=False) == ["big", "small", "rare"]
+def test_among_equal_scores_the_smaller_addition_is_published_too() -> None:
+    offers = [Offer("a", 9.0, 1.0), Offer("b", 5.0, 3.0), Offer("c", 5.0, 2.0), Offer("d", 10.0, 0.5)]
+    assert soonest(offers, 0).executor == "a"
 
 
-def test_then_the_least_probable_leave() -> None:
-    assert eviction_order([_resident("hot", p=0.5), _resident("cold", p=0.1)], spare_queued=False) == ["cold", "hot"]
+def test_even_spread_goes_round() -> None:
+    offers = [Offer(name, 0.0, 1.0) for name in "abc"]
+    assert [in_turn(offers, turn).executor for turn in range(5)] == ["a", "b", "c", "a", "b"]
 
 
-def test_what_a_queued_request_needs_leaves_last_or_not_at_all() -> None:
-    residents = [_resident("cold", p=0.1, queued=3), _resident("hot", p=0.5)]
-    assert eviction_order(residents, spare_queued=False) == ["hot", "cold"]
-    assert eviction_order(residents, spare_queued=True) == ["hot"]
+def test_every_policy_has_its_own_notion_of_worth() -> None:
+    """`x` came first, was used last, is the likelier one and the larger one; the least worth leaves first."""
+    x, y = Resident("x", 400, 1.0, 0.3, 1.0, 9.0), Resident("y", 100, 1.0, 0.1, 2.0, 3.0)
+    assert least_recently_used(x, 10.0) > least_recently_used(y, 10.0)
+    assert first_in(x, 10.0) < first_in(y, 10.0)
+    assert least_probable(x, 10.0) > least_probable(y, 10.0)
+    assert least_loss(x, 10.0) < least_loss(y, 10.0)
+
+
+def test_the_oracle_lets_go_whom_nobody_will_ask_for_longest() -> None:
+    worth = oracle({"x": [1.0, 5.0], "y": [2.0, 9.0]}).worth
+    x, y, z = (Resident(name, 10, 1.0, 0.1, 0.0, 0.0) for name in "xyz")
+    assert worth(z, 0.0) < worth(y, 0.0) < worth(x, 0.0)
+    assert worth(x, 5.0) < worth(y, 5.0)
+
+
+def test_at_the_start_experts_are_dealt_round_robin_until_memory_is_full() -> None:
+    sizes = [(name, 10) for name in "abcdef"]
+    assert dealt(sizes, {"p": 20, "q": 30}) == [("p", "a"), ("q", "b"), ("p", "c"), ("q", "d"), ("q", "e")]
+
+
+def test_or_the_first_pool_is_filled_first() -> None:
+    assert filled([(name, 10) for name in "abcd"], {"p": 20, "q": 10}) == [("p", "a"), ("p", "b"), ("q", "c")]
 
 
 def test_batch_latency_is_fitted_by_least_squares() -> None:
@@ -57,7 +89,3 @@ def test_batch_latency_is_fitted_by_least_squares() -> None:
 def test_a_fit_is_never_negative_and_one_size_is_all_slope() -> None:
     assert fit([(1, 0.02), (2, 0.01)])[0] == 0.0
     assert fit([(4, 0.04), (4, 0.08)]) == (0.01, 0.0)
-
-
-def _resident(name: str, p: float = 0.1, orphaned: bool = False, size: int = 10, queued: int = 0) -> Resident:
-    return Resident(name, size, p, orphaned, queued)

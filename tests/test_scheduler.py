@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from appliance.core.costs import Cost
 from appliance.core.memory import Ledger
+from appliance.core.policies import SECOND_COPY
 from appliance.core.scheduler import Scheduler, Task
 from appliance.core.types import Device, Executor
 from tests.kit import expert
@@ -59,7 +63,7 @@ def test_dropping_the_last_task_takes_its_start_and_load_off_the_backlog() -> No
     scheduler = _scheduler(1)
     scheduler.put(Task("0", "a", 0.0), ABSENT)
     scheduler.put(Task("1", "b", 0.0), RESIDENT)
-    scheduler.drop("0", "a")
+    scheduler.drop("0", "a", ABSENT)
     assert scheduler.queues["cpu-0"].total_seconds == 22.0
     assert scheduler.demand("cpu", "a") == 0
 
@@ -67,17 +71,18 @@ def test_dropping_the_last_task_takes_its_start_and_load_off_the_backlog() -> No
 def test_a_load_that_ended_is_no_longer_in_the_backlog() -> None:
     scheduler = _scheduler(1)
     scheduler.put(Task("0", "a", 0.0), ABSENT)
-    scheduler.loaded("cpu", "a")
+    scheduler.moved("cpu", "a", RESIDENT["cpu"])
     assert scheduler.queues["cpu-0"].total_seconds == 11.0
 
 
 def test_of_the_ready_groups_the_one_that_waited_longest_runs() -> None:
     scheduler = _scheduler(1)
-    scheduler.put(Task("0", "a", 0.0), RESIDENT)
-    scheduler.put(Task("1", "b", 1.0), RESIDENT)
-    queue = scheduler.queues["cpu-0"]
+    scheduler.put(Task("0", "a", 0.0), ABSENT)
+    scheduler.put(Task("1", "b", 1.0), ABSENT)
+    queue, ledger = scheduler.queues["cpu-0"], _ledgers("b")["cpu"]
     assert scheduler.take(queue, ABSENT["cpu"], 0.0) is None
-    batch = scheduler.take(queue, _ledgers("b")["cpu"], 0.0)
+    scheduler.moved("cpu", "b", ledger)
+    batch = scheduler.take(queue, ledger, 0.0)
     assert batch is not None
     assert batch.requests == ("1",)
 
@@ -115,6 +120,30 @@ def test_a_task_that_runs_alone_neither_takes_nor_joins_others() -> None:
         batches.append(batch.requests)
         scheduler.finished(batch)
     assert batches == [("0", "1"), ("2",), ("3",)]
+
+
+def test_a_second_copy_is_loaded_only_where_it_saves_many_times_its_load() -> None:
+    """Half a second per task where the expert is, one for its load where it is not, in two slots."""
+    devices = {name: Device(name, 1000) for name in ("gpu", "cpu")}
+    there = replace(expert("a", on=tuple(devices)), costs={"gpu": Cost(0.01, 0.0, 1.0), "cpu": Cost(0.5, 0.0, 1.0)})
+    ledgers = {name: Ledger(device, {"a": there.footprints[name]}) for name, device in devices.items()}
+    ledgers["cpu"].begin_load("a")
+    ledgers["cpu"].finish_load("a")
+    scheduler = Scheduler(tuple(Executor(f"{name}-0", name) for name in devices), {"a": there})
+    where = [scheduler.put(Task(str(number), "a", 0.0), ledgers) for number in range(100)]
+    assert where.index("gpu") == int(SECOND_COPY)
+
+
+def test_what_was_just_loaded_for_waiting_tasks_runs_before_what_waits_as_long() -> None:
+    scheduler = _scheduler(1)
+    scheduler.put(Task("0", "b", 0.0), _ledgers("b"))
+    scheduler.put(Task("1", "a", 1.0), _ledgers("b"))
+    scheduler.moved("cpu", "a", RESIDENT["cpu"])
+    batches = []
+    while (batch := scheduler.take(scheduler.queues["cpu-0"], RESIDENT["cpu"], 2.0)) is not None:
+        batches.append(batch.requests)
+        scheduler.finished(batch)
+    assert batches == [("1",), ("0",)]
 
 
 def _scheduler(executors: int) -> Scheduler:

@@ -9,12 +9,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from appliance.core.controller import Controller
-from appliance.core.types import Arrived, Batch, Event, Finished, Loaded, LoadFailed, Refusal, RunFailed, Tick
+from appliance.core.types import (
+    Arrived,
+    Batch,
+    Device,
+    Event,
+    Executor,
+    Finished,
+    Loaded,
+    LoadFailed,
+    Refusal,
+    Run,
+    RunFailed,
+    Tick,
+)
 from appliance.drivers import journal
 from appliance.drivers.journal import Journal, Opening
-from appliance.errors import RecordsError
-from appliance.lab.simulate import replay, simulate, simulated
-from tests.kit import BOXED, DOUBTFUL, box, expert, inspection_graph, pretend, request
+from appliance.errors import ConfigError, RecordsError
+from appliance.lab.simulate import SharedDisk, World, replay, simulate, simulated
+from tests.kit import BOXED, DOUBTFUL, SOUND, box, expert, inspection_graph, pretend, request
 
 
 def test_a_run_takes_as_long_as_its_costs() -> None:
@@ -23,6 +36,49 @@ def test_a_run_takes_as_long_as_its_costs() -> None:
     report = simulate(controller, pretend(experts, devices), [request(str(n), "c-a") for n in range(4)])
     assert report.seconds == pytest.approx(0.5 + 2 * (0.2 + 2 * 0.1))
     assert report.images_per_second == pytest.approx(4 / report.seconds)
+
+
+def test_loads_in_flight_share_the_disk() -> None:
+    """Two of 100 bytes at 100 bytes/s; when a third of 50 joins half-way, all have 50 to go, each at a third of it."""
+    disk = SharedDisk(100.0)
+    for number in range(2):
+        disk.begin(100, number, Loaded("cpu", f"long{number}"), 0.0)
+    assert disk.next_seconds() == pytest.approx(2.0)
+    disk.begin(50, 2, Loaded("cpu", "short"), 1.0)
+    ended = []
+    while (at := disk.next_seconds()) < float("inf"):
+        ended.append((disk.end(at), round(at, 9)))
+    assert ended == [(Loaded("cpu", name), 2.5) for name in ("long0", "long1", "short")]
+
+
+def test_a_disk_that_rested_is_as_quick_as_before() -> None:
+    disk = SharedDisk(100.0)
+    disk.begin(100, 0, Loaded("cpu", "a"), 0.0)
+    disk.end(disk.next_seconds())
+    assert disk.next_seconds() == float("inf")
+    disk.begin(100, 1, Loaded("cpu", "b"), 7.0)
+    assert disk.next_seconds() == pytest.approx(8.0)
+
+
+def test_who_is_resident_at_the_start_runs_at_once() -> None:
+    experts = [expert("a"), expert("detector")]
+    graph = inspection_graph(["a"])
+    devices, executors = (Device("cpu", 100),), (Executor("cpu-0", "cpu"),)
+    controller = Controller(graph, {e.name: e for e in experts}, devices, executors, residents=[("cpu", "a")])
+    world = World(experts, devices, lambda request, expert: (SOUND,), residents=[("cpu", "a")])
+    report = simulate(controller, world, [request("r", "c-a")])
+    assert report.seconds == pytest.approx(0.03), "and no load ahead counts that goes on after the verdict"
+    assert isinstance(report.actions[0], Run)
+
+
+def test_a_prediction_may_be_of_another_policy(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    with Journal(path, _opening()) as written:
+        for number in range(6):
+            written.note(Arrived(request(str(number), "c-a", number * 0.01)), number * 0.01)
+    assert simulated(path, predict=True, policy="samba")["requests"] == 6
+    with pytest.raises(ConfigError, match="no service has a policy nonsense"):
+        simulated(path, predict=True, policy="nonsense")
 
 
 def test_a_written_journal_replays_to_the_same_actions(tmp_path: Path) -> None:

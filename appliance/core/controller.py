@@ -1,9 +1,9 @@
 """The one who decides: `handle(event, now)` returns the actions to take, in order.
 
-Every request that arrives gets exactly one verdict. Loads run beside batches: executors take what is ready while the
-loading slots bring in what has waited longest. An expert loaded for waiting tasks is *claimed*, that is pinned until
-its first batch starts, so that every load leads to a run. A slot that nobody needs loads *ahead*, into free memory
-alone, whom the running batch may lead to.
+Every request that arrives gets exactly one verdict. How tasks are given out and who is evicted is the policy's; ours
+runs loads beside batches: executors take what is ready while the loading slots bring in what is due first. An expert
+loaded for waiting tasks is *claimed*, that is pinned until its first batch starts, so that every load leads to a run. A
+slot that nobody needs loads *ahead*, into free memory alone, whom the running batch may lead to.
 
 A device that runs out of memory, whatever the ledger says, gets less from then on: what is idle leaves, the load or
 run is tried once more, then on another device, and then its requests are told.
@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import inf
 from types import MappingProxyType
 from typing import assert_never
 
-from appliance.core import policies
 from appliance.core.graph import ExpertGraph, Progress, start
 from appliance.core.memory import Ledger
-from appliance.core.policies import Resident
+from appliance.core.policies import APPLIANCE, ROOM_PATIENCE_SECONDS, Policy, Resident
+from appliance.core.ranking import Ranking
 from appliance.core.scheduler import Group, Queue, Scheduler, Task
 from appliance.core.types import (
     CANCELLED,
@@ -66,7 +66,8 @@ class Controller:
     """`experts` can serve; a request that needs one of `unavailable` gets its refusal as verdict.
 
     `pinned` experts are loaded at the start and stay, each on the first device that has room for it; those of `preload`
-    are loaded at the start as far as memory is free.
+    are loaded at the start as far as memory is free. `residents` are (device, expert) of those that are in memory
+    before the first event, in the order in which they came.
     """
 
     def __init__(
@@ -79,13 +80,16 @@ class Controller:
         *,
         pinned: Sequence[str] = (),
         preload: Sequence[str] = (),
+        policy: Policy = APPLIANCE,
+        residents: Sequence[tuple[str, str]] = (),
     ) -> None:
         self._graph = graph
         self._experts = experts
         self.unavailable = dict(unavailable)
         self.ledgers = _ledgers(experts, devices, pinned)
         self._coming = deque([*pinned, *preload])
-        self.scheduler = Scheduler(tuple(executors), experts)
+        self.scheduler = Scheduler(tuple(executors), experts, policy)
+        self._policy = policy
         self.counts: Counter[str] = Counter()
         self.progress: dict[str, Progress] = {}
         self._claimed: set[tuple[str, str]] = set()
@@ -95,6 +99,17 @@ class Controller:
         self._cancelled_runs: set[int] = set()
         self._retried: dict[tuple[str, str], frozenset[str]] = {}  # request and expert: where it is barred by now
         self._deadlines: list[tuple[float, str]] = []
+        self._subsequent = frozenset(graph.before) - frozenset(graph.entries.values())
+        self._leaving = {device.name: Ranking[str, tuple[bool, float]]() for device in devices}
+        self._changes: Counter[str] = Counter()  # by device: of who may leave and of what is held
+        self._blocked: dict[
+            str, tuple[str, bool, bool, int, int]
+        ] = {}  # the load that found no room, and after which change
+        self._loaded_seconds: dict[tuple[str, str], float] = {}
+        self._used_seconds: dict[tuple[str, str], float] = {}
+        for number, (device, name) in enumerate(residents):
+            self.ledgers[device].begin_load(name)
+            self._loaded(device, name, float(number - len(residents)))
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """Decide what follows from `event`, at monotonic second `now`."""
@@ -105,7 +120,7 @@ class Controller:
             case Arrived(request):
                 self._arrived(request, now, actions)
             case Loaded(device, expert):
-                self._loaded(device, expert)
+                self._loaded(device, expert, now)
             case LoadFailed(device, expert, refusal):
                 self._load_failed(device, expert, refusal, now, actions)
             case Finished(batch, answers, seconds):
@@ -119,19 +134,22 @@ class Controller:
         self._expire(now, actions)
         begun = self._start_runs(now, actions)
         self._start_loads(now, actions)
-        self._load_ahead(begun, actions)
-        self._preload(actions)
+        if not self._policy.in_order:
+            self._load_ahead(begun, now, actions)
+        self._preload(now, actions)
         return actions
 
     def next_wakeup(self, now: float) -> float | None:
-        """When to send a Tick if nothing else happens: a deadline, or a cold expert's patience. None: never."""
-        times = [deadline for deadline, _ in self._deadlines[:1]]
-        times += [ledger.recovers_at for ledger in self.ledgers.values() if ledger.recovers_at is not None]
+        """When to send a Tick if nothing else happens: a deadline, or when a load may displace more. None: never."""
+        times = [self._deadlines[0][0]] if self._deadlines else []
         for name, ledger in self.ledgers.items():
-            if ledger.loading_count < ledger.device.load_slots:
-                until = (_patient_until(g) for g in self.scheduler.groups(name) if ledger.is_absent(g.expert))
-                times += [when for when in until if when > now]
-        return min(times, default=None)
+            if ledger.recovers_at is not None:
+                times.append(ledger.recovers_at)
+            if self._policy.spares_queued and ledger.loading_count < ledger.device.load_slots:
+                turn = self.scheduler.next_turn_seconds(name, now)
+                if turn is not None:
+                    times.append(turn)
+        return min(times) if times else None
 
     # Events
 
@@ -149,20 +167,22 @@ class Controller:
             heapq.heappush(self._deadlines, (request.deadline_seconds, request.id))
         self._ask(begun, tuple(begun.waiting_for), now, actions)
 
-    def _loaded(self, device: str, expert: str) -> None:
+    def _loaded(self, device: str, expert: str, now: float) -> None:
         ledger = self.ledgers[device]
         ledger.finish_load(expert)
+        self._loaded_seconds[device, expert] = self._used_seconds[device, expert] = now
         self._failed_loads.pop((device, expert), None)
         self._forget_ahead(device, expert)
-        self.scheduler.loaded(device, expert)
-        if self.scheduler.demand(device, expert):
+        if self.scheduler.demand(device, expert) and not self._policy.in_order:
             ledger.pin(expert)
             self._claimed.add((device, expert))
+        self._moved(ledger, expert, now)
 
     def _load_failed(self, device: str, expert: str, refusal: Refusal, now: float, actions: list[Action]) -> None:
         ledger = self.ledgers[device]
         actions.append(Evict(device, expert, ledger.abort_load(expert)))
         self._forget_ahead(device, expert)
+        self._moved(ledger, expert, now)
         if refusal.reason == CANCELLED:
             self.counts["cancelled_loads"] += 1
             if expert in ledger.pinned:
@@ -171,7 +191,7 @@ class Controller:
         is_wanted = self.scheduler.demand(device, expert) > 0
         if refusal.reason == FRAGMENTED:
             self.counts["fragmented"] += 1
-            if is_wanted and self._evict_one(ledger, actions):  # and it is tried again
+            if is_wanted and self._evict_one(ledger, now, actions):  # and it is tried again
                 return
         self.counts["load_failures"] += 1
         if refusal.reason == OUT_OF_MEMORY:
@@ -196,7 +216,7 @@ class Controller:
         now: float,
         actions: list[Action],
     ) -> None:
-        self._free(batch)
+        self._free(batch, now)
         for request, answer in zip(batch.requests, answers, strict=True):
             self._retried.pop((request, batch.expert), None)
             progress = self.progress.get(request)
@@ -215,7 +235,7 @@ class Controller:
 
         An expert that fails its golden samples serves no more. Whom a device fails a second time asks elsewhere.
         """
-        self._free(batch)
+        self._free(batch, now)
         if refusal.reason == CANCELLED:
             self.counts["cancelled_runs"] += 1
         else:
@@ -231,7 +251,7 @@ class Controller:
         for request in open_requests:
             if (request, batch.expert) not in self._retried:
                 self._retried[request, batch.expert] = frozenset()
-                self.scheduler.put(Task(request, batch.expert, now, alone=True), self.ledgers)
+                self._put(Task(request, batch.expert, now, True, frozenset(), self._deadline(request)), now)
             elif refusal.reason not in ELSEWHERE or not self._ask_elsewhere(request, batch.expert, batch.device, now):
                 self._conclude(request, Outcome.ERROR, now, actions, refusal)
 
@@ -245,40 +265,42 @@ class Controller:
         waiting = [request for device in self.ledgers for request in self.scheduler.waiting(device, expert)]
         for request in dict.fromkeys([*asked, *waiting]):
             self._conclude(request, Outcome.ERROR, now, actions, refusal)
+        self.scheduler.forget_who_fits()
         for ledger in self.ledgers.values():
             ledger.give_up(expert)
             if ledger.is_evictable(expert):
-                self._evict(ledger, expert, actions)
+                self._evict(ledger, expert, now, actions)
 
     def _ask_elsewhere(self, request: str, expert: str, device: str, now: float) -> bool:
         """Give the request's task to another device that can hold the expert, if there is one."""
         barred = self._retried.get((request, expert), frozenset()) | {device}
         if not any(ledger.ever_fits(expert) for name, ledger in self.ledgers.items() if name not in barred):
             return False
-        self.scheduler.drop(request, expert)
-        self._release_idle_claims(expert)
+        self._drop(request, expert, now)
         self._retried[request, expert] = barred
         self.counts["fallbacks"] += 1
-        self.scheduler.put(Task(request, expert, now, alone=True, barred=barred), self.ledgers)
+        self._put(Task(request, expert, now, True, barred, self._deadline(request)), now)
         return True
 
     def _make_do_with_less(self, ledger: Ledger, less_bytes: int, now: float, actions: list[Action]) -> None:
         """The device ran out of memory: it gets less from now on, and what is too much leaves, idle experts first."""
         self.counts["out_of_memory"] += 1
         ledger.withhold(less_bytes, now)
-        while ledger.excess_bytes and self._evict_one(ledger, actions):
+        while ledger.excess_bytes and self._evict_one(ledger, now, actions):
             pass
 
-    def _evict_one(self, ledger: Ledger, actions: list[Action]) -> bool:
+    def _evict_one(self, ledger: Ledger, now: float, actions: list[Action]) -> bool:
         """Let the one leave that is wanted least; False if nobody can."""
-        for expert in policies.eviction_order(self._leavable(ledger), spare_queued=False):
-            self._evict(ledger, expert, actions)
-            return True
-        return False
+        expert = next(self._leavers(ledger, -inf), None)
+        if expert is None:
+            return False
+        self._evict(ledger, expert, now, actions)
+        return True
 
-    def _evict(self, ledger: Ledger, expert: str, actions: list[Action]) -> None:
+    def _evict(self, ledger: Ledger, expert: str, now: float, actions: list[Action]) -> None:
         self.counts["evictions"] += 1
         actions.append(Evict(ledger.device.name, expert, ledger.evict(expert).segments))
+        self._moved(ledger, expert, now)
 
     # Steps
 
@@ -288,10 +310,27 @@ class Controller:
             if refusal is not None:
                 self._conclude(progress.request.id, Outcome.ERROR, now, actions, refusal)
                 return
-            self.scheduler.put(Task(progress.request.id, expert, now), self.ledgers)
+            deadline = progress.request.deadline_seconds
+            self._put(Task(progress.request.id, expert, now, False, frozenset(), deadline), now)
+
+    def _put(self, task: Task, now: float) -> None:
+        device = self.scheduler.put(task, self.ledgers)
+        if self.scheduler.demand(device, task.expert) == 1:
+            self._rank(self.ledgers[device], task.expert, now)
+
+    def _drop(self, request: str, expert: str, now: float) -> None:
+        """Nobody waits for this answer. Whom nobody queues for any more may go when memory is needed."""
+        self.scheduler.drop(request, expert, self.ledgers)
+        for device, ledger in self.ledgers.items():
+            if not self.scheduler.demand(device, expert):
+                self._release_claim(device, expert)
+            self._rank(ledger, expert, now)
+
+    def _deadline(self, request: str) -> float | None:
+        return self.progress[request].request.deadline_seconds
 
     def _too_large(self, expert: str) -> Refusal | None:
-        if any(ledger.ever_fits(expert) for ledger in self.ledgers.values()):
+        if self.scheduler.able(expert, self.ledgers):
             return None
         needs = ", ".join(
             f"{f.weights_bytes} bytes of weights and {f.activation_bytes(1)} of activations on {device}"
@@ -305,9 +344,8 @@ class Controller:
         """The request's one verdict. Whatever is still queued for it is dropped."""
         progress = self.progress.pop(request)
         for expert in progress.waiting_for:
-            self.scheduler.drop(request, expert)
+            self._drop(request, expert, now)
             self._retried.pop((request, expert), None)
-            self._release_idle_claims(expert)
         self.counts[outcome] += 1
         waited = now - progress.request.arrived_seconds
         actions.append(Publish(Verdict(request, outcome, tuple(progress.steps), waited, refusal)))
@@ -336,58 +374,97 @@ class Controller:
         """Executors take work, who has what waits longest first. Where that finds no room beside what runs and has no
         patience left, nobody else on its device begins: else small batches would keep a large one waiting for ever."""
         begun, held = list[Batch](), set[str]()
-        for queue, oldest in self._free_queues():
+        for queue in self._free_queues():
             ledger = self.ledgers[queue.executor.device]
             if queue.executor.device in held:
                 continue
             batch = self.scheduler.take(queue, ledger, now)
-            if batch is None and oldest + policies.PATIENCE_SECONDS <= now:
+            if batch is None and self.scheduler.oldest_ready_seconds(queue, ledger) + ROOM_PATIENCE_SECONDS <= now:
                 held.add(queue.executor.device)
             if batch is not None:
                 ledger.begin_run(batch.expert, len(batch.requests), self._experts[batch.expert].max_batch)
                 self._release_claim(batch.device, batch.expert)
+                self._used_seconds[batch.device, batch.expert] = now
+                self._rank(ledger, batch.expert, now)
                 self.counts["runs"] += 1
                 actions.append(Run(batch))
                 begun.append(batch)
         return begun
 
-    def _free_queues(self) -> list[tuple[Queue, float]]:
-        """Those without a batch and with work that is ready, and since when it waits, longest first."""
-        free = [
-            (queue, self.scheduler.oldest_ready_seconds(queue, self.ledgers[queue.executor.device]))
-            for queue in self.scheduler.queues.values()
-            if queue.running is None
-        ]
-        return sorted(((queue, oldest) for queue, oldest in free if oldest < inf), key=lambda pair: pair[1])
+    def _free_queues(self) -> list[Queue]:
+        """Those without a batch and with work, whose oldest ready work waits longest first."""
+        free = [queue for queue in self.scheduler.queues.values() if queue.running is None and queue.groups]
+        if len(free) < 2 or len(self.ledgers) >= len(self.scheduler.queues):  # nobody shares a device
+            return free
+        oldest = self.scheduler.oldest_ready_seconds
+        return sorted(free, key=lambda queue: oldest(queue, self.ledgers[queue.executor.device]))
 
     def _start_loads(self, now: float, actions: list[Action]) -> None:
         self._hurry(actions)
-        for name, ledger in self.ledgers.items():
-            while wanted := [group for group in self.scheduler.groups(name) if ledger.is_absent(group.expert)]:
+        for ledger in self.ledgers.values():
+            for group in self._wanted(ledger, now):
                 has_slot = ledger.loading_count < ledger.device.load_slots
-                if not has_slot or not self._load(min(wanted, key=lambda g: g.since_seconds), ledger, now, actions):
+                if not has_slot or not self._load(group, ledger, now, actions):
                     self._cancel_ahead(ledger, actions)
                     break
+
+    def _wanted(self, ledger: Ledger, now: float) -> Iterator[Group]:
+        """The groups whose expert has to be loaded now, in order of their turns; each is loading when it goes on.
+
+        Where queues are worked off in order, these are the heads for which an idle executor waits.
+        """
+        device = ledger.device.name
+        if self._policy.in_order:
+            for queue in self.scheduler.on(device):
+                if queue.running is None and (head := self.scheduler.head(queue)) and ledger.is_absent(head.expert):
+                    yield head
+            return
+        while (group := self.scheduler.next_cold(device, now)) is not None:
+            yield group
 
     def _load(self, group: Group, ledger: Ledger, now: float, actions: list[Action]) -> bool:
         """Make room for the group's expert and load it; False when it has to wait for its turn."""
         device, expert = ledger.device.name, group.expert
-        ranked = policies.eviction_order(self._leavable(ledger), spare_queued=now < _patient_until(group))
-        try:
-            freed, missing = ledger.begin_load(expert, ledger.victims(ranked, expert))
-        except NoRoom:
+        is_overdue = self._policy.spares_queued and now >= group.due_seconds
+        is_held = not is_overdue and now < self.scheduler.held_until(device, group)
+        attempt = (expert, is_overdue, is_held, self._changes[device], ledger.withheld_bytes)
+        if self._blocked.get(device) == attempt:
             return False
-        self.counts["evictions"] += len(freed)
-        self.counts["loads"] += 1
-        actions.extend(Evict(device, left.expert, left.segments) for left in freed)
-        actions.append(Load(device, expert, missing))
+        leaving: list[str] | None
+        try:
+            leaving = ledger.victims(self._leavers(ledger, self._may_give_way(group, now)), expert)
+        except NoRoom:
+            leaving = None
+        if leaving is None or (leaving and is_held):
+            self._blocked[device] = attempt
+            return False
+        self._begin_load(ledger, expert, leaving, now, actions)
         return True
 
-    def _load_ahead(self, begun: Sequence[Batch], actions: list[Action]) -> None:
+    def _begin_load(
+        self,
+        ledger: Ledger,
+        expert: str,
+        leaving: Sequence[str],
+        now: float,
+        actions: list[Action],
+        ahead: bool = False,
+    ) -> None:
+        device = ledger.device.name
+        freed, missing = ledger.begin_load(expert, leaving)
+        self.counts["evictions"] += len(freed)
+        self.counts["loads"] += 1
+        for left in freed:
+            actions.append(Evict(device, left.expert, left.segments))
+            self._moved(ledger, left.expert, now)
+        actions.append(Load(device, expert, missing, ahead))
+        self._moved(ledger, expert, now)
+
+    def _load_ahead(self, begun: Sequence[Batch], now: float, actions: list[Action]) -> None:
         """While a batch runs, bring whom it may lead to, as far as slots and memory are free anyway."""
         for batch in begun:
             ledger = self.ledgers[batch.device]
-            if self._is_wanted(ledger):
+            if self.scheduler.cold[batch.device]:
                 continue
             for expert in (edge.to for edge in self._graph.edges.get(batch.expert, ())):
                 if (
@@ -397,9 +474,9 @@ class Controller:
                     and ledger.loading_count < ledger.device.load_slots
                     and ledger.missing_bytes(expert) <= ledger.free_bytes(expert)
                 ):
-                    self._begin_ahead(ledger, expert, [], actions)
+                    self._begin_ahead(ledger, expert, [], now, actions)
 
-    def _preload(self, actions: list[Action]) -> None:
+    def _preload(self, now: float, actions: list[Action]) -> None:
         """One after the other, while nobody waits; for a pinned one what is idle leaves, as it will stay."""
         while self._coming:
             expert = self._coming[0]
@@ -408,29 +485,23 @@ class Controller:
             if ledger is None or expert in self.unavailable or not ledger.is_absent(expert):
                 self._coming.popleft()
                 continue
-            if ledger.loading_count >= ledger.device.load_slots or self._is_wanted(ledger):
+            if ledger.loading_count >= ledger.device.load_slots or self.scheduler.cold[ledger.device.name]:
                 return
             is_pinned = expert in ledger.pinned
-            ranked = policies.eviction_order(self._leavable(ledger), spare_queued=True) if is_pinned else []
+            ranked = self._leavers(ledger, None) if is_pinned else ()
             try:
-                self._begin_ahead(ledger, expert, ledger.victims(ranked, expert), actions)
+                self._begin_ahead(ledger, expert, ledger.victims(ranked, expert), now, actions)
             except NoRoom:
                 if is_pinned:  # what runs now will end
                     return
             self._coming.popleft()
 
-    def _is_wanted(self, ledger: Ledger) -> bool:
-        return any(ledger.is_absent(group.expert) for group in self.scheduler.groups(ledger.device.name))
-
-    def _begin_ahead(self, ledger: Ledger, expert: str, leaving: Sequence[str], actions: list[Action]) -> None:
-        device = ledger.device.name
-        freed, missing = ledger.begin_load(expert, leaving)
-        self._ahead.add((device, expert))
-        self.counts["evictions"] += len(freed)
-        self.counts["loads"] += 1
+    def _begin_ahead(
+        self, ledger: Ledger, expert: str, leaving: Sequence[str], now: float, actions: list[Action]
+    ) -> None:
+        self._ahead.add((ledger.device.name, expert))
         self.counts["loads_ahead"] += 1
-        actions.extend(Evict(device, left.expert, left.segments) for left in freed)
-        actions.append(Load(device, expert, missing, ahead=True))
+        self._begin_load(ledger, expert, leaving, now, actions, ahead=True)
 
     def _hurry(self, actions: list[Action]) -> None:
         for device, expert in sorted(self._ahead - self._cancelled_loads):
@@ -449,40 +520,85 @@ class Controller:
         self._ahead.discard((device, expert))
         self._cancelled_loads.discard((device, expert))
 
-    def _leavable(self, ledger: Ledger) -> list[Resident]:
-        device = ledger.device.name
-        return [
-            Resident(
-                name,
-                self._experts[name].footprints[device].weights_bytes,
-                self._experts[name].probability,
-                name in self.unavailable
-                or (
-                    self._graph.is_subsequent(name)
-                    and all(ledger.is_absent(before) for before in self._graph.before[name])
-                ),
-                self.scheduler.demand(device, name),
-            )
-            for name in ledger.resident
-            if ledger.is_evictable(name)
-        ]
+    def _may_give_way(self, group: Group, now: float) -> float | None:
+        """For the group's load, who is needed by tasks due later than this alone may leave; None: nobody queued for.
 
-    def _free(self, batch: Batch) -> None:
+        Who is overdue displaces who is not. Where everybody is, patience is the lead that counts.
+        """
+        if not self._policy.spares_queued:
+            return -inf
+        due = group.due_seconds
+        return min(now, due + self._policy.patience_seconds) if now >= due else None
+
+    def _leavers(self, ledger: Ledger, needed_after: float | None) -> Iterator[str]:
+        """Who may leave, least worth first; then who is needed by queued tasks, if after that second alone."""
+        device = ledger.device.name
+        if self._policy.orphans_first:
+            yield from self._orphans(ledger)
+        for (is_needed, worth), expert in self._leaving[device].ranked():
+            if is_needed:
+                if needed_after is None or -worth <= needed_after:
+                    return
+                due = self.scheduler.due_seconds(device, expert)
+                if due is not None and due <= needed_after:
+                    continue
+            if not self._policy.orphans_first or not self._is_orphan(ledger, expert):
+                yield expert
+
+    def _orphans(self, ledger: Ledger) -> Iterator[str]:
+        device = ledger.device.name
+        orphans = [e for e in self._subsequent if e in self._leaving[device] and self._is_orphan(ledger, e)]
+        yield from sorted(orphans, key=lambda e: (-self._experts[e].footprints[device].weights_bytes, e))
+
+    def _is_orphan(self, ledger: Ledger, expert: str) -> bool:
+        """A subsequent expert none of whose preliminary experts is there (CoServe §4.4)."""
+        return expert in self._subsequent and all(ledger.is_absent(before) for before in self._graph.before[expert])
+
+    def _moved(self, ledger: Ledger, expert: str, now: float) -> None:
+        """The expert is loading, ready or gone: tell who waits for it, and who may leave."""
+        self.scheduler.moved(ledger.device.name, expert, ledger)
+        self._changes[ledger.device.name] += 1
+        self._rank(ledger, expert, now)
+
+    def _rank(self, ledger: Ledger, expert: str, now: float) -> None:
+        """Whether the expert may leave by now, and how soon."""
+        device = ledger.device.name
+        leaving = self._leaving[device]
+        if not ledger.is_evictable(expert):
+            changed = leaving.drop(expert)
+        else:
+            changed = leaving.put(expert, self._reluctance(device, expert, now))
+        self._changes[device] += changed
+
+    def _reluctance(self, device: str, expert: str, now: float) -> tuple[bool, float]:
+        """Whether the expert is spared for queued tasks, whoever has to wait for them longest first; and its worth."""
+        if expert in self.unavailable:
+            return False, -inf
+        due = self.scheduler.due_seconds(device, expert) if self._policy.spares_queued else None
+        return (False, self._policy.worth(self._resident(device, expert), now)) if due is None else (True, -due)
+
+    def _resident(self, device: str, name: str) -> Resident:
+        expert = self._experts[name]
+        return Resident(
+            name,
+            expert.footprints[device].weights_bytes,
+            expert.costs[device].load_seconds,
+            expert.probability,
+            self._loaded_seconds[device, name],
+            self._used_seconds[device, name],
+        )
+
+    def _free(self, batch: Batch, now: float) -> None:
         self.scheduler.finished(batch)
         self._cancelled_runs.discard(batch.id)
-        limit = self._experts[batch.expert].max_batch
-        self.ledgers[batch.device].end_run(batch.expert, len(batch.requests), limit)
+        ledger = self.ledgers[batch.device]
+        ledger.end_run(batch.expert, len(batch.requests), self._experts[batch.expert].max_batch)
+        self._rank(ledger, batch.expert, now)
 
     def _release_claim(self, device: str, expert: str) -> None:
         if (device, expert) in self._claimed:
             self._claimed.remove((device, expert))
             self.ledgers[device].unpin(expert)
-
-    def _release_idle_claims(self, expert: str) -> None:
-        """Nobody queues for the expert any more: let it go when memory is needed."""
-        for device in self.ledgers:
-            if not self.scheduler.demand(device, expert):
-                self._release_claim(device, expert)
 
 
 def _ledgers(experts: Mapping[str, Expert], devices: Sequence[Device], pinned: Sequence[str]) -> dict[str, Ledger]:
@@ -497,8 +613,3 @@ def _ledgers(experts: Mapping[str, Expert], devices: Sequence[Device], pinned: S
         left = [name for name in left if name not in staying]
         ledgers[device.name] = Ledger(device, footprints, staying)
     return ledgers
-
-
-def _patient_until(group: Group) -> float:
-    """From when the group's cold expert may displace one that queued requests still need."""
-    return group.since_seconds + policies.PATIENCE_SECONDS

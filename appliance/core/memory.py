@@ -49,6 +49,7 @@ class Ledger:
         self.used_bytes = self.peak_bytes = 0
         self.running_bytes = self.running_peak_bytes = 0
         self.withheld_bytes, self._recovers_at = 0, 0.0
+        self.loading_count = 0
         self._footprints = footprints
         self._needs: dict[str, int] = {}
         self._holders: Counter[str] = Counter()
@@ -68,10 +69,6 @@ class Ledger:
 
     def is_absent(self, expert: str) -> bool:
         return expert not in self._residency
-
-    @property
-    def loading_count(self) -> int:
-        return sum(state is Residency.LOADING for state in self._residency.values())
 
     def missing(self, expert: str) -> tuple[Segment, ...]:
         """The expert's segments that nobody holds yet."""
@@ -110,6 +107,7 @@ class Ledger:
         self._holders.update(s.id for s in self._footprints[expert].distinct)
         freed = [Freed(name, self._release(name)) for name in leaving]
         self._residency[expert] = Residency.LOADING
+        self.loading_count += 1
         self.used_bytes += need
         self.peak_bytes = max(self.peak_bytes, self.used_bytes)
         return freed, missing
@@ -117,12 +115,14 @@ class Ledger:
     def finish_load(self, expert: str) -> None:
         assert self._residency.get(expert) is Residency.LOADING, f"{expert} was not loading"
         self._residency[expert] = Residency.READY
+        self.loading_count -= 1
         if expert in self.pinned:
             self.pin(expert)
 
     def abort_load(self, expert: str) -> tuple[Segment, ...]:
         """The load failed: give its memory back; returns the segments that nobody holds any more."""
         assert self._residency.get(expert) is Residency.LOADING, f"{expert} was not loading"
+        self.loading_count -= 1
         return self._release(expert)
 
     def pin(self, expert: str) -> None:

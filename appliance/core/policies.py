@@ -1,56 +1,191 @@
-"""Whom to give a task, and whom to evict: pure functions of values.
+"""The policies by name: how tasks are assigned and arranged, whether an executor waits for its loads, who is evicted.
 
-Assignment and eviction are CoServe's (ASPLOS 2025, §4.3 and §4.4). Two rules are ours: what a queued request needs
-leaves last, and only for one who has waited longer than `PATIENCE_SECONDS`.
+A policy is a value; one controller obeys them all. `coserve` is CoServe as published (ASPLOS 2025, §4.2 to §4.4), the
+others of the paper are its baselines (§5.1) and the steps of its ablation (§5.4). `appliance` is ours: what a queued
+request needs stays, what is resident goes first, and loads go on beside runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from heapq import nlargest
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import inf
 
-# A cold expert waits this long for a resident one to run out of work before it may displace one that still has some.
-# It bounds starvation; shorter means more switches.
-PATIENCE_SECONDS = 2.0
+PATIENCE_SECONDS = 20.0
+"""From then on a task without a deadline is overdue: for it, who is needed by later ones alone may leave. It bounds
+starvation; shorter means more switches."""
+ROOM_PATIENCE_SECONDS = 2.0
+"""A batch that has waited so long for room for its activations is passed by nobody."""
+SLACK_SHARE = 4.0
+"""A task is overdue so many times its load and run before its deadline: others may be in the way."""
+SECOND_COPY = 64.0
+"""How many times its cost a load has to be worth that brings to one device what another one holds or loads: memory
+that others need goes to it too."""
 
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """What a task would add to one executor: `total_seconds` is its backlog before, `extra_seconds` the addition."""
+    """What a task would add to one executor: `total_seconds` is its backlog before, `extra_seconds` the addition.
+
+    `answer_seconds` is when the task itself would be answered, where loads go on beside runs.
+    """
 
     executor: str
     total_seconds: float
     extra_seconds: float
-
-
-def assign(offers: Sequence[Offer]) -> Offer:
-    """The offer that finishes the whole backlog soonest; among equals the one that adds least (CoServe §4.3)."""
-    busiest, next_busiest = nlargest(2, [*(offer.total_seconds for offer in offers), 0.0])
-
-    def finished(offer: Offer) -> tuple[float, float]:
-        others = next_busiest if offer.total_seconds == busiest else busiest
-        return max(offer.total_seconds + offer.extra_seconds, others), offer.extra_seconds
-
-    return min(offers, key=finished)
+    answer_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Resident:
-    """An expert that may leave. `orphaned`: a subsequent expert none of whose preliminary experts is resident."""
+    """What is known of an expert that may leave. Times are monotonic seconds; never used counts as used when loaded."""
 
     expert: str
     bytes: int
+    load_seconds: float
     probability: float
-    orphaned: bool
-    queued: int
+    loaded_seconds: float
+    used_seconds: float
 
 
-def eviction_order(residents: Iterable[Resident], *, spare_queued: bool) -> list[str]:
-    """Who leaves first: (1) orphaned subsequent experts, largest first; (2) the others, least probable first.
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How one policy differs from another.
 
-    CoServe's two stages (§4.4). Experts that queued requests need come last, or not at all with `spare_queued`.
+    `assign(offers, turn)`: who gets the `turn`-th task. `groups`: a task goes directly behind the last one for the same
+    expert on its executor, else to the tail (CoServe §4.3); without, always to the tail. `in_order`: an executor works
+    its queue off in order, and a load occupies it; without, what is resident goes first and loads go on beside.
+    `place`: who is resident where at the start.
+    `worth(resident, now)`: the least worth leaves first, with `orphans_first` after the subsequent experts none of
+    whose preliminary experts is resident, largest first (CoServe §4.4). `spares_queued`: what a queued task needs
+    leaves only for one that is overdue by its deadline or by `patience_seconds`, and that came before it. A load for
+    which somebody has to leave is held for `hold_share` of its seconds: others may ask for the same, or a rarer one.
     """
-    leaving = [r for r in residents if not (spare_queued and r.queued)]
-    leaving.sort(key=lambda r: (r.queued > 0, not r.orphaned, -r.bytes if r.orphaned else r.probability, r.expert))
-    return [r.expert for r in leaving]
+
+    name: str
+    assign: Callable[[Sequence[Offer], int], Offer]
+    worth: Callable[[Resident, float], float]
+    place: Callable[[Sequence[tuple[str, int]], Mapping[str, int]], list[tuple[str, str]]]
+    groups: bool = False
+    in_order: bool = True
+    orphans_first: bool = False
+    spares_queued: bool = False
+    patience_seconds: float = PATIENCE_SECONDS
+    hold_share: float = 0.0
+
+    def due_seconds(self, since_seconds: float, deadline_seconds: float | None, work_seconds: float) -> float:
+        """From when a task is overdue that needs so many seconds of loading and running."""
+        if deadline_seconds is None:
+            return since_seconds + self.patience_seconds
+        return deadline_seconds - SLACK_SHARE * work_seconds
+
+
+def first(offers: Sequence[Offer], turn: int) -> Offer:
+    """Everything to one executor."""
+    return offers[0]
+
+
+def in_turn(offers: Sequence[Offer], turn: int) -> Offer:
+    """Evenly, whatever is asked."""
+    return offers[turn % len(offers)]
+
+
+def soonest(offers: Sequence[Offer], turn: int) -> Offer:
+    """The offer that finishes the whole backlog soonest; among equals the one that adds least (CoServe §4.3).
+
+    Where the backlog ends with loads, runs end sooner whoever gets them: then whoever answers soonest.
+    """
+    busiest = next_busiest = 0.0
+    for offer in offers:
+        total = offer.total_seconds
+        if total > busiest:
+            busiest, next_busiest = total, busiest
+        elif total > next_busiest:
+            next_busiest = total
+    best, best_end = offers[0], inf
+    for offer in offers:
+        others = next_busiest if offer.total_seconds == busiest else busiest
+        end = max(offer.total_seconds + offer.extra_seconds, others)
+        if end < best_end or (end == best_end and _rest(offer) < _rest(best)):
+            best, best_end = offer, end
+    return best
+
+
+def _rest(offer: Offer) -> tuple[float, float]:
+    return offer.answer_seconds, offer.extra_seconds
+
+
+def least_recently_used(resident: Resident, now: float) -> float:
+    return resident.used_seconds
+
+
+def first_in(resident: Resident, now: float) -> float:
+    return resident.loaded_seconds
+
+
+def least_probable(resident: Resident, now: float) -> float:
+    return resident.probability
+
+
+def least_loss(resident: Resident, now: float) -> float:
+    """Seconds of loading that its leaving is expected to cost, per byte that it frees."""
+    return resident.probability * resident.load_seconds / max(resident.bytes, 1)
+
+
+def dealt(sizes: Sequence[tuple[str, int]], rooms: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Who is resident where at the start: round-robin over the pools until memory is full (CoServe §4.1).
+
+    `sizes` are (expert, bytes), the most probable first, `rooms` the bytes of each pool; gives (pool, expert).
+    """
+    left, turn, placed = dict(rooms), deque(rooms), list[tuple[str, str]]()
+    for expert, size in sizes:
+        pool = next((pool for pool in turn if left[pool] >= size), None)
+        if pool is None:
+            break
+        turn.remove(pool)
+        turn.append(pool)
+        left[pool] -= size
+        placed.append((pool, expert))
+    return placed
+
+
+def filled(sizes: Sequence[tuple[str, int]], rooms: Mapping[str, int]) -> list[tuple[str, str]]:
+    """The same, but the first pool is filled before the next is begun."""
+    left, placed = dict(rooms), list[tuple[str, str]]()
+    for expert, size in sizes:
+        pool = next((pool for pool in left if left[pool] >= size), None)
+        if pool is None:
+            break
+        left[pool] -= size
+        placed.append((pool, expert))
+    return placed
+
+
+SAMBA = Policy("samba", first, least_recently_used, dealt)
+SAMBA_FIFO = replace(SAMBA, name="samba-fifo", worth=first_in)
+SAMBA_PARALLEL = replace(SAMBA, name="samba-parallel", assign=in_turn)
+NONE = replace(SAMBA_PARALLEL, name="none", worth=first_in)
+EM = replace(NONE, name="em", worth=least_probable, orphans_first=True)
+EM_RA = replace(EM, name="em+ra", groups=True)
+COSERVE = replace(EM_RA, name="coserve", assign=soonest)
+APPLIANCE = Policy(
+    "appliance", soonest, least_loss, filled, groups=True, in_order=False, spares_queued=True, hold_share=0.25
+)
+ALL_RESIDENT = replace(APPLIANCE, name="all-resident")
+"""The bound: ours, on a box whose memory holds everything. Whoever makes the box sees to that."""
+
+PAPER = (SAMBA, SAMBA_FIFO, SAMBA_PARALLEL, NONE, EM, EM_RA, COSERVE)
+POLICIES = {policy.name: policy for policy in (*PAPER, APPLIANCE)}
+
+
+def oracle(uses: Mapping[str, Sequence[float]]) -> Policy:
+    """Ours, but who is needed again last leaves first (Belady's MIN), as told by each expert's uses, in seconds."""
+
+    def worth(resident: Resident, now: float) -> float:
+        times = uses.get(resident.expert, ())
+        following = bisect_right(times, now)
+        return -times[following] if following < len(times) else -inf
+
+    return replace(APPLIANCE, name="oracle", worth=worth)

@@ -1,16 +1,20 @@
 """The queues: tasks grouped by expert on each executor, and the backlog that assignment weighs.
 
-A group is CoServe's arranged queue: a task goes directly behind the last one for the same expert, else to the tail.
+A group holds an executor's tasks for one expert. Arranged (CoServe §4.3), a task goes directly behind the last one for
+the same expert, else to the tail: the queue is then its groups in order. Not arranged, it is its tasks in order.
 """
 
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from math import inf
 
 from appliance.core.memory import Ledger
-from appliance.core.policies import PATIENCE_SECONDS, Offer, assign
+from appliance.core.policies import APPLIANCE, ROOM_PATIENCE_SECONDS, SECOND_COPY, Offer, Policy
+from appliance.core.ranking import Ranking
 from appliance.core.types import Batch, Executor, Expert
 
 
@@ -26,95 +30,204 @@ class Task:
     since_seconds: float
     alone: bool = False
     barred: frozenset[str] = frozenset()
+    deadline_seconds: float | None = None
 
 
 @dataclass(slots=True)
 class Group:
-    """Tasks for one expert on one executor by request, oldest first. `load_seconds` is booked until it is ready."""
+    """Tasks for one expert on one executor by request, oldest first. `load_seconds` is booked until it is ready.
+
+    `is_fresh` from when its expert was loaded for it until its first batch.
+    """
 
     expert: str
+    number: int
     tasks: OrderedDict[str, Task] = field(default_factory=OrderedDict)
     load_seconds: float = 0.0
+    is_fresh: bool = False
+    _dues: list[tuple[float, str]] = field(default_factory=list)
 
-    @property
-    def since_seconds(self) -> float:
-        return self.first.since_seconds
+    def put(self, task: Task, due_seconds: float) -> bool:
+        """Whether the task is the one due first."""
+        is_first = not self.tasks or due_seconds < self.due_seconds
+        self.tasks[task.request] = task
+        heappush(self._dues, (due_seconds, task.request))
+        return is_first
 
     @property
     def first(self) -> Task:
         return next(iter(self.tasks.values()))
 
+    @property
+    def due_seconds(self) -> float:
+        """When the first of its tasks is overdue."""
+        while self._dues[0][1] not in self.tasks:
+            heappop(self._dues)
+        return self._dues[0][0]
+
 
 @dataclass(slots=True)
 class Queue:
-    """One executor's groups in order of arrival, its running batch, and its predicted backlog."""
+    """One executor's groups in order of arrival, its running batch, and its predicted backlog.
+
+    `line` has (request, expert) of every task in order where tasks are not arranged; `ready` the groups whose expert
+    is, by when they are due. `loading_seconds` is the part of the backlog that is loading.
+    """
 
     executor: Executor
     groups: dict[str, Group] = field(default_factory=dict)
+    line: OrderedDict[tuple[str, str], None] = field(default_factory=OrderedDict)
+    ready: Ranking[str, tuple[float, int]] = field(default_factory=Ranking)
     running: Batch | None = None
     total_seconds: float = 0.0
+    loading_seconds: float = 0.0
 
 
 class Scheduler:
-    def __init__(self, executors: tuple[Executor, ...], experts: Mapping[str, Expert]) -> None:
+    def __init__(
+        self, executors: tuple[Executor, ...], experts: Mapping[str, Expert], policy: Policy = APPLIANCE
+    ) -> None:
         self.queues = {executor.name: Queue(executor) for executor in executors}
+        self.policy = policy
+        self.cold: dict[str, Ranking[tuple[str, str], tuple[float, int]]] = {e.device: Ranking() for e in executors}
+        """By device: (expert, executor) of the groups whose expert is absent, by when it is their turn to be loaded."""
+        self._rare: dict[str, Ranking[tuple[str, str], tuple[float, int]]] = {e.device: Ranking() for e in executors}
         self._experts = experts
         self._demand: dict[str, Counter[str]] = {e.device: Counter() for e in executors}
-        self._next_batch = 1
+        self._loading = dict.fromkeys(self._demand, 0.0)
+        self._on = {device: [q for q in self.queues.values() if q.executor.device == device] for device in self._demand}
+        self._able: dict[str, list[Queue]] = {}
+        self._next_batch = self._next_group = 1
+        self._turn = 0
 
     def demand(self, device: str, expert: str) -> int:
         """Queued tasks, not counting running ones, that need the expert on the device."""
         return self._demand[device][expert]
 
-    def put(self, task: Task, ledgers: Mapping[str, Ledger]) -> None:
-        """Give the task to an executor whose device can hold the expert (CoServe §4.3). One such device must exist."""
-        able = [
-            queue
-            for queue in self.queues.values()
-            if queue.executor.device not in task.barred and ledgers[queue.executor.device].ever_fits(task.expert)
-        ]
-        offer = assign([self._offer(queue, task.expert, ledgers) for queue in able])
+    def due_seconds(self, device: str, expert: str) -> float | None:
+        """When the first of the tasks that need the expert on the device is overdue; None if there is none."""
+        return min((q.groups[expert].due_seconds for q in self._on[device] if expert in q.groups), default=None)
+
+    def put(self, task: Task, ledgers: Mapping[str, Ledger]) -> str:
+        """Give the task to an executor whose device can hold the expert; returns the device. One such must exist."""
+        able = self.able(task.expert, ledgers)
+        if task.barred:
+            able = [queue for queue in able if queue.executor.device not in task.barred]
+        offer = self.policy.assign(self._offers(able, task.expert, ledgers), self._turn)
+        self._turn += 1
         queue = self.queues[offer.executor]
         device = queue.executor.device
+        cost = self._experts[task.expert].costs[device]
         group = queue.groups.get(task.expert)
         if group is None:
-            group = queue.groups[task.expert] = Group(task.expert)
+            group = queue.groups[task.expert] = Group(task.expert, self._next_group)
+            self._next_group += 1
             group.load_seconds = self._load_seconds(device, task.expert, ledgers)
-        group.tasks[task.request] = task
-        queue.total_seconds += offer.extra_seconds
+            self._book(queue, group.load_seconds)
+            queue.total_seconds += cost.fixed_seconds
+        work_seconds = cost.load_seconds + cost.run_seconds(1)
+        is_first = group.put(task, self.policy.due_seconds(task.since_seconds, task.deadline_seconds, work_seconds))
+        queue.total_seconds += cost.item_seconds
         self._demand[device][task.expert] += 1
+        if not self.policy.groups:
+            queue.line[task.request, task.expert] = None
+        if is_first:
+            self._rank(queue, group, ledgers[device])
+        return device
+
+    def able(self, expert: str, ledgers: Mapping[str, Ledger]) -> list[Queue]:
+        """The executors whose device can hold the expert."""
+        able = self._able.get(expert)
+        if able is None:
+            fitting = {name for name, ledger in ledgers.items() if ledger.ever_fits(expert)}
+            able = self._able[expert] = [q for q in self.queues.values() if q.executor.device in fitting]
+        return able
+
+    def forget_who_fits(self) -> None:
+        """An expert that was pinned is so no more: others may fit where they did not."""
+        self._able.clear()
+
+    def oldest_ready_seconds(self, queue: Queue, ledger: Ledger) -> float:
+        """Since when the first task of a ready expert waits, where its turn can come; infinity if there is none."""
+        if self.policy.in_order:
+            head = self.head(queue)
+            return head.first.since_seconds if head is not None and ledger.is_ready(head.expert) else inf
+        return min((queue.groups[expert].first.since_seconds for expert in queue.ready), default=inf)
+
+    def on(self, device: str) -> list[Queue]:
+        return self._on[device]
+
+    def head(self, queue: Queue) -> Group | None:
+        """The group whose turn it is where queues are worked off in order."""
+        if self.policy.groups:
+            return next(iter(queue.groups.values()), None)
+        for _, expert in queue.line:
+            return queue.groups[expert]
+        return None
 
     def take(self, queue: Queue, ledger: Ledger, now: float) -> Batch | None:
-        """The next batch: of the groups whose expert is ready, the one whose first task has waited longest.
+        """The next batch: the head's, or of the groups whose expert is ready, that of the one due first.
 
         Where activations do not fit beside what runs, the next group goes first; but not for longer than patience
         lasts, or small batches would keep a large one waiting for ever.
         """
-        ready = [group for group in queue.groups.values() if ledger.is_ready(group.expert)]
-        while ready:
-            group = min(ready, key=lambda g: g.since_seconds)
-            most = ledger.most_items(group.expert, self._experts[group.expert].max_batch)
+        if self.policy.in_order:
+            head = self.head(queue)
+            ready: Iterable[str] = [head.expert] if head is not None and ledger.is_ready(head.expert) else []
+        else:
+            ready = queue.ready
+        for expert in ready:
+            group = queue.groups[expert]
+            most = ledger.most_items(expert, self._experts[expert].max_batch)
             if most:
-                return self._batch(queue, group, most)
-            if now >= group.since_seconds + PATIENCE_SECONDS:
+                return self._batch(queue, group, most, ledger)
+            if now >= group.first.since_seconds + ROOM_PATIENCE_SECONDS:
                 break
-            ready.remove(group)
         return None
 
-    def oldest_ready_seconds(self, queue: Queue, ledger: Ledger) -> float:
-        """Since when the first task of a ready expert waits; infinity if there is none."""
-        ready = (group.since_seconds for group in queue.groups.values() if ledger.is_ready(group.expert))
-        return min(ready, default=float("inf"))
-
-    def _batch(self, queue: Queue, group: Group, most: int) -> Batch:
-        tasks = self._split(group, most)
-        self._forget(queue, group, len(tasks))
+    def _batch(self, queue: Queue, group: Group, most: int, ledger: Ledger) -> Batch:
+        tasks = self._split(queue, group, most)
+        group.is_fresh = False
+        self._forget(queue, group, tasks, ledger)
         device = queue.executor.device
         batch = Batch(self._next_batch, queue.executor.name, device, group.expert, tuple(t.request for t in tasks))
         self._next_batch += 1
         queue.running = batch
         queue.total_seconds += self._experts[group.expert].costs[device].run_seconds(len(tasks))
         return batch
+
+    def next_cold(self, device: str, now: float) -> Group | None:
+        """Whose expert to load next: the first whose turn has come; else the least probable one.
+
+        Likely more tasks will come for the others: while somebody waits for a load anyway, they can, and spend their
+        slack, so that one load serves more of them.
+        """
+        turn = self.cold[device].least()
+        ranking = self.cold[device] if turn is not None and turn[0] <= now else self._rare[device]
+        return self._group(ranking.first())
+
+    def next_turn_seconds(self, device: str, now: float) -> float | None:
+        """When the next turn to be loaded comes, that group is overdue, or the next to be loaded is held no more.
+
+        None: nothing of that will happen.
+        """
+        turn, group, following = (
+            self.cold[device].least(),
+            self._group(self.cold[device].first()),
+            self.next_cold(device, now),
+        )
+        if turn is None or group is None or following is None:
+            return None
+        times = (turn[0], group.due_seconds, self.held_until(device, following))
+        return min((when for when in times if when > now), default=None)
+
+    def held_until(self, device: str, group: Group) -> float:
+        """From when somebody may leave for the group's expert."""
+        load_seconds = self._experts[group.expert].costs[device].load_seconds
+        return group.first.since_seconds + self.policy.hold_share * load_seconds
+
+    def _group(self, place: tuple[str, str] | None) -> Group | None:
+        return None if place is None else self.queues[place[1]].groups[place[0]]
 
     def finished(self, batch: Batch) -> None:
         """The batch's executor is free again."""
@@ -124,71 +237,137 @@ class Scheduler:
         queue.total_seconds -= self._experts[batch.expert].costs[batch.device].run_seconds(len(batch.requests))
         self._settle(queue)
 
-    def loaded(self, device: str, expert: str) -> None:
-        """Nobody on the device waits for this load any longer."""
-        for queue in self._on(device):
+    def moved(self, device: str, expert: str, ledger: Ledger) -> None:
+        """The expert is loading, ready or gone: nobody waits any longer for a load that ended."""
+        is_ready = ledger.is_ready(expert)
+        for queue in self._on[device]:
             group = queue.groups.get(expert)
-            if group is not None:
-                queue.total_seconds -= group.load_seconds
+            if group is None:
+                continue
+            if is_ready:
+                self._book(queue, -group.load_seconds)
                 group.load_seconds = 0.0
+                group.is_fresh = True
+            self._rank(queue, group, ledger)
 
-    def drop(self, request: str, expert: str) -> None:
+    def drop(self, request: str, expert: str, ledgers: Mapping[str, Ledger]) -> None:
         """Take a request's task out of whichever queue holds it."""
         for queue in self.queues.values():
             group = queue.groups.get(expert)
-            if group is not None and group.tasks.pop(request, None) is not None:
-                self._forget(queue, group, 1)
+            if group is not None and request in group.tasks:
+                task = group.tasks.pop(request)
+                self._forget(queue, group, [task], ledgers[queue.executor.device])
                 self._settle(queue)
 
     def waiting(self, device: str, expert: str) -> tuple[str, ...]:
         """The requests queued for the expert on the device, in order."""
         return tuple(
-            request for queue in self._on(device) if expert in queue.groups for request in queue.groups[expert].tasks
+            request for queue in self._on[device] if expert in queue.groups for request in queue.groups[expert].tasks
         )
-
-    def groups(self, device: str) -> Iterator[Group]:
-        """Every group on the device."""
-        for queue in self._on(device):
-            yield from queue.groups.values()
 
     @property
     def is_idle(self) -> bool:
         return all(not queue.groups and queue.running is None for queue in self.queues.values())
 
-    def _on(self, device: str) -> Iterator[Queue]:
-        return (queue for queue in self.queues.values() if queue.executor.device == device)
+    def _offers(self, able: list[Queue], expert: str, ledgers: Mapping[str, Ledger]) -> list[Offer]:
+        """What CoServe weighs: K where requests for the expert wait, else K + B, and L where it has to be loaded."""
+        offers, loads, costs = [], dict[str, float](), self._experts[expert].costs
+        for queue in able:
+            device = queue.executor.device
+            if device not in loads:
+                loads[device] = self._weighed_load(device, expert, ledgers)
+            cost, load = costs[device], loads[device]
+            run = cost.item_seconds if expert in queue.groups else cost.item_seconds + cost.fixed_seconds
+            if self.policy.in_order:
+                offers.append(Offer(queue.executor.name, queue.total_seconds, run + load))
+            else:
+                offers.append(self._overlapping(queue, run, load, ledgers[device].device.load_slots))
+        return offers
 
-    def _offer(self, queue: Queue, expert: str, ledgers: Mapping[str, Ledger]) -> Offer:
-        device = queue.executor.device
-        cost = self._experts[expert].costs[device]
-        run = cost.item_seconds if expert in queue.groups else cost.run_seconds(1)
-        return Offer(queue.executor.name, queue.total_seconds, run + self._load_seconds(device, expert, ledgers))
+    def _overlapping(self, queue: Queue, run: float, load: float, slots: int) -> Offer:
+        """Loads go on beside runs, in the device's slots: the backlog ends with the later of the two."""
+        loading = self._loading[queue.executor.device]
+        running = queue.total_seconds - queue.loading_seconds
+        loaded, ran = (loading + load) / slots, running + run
+        total = max(running, loading / slots)
+        answer = max(running, loaded) + run if load else ran
+        return Offer(queue.executor.name, total, max(ran, loaded) - total, answer)
+
+    def _book(self, queue: Queue, seconds: float) -> None:
+        """So much more loading is ahead of the queue, or less."""
+        queue.total_seconds += seconds
+        queue.loading_seconds += seconds
+        self._loading[queue.executor.device] += seconds
 
     def _load_seconds(self, device: str, expert: str, ledgers: Mapping[str, Ledger]) -> float:
         """What a task for the expert would cost the device in loading: nothing if it is there or another task waits."""
-        if not ledgers[device].is_absent(expert) or self.demand(device, expert):
+        if self._demand[device][expert] or not ledgers[device].is_absent(expert):
             return 0.0
         return self._experts[expert].costs[device].load_seconds
 
-    @staticmethod
-    def _split(group: Group, most: int) -> list[Task]:
+    def _weighed_load(self, device: str, expert: str, ledgers: Mapping[str, Ledger]) -> float:
+        """The same, but ours minds a second copy."""
+        seconds = self._load_seconds(device, expert, ledgers)
+        if not seconds or self.policy.in_order or not self._is_at_hand(expert, ledgers):
+            return seconds
+        return seconds * SECOND_COPY
+
+    def _is_at_hand(self, expert: str, ledgers: Mapping[str, Ledger]) -> bool:
+        return any(not ledger.is_absent(expert) or self._demand[name][expert] for name, ledger in ledgers.items())
+
+    def _split(self, queue: Queue, group: Group, most: int) -> list[Task]:
         """As many of the oldest tasks as one run takes; a task that must run alone does."""
         limit = 1 if group.first.alone else most
+        if not self.policy.groups:
+            limit = min(limit, _in_a_row(queue, group.expert, limit))
         tasks: list[Task] = []
         while group.tasks and len(tasks) < limit and not (tasks and group.first.alone):
             tasks.append(group.tasks.popitem(last=False)[1])
         return tasks
 
-    def _forget(self, queue: Queue, group: Group, count: int) -> None:
-        """`count` tasks left the group: take their seconds off the backlog, and the group when it is empty."""
+    def _forget(self, queue: Queue, group: Group, tasks: list[Task], ledger: Ledger) -> None:
+        """The tasks left the group: take their seconds off the backlog, and the group when it is empty."""
         cost = self._experts[group.expert].costs[queue.executor.device]
-        queue.total_seconds -= cost.item_seconds * count
-        self._demand[queue.executor.device][group.expert] -= count
+        queue.total_seconds -= cost.item_seconds * len(tasks)
+        self._demand[queue.executor.device][group.expert] -= len(tasks)
+        for task in tasks:
+            queue.line.pop((task.request, task.expert), None)
         if not group.tasks:
-            queue.total_seconds -= cost.fixed_seconds + group.load_seconds
+            queue.total_seconds -= cost.fixed_seconds
+            self._book(queue, -group.load_seconds)
             del queue.groups[group.expert]
+        self._rank(queue, group, ledger)
+
+    def _rank(self, queue: Queue, group: Group, ledger: Ledger) -> None:
+        """Where the group stands among those that can run, or that wait for a load."""
+        expert, device = group.expert, queue.executor.device
+        cold, rare = self.cold[device], self._rare[device]
+        key = (group.due_seconds, group.number) if group.tasks else None
+        if key is not None and ledger.is_ready(expert):
+            # Who was loaded for waiting tasks goes before others who wait as long: then it may leave for the next.
+            queue.ready.put(expert, (key[0] - self.policy.patience_seconds, key[1]) if group.is_fresh else key)
+        else:
+            queue.ready.drop(expert)
+        if key is not None and ledger.is_absent(expert):
+            turn_seconds = min(key[0], group.first.since_seconds + self.policy.patience_seconds)
+            cold.put((expert, queue.executor.name), (turn_seconds, group.number))
+            rare.put((expert, queue.executor.name), (self._experts[expert].probability, group.number))
+        else:
+            cold.drop((expert, queue.executor.name))
+            rare.drop((expert, queue.executor.name))
 
     def _settle(self, queue: Queue) -> None:
         """Nothing left means zero, whatever rounding says."""
         if not queue.groups and queue.running is None:
-            queue.total_seconds = 0.0
+            self._loading[queue.executor.device] -= queue.loading_seconds
+            queue.total_seconds = queue.loading_seconds = 0.0
+
+
+def _in_a_row(queue: Queue, expert: str, limit: int) -> int:
+    """How many of the first `limit` tasks of a queue that is not arranged are for this expert, one after the other."""
+    count = 0
+    for _, wanted in queue.line:
+        if wanted != expert or count == limit:
+            break
+        count += 1
+    return count

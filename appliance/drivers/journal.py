@@ -51,6 +51,7 @@ class Opening:
     unavailable: Mapping[str, Refusal]
     pinned: tuple[str, ...] = ()
     preload: tuple[str, ...] = ()
+    policy: str = "appliance"
 
 
 class Journal:

@@ -11,10 +11,12 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any, assert_never
 
 from appliance.core.controller import Controller
+from appliance.core.policies import POLICIES, Policy
 from appliance.core.types import (
     CANCELLED,
     Action,
@@ -43,6 +45,7 @@ from appliance.core.types import (
     Verdict,
 )
 from appliance.drivers import journal
+from appliance.errors import ConfigError
 
 Answer = Callable[[str, str], tuple[Finding, ...] | Refusal]
 
@@ -105,10 +108,45 @@ class PretendDevice:
         _require(most is None or takes <= most, f"{takes} bytes of activations exceed the budget of {most}")
 
 
+class SharedDisk:
+    """Loads in flight share the bandwidth evenly: with n of them each gets an n-th.
+
+    `progress` is how many bytes a load would have got that was in flight from the beginning: a load ends when
+    progress has grown by its bytes, so that who joins or leaves changes nobody's place in the heap.
+    """
+
+    def __init__(self, bytes_per_second: float) -> None:
+        self._rate, self._progress, self._now = bytes_per_second, 0.0, 0.0
+        self._flying: list[tuple[float, int, Event]] = []
+
+    def begin(self, size: int, number: int, event: Event, now: float) -> None:
+        self._pass(now)
+        heapq.heappush(self._flying, (self._progress + size, number, event))
+
+    def next_seconds(self) -> float:
+        """When the next load ends, if nobody joins; infinite when there is none."""
+        if not self._flying:
+            return inf
+        return self._now + max(self._flying[0][0] - self._progress, 0.0) * len(self._flying) / self._rate
+
+    def end(self, now: float) -> Event:
+        """The event of the load that ends at that second."""
+        self._now = now
+        self._progress, _, event = heapq.heappop(self._flying)
+        return event
+
+    def _pass(self, now: float) -> None:
+        if self._flying:
+            self._progress += (now - self._now) * self._rate / len(self._flying)
+        self._now = now
+
+
 class World:
     """Devices and executors that take exactly as long as their costs say, and answer as `answer` says.
 
-    `fails(action)` may name a refusal for a load or a run that shall fail.
+    `fails(action)` may name a refusal for a load or a run that shall fail. With a `disk`, loads take as long as it
+    needs for their bytes beside each other, whatever their costs say. `residents` are (device, expert) of those that
+    are in memory at the start.
     """
 
     def __init__(
@@ -117,6 +155,8 @@ class World:
         devices: Iterable[Device],
         answer: Answer,
         fails: Callable[[Load | Run], Refusal | None] = lambda action: None,
+        disk: SharedDisk | None = None,
+        residents: Sequence[tuple[str, str]] = (),
     ) -> None:
         self.experts = {expert.name: expert for expert in experts}
         self.devices = {device.name: PretendDevice(device) for device in devices}
@@ -124,7 +164,13 @@ class World:
         self.quarantined: dict[str, Refusal] = {}
         self.busy: set[str] = set()
         self._cancelled_runs: set[int] = set()
-        self._answer, self._fails = answer, fails
+        self._answer, self._fails, self.disk = answer, fails, disk
+        for device, name in residents:
+            there = self.devices[device]
+            segments = self.experts[name].footprints[device].distinct
+            missing = tuple(segment for segment in segments if segment.id not in there.held)
+            there.load(Load(device, name, missing), self.experts[name])
+            there.loading.remove(name)
 
     def obey(self, action: Action) -> tuple[float, Event] | None:
         """Do it; returns in how many seconds which event will tell of it. Raises IllegalMove."""
@@ -199,33 +245,51 @@ class Report:
     evictions: int
     peak_bytes: int
 
+    scheduling_seconds: float = 0.0
+    """Wall time that the controller took for its decisions."""
+
     @property
     def images_per_second(self) -> float:
         return len(self.verdicts) / self.seconds if self.seconds else 0.0
 
 
 def simulate(controller: Controller, world: World, arrivals: Sequence[Request]) -> Report:
-    """Feed the arrivals at their times; everything else takes as long as the world says."""
-    agenda: list[tuple[float, int, Event]] = []
-    for number, request in enumerate(arrivals):
-        heapq.heappush(agenda, (request.arrived_seconds, number, Arrived(request)))
-    number, now = len(arrivals), arrivals[0].arrived_seconds if arrivals else 0.0
-    taken: list[Action] = []
-    while agenda or (wakeup := controller.next_wakeup(now)) is not None:
-        if agenda and ((wakeup := controller.next_wakeup(now)) is None or agenda[0][0] <= wakeup):
+    """Feed the arrivals, in order of time, at their times; everything else takes as long as the world says."""
+    event: Event
+    agenda: list[tuple[float, int, Event]] = [(r.arrived_seconds, n, Arrived(r)) for n, r in enumerate(arrivals)]
+    heapq.heapify(agenda)
+    number, now = len(agenda), agenda[0][0] if agenda else 0.0
+    started, ended, scheduling, taken = now, now, 0.0, list[Action]()
+    clock, disk = time.perf_counter, world.disk
+    while True:
+        wakeup = controller.next_wakeup(now)
+        soonest = agenda[0][0] if agenda else inf
+        read = disk.next_seconds() if disk is not None else inf
+        if wakeup is not None and wakeup < min(soonest, read):
+            now, event = max(now, wakeup), Tick()
+        elif disk is not None and read < soonest:
+            now, event = read, disk.end(read)
+        elif agenda:
             now, _, event = heapq.heappop(agenda)
         else:
-            assert wakeup is not None
-            now, event = max(now, wakeup), Tick()
+            break
         event = world.note(event)
-        for action in controller.handle(event, now):
+        began = clock()
+        actions = controller.handle(event, now)
+        scheduling += clock() - began
+        for action in actions:
             taken.append(action)
             following = world.obey(action)
-            if following is not None:
-                number += 1
-                heapq.heappush(agenda, (now + following[0], number, following[1]))
-    started = arrivals[0].arrived_seconds if arrivals else 0.0
-    return _report(world, taken, now - started)
+            ended = now if isinstance(action, Publish) else ended
+            if following is None:
+                continue
+            number += 1
+            seconds, after = following
+            if disk is not None and isinstance(action, Load):
+                disk.begin(sum(segment.bytes for segment in action.segments), number, after, now)
+            else:
+                heapq.heappush(agenda, (now + seconds, number, after))
+    return _report(world, taken, ended - started, scheduling)
 
 
 def replay(controller: Controller, world: World, events: Iterable[tuple[float, Event]]) -> Report:
@@ -242,7 +306,7 @@ def replay(controller: Controller, world: World, events: Iterable[tuple[float, E
     return _report(world, taken, (ended or 0.0) - (started or 0.0))
 
 
-def _report(world: World, actions: list[Action], seconds: float) -> Report:
+def _report(world: World, actions: list[Action], seconds: float, scheduling_seconds: float = 0.0) -> Report:
     return Report(
         tuple(world.verdicts),
         tuple(actions),
@@ -250,6 +314,7 @@ def _report(world: World, actions: list[Action], seconds: float) -> Report:
         sum(isinstance(action, Load) for action in actions),
         sum(isinstance(action, Evict) for action in actions),
         max(device.peak_bytes for device in world.devices.values()),
+        scheduling_seconds,
     )
 
 
@@ -258,8 +323,13 @@ def _require(holds: bool, otherwise: str) -> None:
         raise IllegalMove(otherwise)
 
 
-def simulated(path: Path, *, predict: bool) -> dict[str, Any]:
-    """What `appliance simulate` tells of a journal. Raises RecordsError when it cannot be read."""
+def simulated(path: Path, *, predict: bool, policy: str | None = None) -> dict[str, Any]:
+    """What `appliance simulate` tells of a journal.
+
+    Raises RecordsError when it cannot be read, and ConfigError for a policy that no service has.
+
+    A prediction may be of another policy than the one that the service had.
+    """
     opening, recorded = journal.read(path)
     events = list(recorded)
     controller = Controller(
@@ -270,6 +340,7 @@ def simulated(path: Path, *, predict: bool) -> dict[str, Any]:
         opening.unavailable,
         pinned=opening.pinned,
         preload=opening.preload,
+        policy=_policy(policy if predict and policy else opening.policy),
     )
     answers = _recorded_answers(event for _, event in events)
     world = World(opening.experts, opening.devices, lambda request, expert: answers[request, expert])
@@ -290,6 +361,12 @@ def simulated(path: Path, *, predict: bool) -> dict[str, Any]:
         "images_per_second": report.images_per_second,
         "requests_per_wall_second": len(report.verdicts) / wall_seconds,
     }
+
+
+def _policy(name: str) -> Policy:
+    if name not in POLICIES:
+        raise ConfigError(f"no service has a policy {name}", f"choose one of {', '.join(POLICIES)}")
+    return POLICIES[name]
 
 
 def _recorded_answers(events: Iterable[Event]) -> dict[tuple[str, str], tuple[Finding, ...] | Refusal]:

@@ -1,0 +1,204 @@
+"""One policy at one of the paper's tasks on one of its machines, in virtual time; and the table beside the paper's."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Any
+
+from appliance.core import policies
+from appliance.core.controller import Controller
+from appliance.core.policies import Policy
+from appliance.core.types import Device, Executor, Expert, Outcome, Verdict
+from appliance.errors import ConfigError
+from appliance.lab import paper
+from appliance.lab.paper import CLASSIFIER_BYTES, Job, Machine, Trace
+from appliance.lab.simulate import SharedDisk, World, simulate
+
+LOADERS = ("paper", "segments")
+NAMES = (*policies.POLICIES, policies.ALL_RESIDENT.name, "oracle")
+GPU_BATCH, CPU_BATCH = 16, 8  # profiled maxima: later the latency per image falls no more
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """What a policy is given to work with."""
+
+    devices: tuple[Device, ...]
+    executors: tuple[Executor, ...]
+    experts: tuple[Expert, ...]
+    residents: tuple[tuple[str, str], ...]
+    loads_in_flight: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Pictures as they come on a line instead of all at once: one every `gap_seconds`, for so many boards."""
+
+    gap_seconds: float = paper.GAP_SECONDS
+    due_seconds: float | None = None
+    boards: int = 1
+
+
+def tried_by_name(machine: str, task: str, policy: str, loader: str, pace: Pace) -> dict[str, Any]:
+    """What a trial comes to. Raises ConfigError naming what does not exist."""
+    for what, name, known in (
+        ("machine", machine, (*paper.MACHINES,)),
+        ("task", task, (*paper.JOBS,)),
+        ("policy", policy, NAMES),
+        ("loader", loader, LOADERS),
+    ):
+        if name not in known:
+            raise ConfigError(f"there is no {what} {name}", f"choose one of {', '.join(known)}")
+    job = replace(paper.JOBS[task], gap_seconds=pace.gap_seconds, due_seconds=pace.due_seconds, boards=pace.boards)
+    return tried(paper.MACHINES[machine], job, policy, loader)
+
+
+def tried(machine: Machine, job: Job, name: str, loader: str = "paper") -> dict[str, Any]:
+    """What a trial comes to, all times in virtual seconds but those that say `wall` or `scheduling`."""
+    trace = paper.drawn(job)
+    policy = _policy(name, trace, job)
+    box = _box(machine, job, policy, loader)
+    graph = paper.graph(job.board)
+    controller = Controller(
+        graph, {e.name: e for e in box.experts}, box.devices, box.executors, policy=policy, residents=box.residents
+    )
+    disk = SharedDisk(machine.disk_bytes_per_second) if loader == "segments" else None
+    world = World(box.experts, box.devices, trace.answer, disk=disk, residents=box.residents)
+    began = time.perf_counter()
+    report = simulate(controller, world, trace.requests)
+    wall_seconds = time.perf_counter() - began
+
+    asked = _asked(trace)
+    absent = asked.keys() - {expert for _, expert in box.residents}
+    waits = sorted(v.waited_seconds for v in report.verdicts if v.outcome is not Outcome.LATE)
+    return {
+        "policy": name,
+        "device": machine.name,
+        "task": job.name,
+        "loader": loader,
+        "images_per_second": report.images_per_second,
+        "steady_images_per_second": _steady(trace, report.verdicts),
+        "bound_images_per_second": len(trace.requests) / _least_seconds(machine, job, box, asked, absent, loader),
+        "switches_total": report.loads,
+        "switches_per_executor": report.loads / len(box.executors),
+        "loads_floor": len(absent),
+        "evictions": report.evictions,
+        "late": sum(v.outcome is Outcome.LATE for v in report.verdicts),
+        "wait_p50_seconds": _quantile(waits, 0.5),
+        "wait_p99_seconds": _quantile(waits, 0.99),
+        "seconds": report.seconds,
+        "executors": len(box.executors),
+        "requests_per_wall_second": len(report.verdicts) / wall_seconds,
+        "scheduling_seconds_per_request": report.scheduling_seconds / len(trace.requests),
+    }
+
+
+def _policy(name: str, trace: Trace, job: Job) -> Policy:
+    if name == "oracle":
+        return policies.oracle({expert: tuple(times) for expert, times in _asked(trace).items()})
+    return {**policies.POLICIES, policies.ALL_RESIDENT.name: policies.ALL_RESIDENT}[name]
+
+
+def _asked(trace: Trace) -> Mapping[str, Sequence[float]]:
+    """Which expert the trace asks when; a detector at the moment at which the picture arrives, if not before."""
+    asked = defaultdict[str, list[float]](list)
+    for request in trace.requests:
+        rank = int(request.component.removeprefix("type"))
+        asked[paper.classifier(rank)].append(request.arrived_seconds)
+        if request.id in trace.checked:
+            asked[paper.detector(rank)].append(request.arrived_seconds)
+    return asked
+
+
+def _box(machine: Machine, job: Job, policy: Policy, loader: str) -> Box:
+    """Pools and executors: a pool per executor where loads occupy it, as in the paper; else one per device."""
+    pools = machine.gpu_pools[job.board.gpu_executors]
+    if policy.assign is policies.first:
+        made = [("gpu", machine.one_pool, 1)]
+    elif policy.in_order:
+        made = [*((f"gpu{number}", size, 1) for number, size in enumerate(pools)), ("cpu", machine.cpu_pool, 1)]
+    else:
+        made = [("gpu", sum(pools), len(pools)), ("cpu", machine.cpu_pool, 1)]
+    if policy is policies.ALL_RESIDENT:
+        made = [(name, job.board.types + len(paper.DETECTOR_BYTES) + 1, count) for name, _, count in made]
+    devices = tuple(
+        Device(name, size * CLASSIFIER_BYTES, count, CPU_BATCH if name == "cpu" else GPU_BATCH * count)
+        for name, size, count in made
+    )
+    executors = tuple(Executor(f"{name}-{number}", name) for name, _, count in made for number in range(count))
+    in_flight = sum(device.load_slots for device in devices)
+    on_gpu = sum(not executor.device.startswith("cpu") for executor in executors)
+    costs = {device.name: machine.cost(device.name, loader, CLASSIFIER_BYTES, on_gpu, in_flight) for device in devices}
+    experts = tuple(paper.experts(job.board, costs))
+    sizes = [(e.name, e.footprints[devices[0].name].weights_bytes) for e in experts]
+    rooms = {device.name: device.budget_bytes for device in devices}
+    residents = policy.place(sizes, rooms)
+    if policy is policies.ALL_RESIDENT:
+        residents = [(device.name, name) for device in devices for name, _ in sizes]
+    return Box(devices, executors, experts, tuple(residents), in_flight)
+
+
+def _least_seconds(
+    machine: Machine, job: Job, box: Box, asked: Mapping[str, Sequence[float]], absent: Iterable[str], loader: str
+) -> float:
+    """No schedule on this box is quicker: arrivals, compulsory loads and runs, each as if the others cost nothing."""
+    arriving = (job.pictures * job.boards - 1) * job.gap_seconds
+    runs = sum(len(times) for times in asked.values())
+    speed = sum(1 / box.experts[0].costs[executor.device].item_seconds for executor in box.executors)
+    absent = set(absent)
+    if loader == "segments":
+        sizes = {e.name: e.footprints[box.devices[0].name].weights_bytes for e in box.experts}
+        loading = sum(sizes[name] for name in absent) / machine.disk_bytes_per_second
+    else:
+        loading = len(absent) * machine.load_seconds / box.loads_in_flight
+    return max(arriving, runs / speed, loading)
+
+
+def _steady(trace: Trace, verdicts: Sequence[Verdict]) -> float:
+    """Answers in time per second of the middle eight tenths of the time in which pictures came; zero for no time."""
+    lasting = trace.requests[-1].arrived_seconds
+    came = {request.id: request.arrived_seconds for request in trace.requests}
+    answered = (came[v.request] + v.waited_seconds for v in verdicts if v.outcome is not Outcome.LATE)
+    return sum(0.1 * lasting <= at < 0.9 * lasting for at in answered) / (0.8 * lasting) if lasting else 0.0
+
+
+def _quantile(ordered: Sequence[float], share: float) -> float:
+    return ordered[min(int(len(ordered) * share), len(ordered) - 1)] if ordered else 0.0
+
+
+def paper_table() -> dict[str, Any]:
+    """Every printed cell beside ours, and how far they are apart."""
+    cells = []
+    for machine in paper.MACHINES.values():
+        for policy, printed in paper.PRINTED_IMAGES_PER_SECOND[machine.name].items():
+            switches = paper.PRINTED_SWITCHES[machine.name].get(policy)
+            for number, (task, job) in enumerate(paper.JOBS.items()):
+                found = tried(machine, job, policy)
+                cells.append(
+                    {
+                        "device": machine.name,
+                        "policy": policy,
+                        "task": task,
+                        "paper_images_per_second": printed[number],
+                        "images_per_second": found["images_per_second"],
+                        "off": found["images_per_second"] / printed[number] - 1,
+                        "paper_switches": switches[number] if switches else None,
+                        "switches_per_executor": found["switches_per_executor"],
+                        "switches_off": found["switches_per_executor"] / switches[number] - 1 if switches else None,
+                        "switches_total": found["switches_total"],
+                        "loads_floor": found["loads_floor"],
+                    }
+                )
+    off = [abs(cell["off"]) for cell in cells]
+    switches_off = [abs(cell["switches_off"]) for cell in cells if cell["switches_off"] is not None]
+    return {
+        "cells": cells,
+        "mean_off": fmean(off),
+        "worst_off": max(off),
+        "cells_beyond_a_fifth": sum(value > 0.2 for value in off),
+        "mean_switches_off": fmean(switches_off),
+    }
