@@ -14,6 +14,7 @@ from appliance.core.types import (
     Batch,
     Device,
     Event,
+    Evict,
     Executor,
     Finished,
     Loaded,
@@ -28,6 +29,16 @@ from appliance.drivers.journal import Journal, Opening
 from appliance.errors import ConfigError, RecordsError
 from appliance.lab.simulate import SharedDisk, World, replay, simulate, simulated
 from tests.kit import BOXED, DOUBTFUL, SOUND, box, expert, inspection_graph, pretend, request
+
+
+def test_who_was_given_up_while_loading_is_no_eviction() -> None:
+    experts = [expert("a"), expert("detector")]
+    controller, devices = box(experts, inspection_graph(["a"]), 100)
+    broken = Refusal("disk", "unreadable")
+    world = World(experts, devices, lambda r, e: (SOUND,), lambda action: broken)
+    report = simulate(controller, world, [request("r", "c-a")])
+    assert [type(action) for action in report.actions].count(Evict) == 2
+    assert (report.loads, report.evictions) == (2, 0)
 
 
 def test_a_run_takes_as_long_as_its_costs() -> None:

@@ -289,7 +289,7 @@ def simulate(controller: Controller, world: World, arrivals: Sequence[Request]) 
                 disk.begin(sum(segment.bytes for segment in action.segments), number, after, now)
             else:
                 heapq.heappush(agenda, (now + seconds, number, after))
-    return _report(world, taken, ended - started, scheduling)
+    return _report(controller, world, taken, ended - started, scheduling)
 
 
 def replay(controller: Controller, world: World, events: Iterable[tuple[float, Event]]) -> Report:
@@ -303,16 +303,19 @@ def replay(controller: Controller, world: World, events: Iterable[tuple[float, E
             taken.append(action)
             world.obey(action)
             ended = now if isinstance(action, Publish) else ended
-    return _report(world, taken, (ended or 0.0) - (started or 0.0))
+    return _report(controller, world, taken, (ended or 0.0) - (started or 0.0))
 
 
-def _report(world: World, actions: list[Action], seconds: float, scheduling_seconds: float = 0.0) -> Report:
+def _report(
+    controller: Controller, world: World, actions: list[Action], seconds: float, scheduling_seconds: float = 0.0
+) -> Report:
+    """Counts are the controller's own, as a live box tells them: who was given up while loading is not evicted."""
     return Report(
         tuple(world.verdicts),
         tuple(actions),
         seconds,
-        sum(isinstance(action, Load) for action in actions),
-        sum(isinstance(action, Evict) for action in actions),
+        controller.counts["loads"],
+        controller.counts["evictions"],
         max(device.peak_bytes for device in world.devices.values()),
         scheduling_seconds,
     )
