@@ -173,6 +173,32 @@ def simulate(
 
 
 @app.command()
+def explain(
+    journal: Annotated[
+        Path, typer.Argument(help="A journal that a service wrote (paths.journal), such as the demo's.")
+    ],
+    request: Annotated[str | None, typer.Argument(help="A request's id, or how it begins.")] = None,
+    at: Annotated[float | None, typer.Option(min=0.0, help="This second since the journal began.")] = None,
+    minute: Annotated[int | None, typer.Option(min=0, help="This minute of the journal; 0 is the first.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell from a journal why a request took so long, or what happened in a minute.
+
+    The journal is replayed through the same scheduler. Of a request: each expert it asked, behind whom it was queued, what
+    was resident then, who was loaded and who left for it by which rule, and what it waited for. Without one, the
+    slowest requests and what they waited for. With --at or --minute: who was resident, loads, evictions, queue.
+    """
+    from appliance.lab.explain import explained
+    from appliance.report import print_explanation
+
+    if sum(choice is not None for choice in (request, at, minute)) > 1:
+        raise typer.BadParameter("give a request, or --at, or --minute")
+    since, seconds = (at, 1.0) if at is not None else (minute * 60.0 if minute is not None else None, 60.0)
+    found = explained(journal, request, since=since, until=None if since is None else since + seconds)
+    _print(found) if as_json else print_explanation(found, Console())
+
+
+@app.command()
 def demo(
     pictures: Annotated[int, typer.Option(min=1, help="How many pictures the lines publish.")] = 1200,
     lines: Annotated[int, typer.Option(min=1, max=16, help="How many lines publish at the same time.")] = 4,

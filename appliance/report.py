@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -102,6 +102,151 @@ def print_simulation(found: Mapping[str, Any], console: Console) -> None:
         shown = f"{value:,.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
         table.add_row(name.replace("_", " "), escape(shown))
     console.print(table)
+
+
+RULES = {
+    "orphaned": "nobody who leads to it was there",
+    "least-worth": "it was worth least, and nothing queued kept it",
+    "overdue": "queued pictures needed it, but the one it left for was overdue and due before them",
+    "pinned": "room was made for an expert that stays",
+    "withheld": "the device refused memory and makes do with less",
+    "fragmented": "memory was free, but in pieces",
+    "quarantined": "it answered its golden samples wrongly",
+    "not-loaded": "its load had failed or was given up",
+}
+WAITS = {
+    "spool": "in the spool: too many others were scheduled, or the box had just started",
+    "load slot": "for a load slot: its expert was absent, and all slots loaded others",
+    "memory": "for memory: its expert was absent, a slot was free, and nobody was allowed to leave yet",
+    "load": "for the load of its expert",
+    "executor": "for its executor, which had other work",
+    "activations": "for activations: what ran left no room for its batch",
+    "run": "while it was looked at",
+}
+
+
+def print_explanation(found: Mapping[str, Any], console: Console) -> None:
+    if "request" in found:
+        _print_request(found["request"], console)
+    elif "span" in found:
+        _print_span(found["span"], console)
+    else:
+        _print_slowest(found, console)
+
+
+def _print_slowest(found: Mapping[str, Any], console: Console) -> None:
+    table = Table("request", "component", "at", "verdict", "waited", "mostly")
+    for one in found["slowest"]:
+        mostly = f"{one['cause']}: {_seconds(one['cause_seconds'])}"
+        verdict = f"[{COLOURS[one['outcome']]}]{one['outcome']}[/]"
+        times = _seconds(one["arrived_seconds"]), verdict, _seconds(one["waited_seconds"])
+        table.add_row(escape(one["request"]), escape(one["component"]), *times, mostly)
+    console.print(table)
+    for cause, count in found["causes"].items():
+        console.print(f"{count:,} of {found['requests']:,} requests were mostly {WAITS[cause]}", soft_wrap=True)
+    _print_rules(found["evictions_by_rule"], console)
+
+
+def _print_rules(evictions: Mapping[str, int], console: Console) -> None:
+    for rule, count in evictions.items():
+        console.print(f"{count:,} evictions [bold]{rule}[/]: {RULES[rule]}", soft_wrap=True)
+
+
+def _print_request(one: Mapping[str, Any], console: Console) -> None:
+    table = Table("at", "what", title=f"{one['request']} ({one['component']})", title_justify="left")
+    table.add_row(_seconds(one["arrived_seconds"]), "arrived")
+    for question in one["questions"]:
+        for at, what in _happened(question):
+            table.add_row(_seconds(at), what)
+    if one["answered_seconds"] is not None:
+        why = f" ({one['reason']})" if one["reason"] else ""
+        verdict = f"[{COLOURS[one['outcome']]}]{one['outcome']}[/]{escape(why)}"
+        table.add_row(_seconds(one["answered_seconds"]), f"{verdict} after {_seconds(one['waited_seconds'])}")
+    console.print(table)
+    for wait, seconds in sorted(one["waits"].items(), key=lambda item: -item[1]):
+        console.print(f"{_seconds(seconds)} {WAITS[wait]}", soft_wrap=True)
+
+
+def _happened(question: Mapping[str, Any]) -> Iterator[tuple[float, str]]:
+    """A question's steps in order, each with its second."""
+    expert = escape(question["expert"])
+    yield question["asked_seconds"], f"asks [bold]{expert}[/], queued on {question['executor']}; {_found(question)}"
+    yield question["asked_seconds"], _behind(question)
+    for device, there in question["resident"].items():
+        yield question["asked_seconds"], escape(f"resident on {device}: {_some(there)}")
+    for load in question["loads"]:
+        for left in load["evicted"]:
+            yield left["at_seconds"], f"[yellow]evicted[/] {escape(left['expert'])}: {RULES[left['rule']]}"
+        ahead = " ahead of its need" if load["ahead"] else f" for {load['waiting']} waiting"
+        yield load["began_seconds"], f"[cyan]load[/] of {expert} begins{ahead}"
+        if load["ended_seconds"] is not None:
+            ended = f"fails: {load['failed']}" if load["failed"] else "ends"
+            yield (
+                load["ended_seconds"],
+                f"its load {ended} after {_seconds(load['ended_seconds'] - load['began_seconds'])}",
+            )
+    for run in question["runs"]:
+        yield run["began_seconds"], f"[green]runs[/] on {run['executor']} in a batch of {run['pictures']}"
+        if run["failed"]:
+            yield run["ended_seconds"], f"the run fails: {escape(run['failed'])}"
+
+
+def _found(question: Mapping[str, Any]) -> str:
+    left = question["left_before"]
+    if question["found"] != "absent":
+        return f"it is {question['found']}"
+    if left is None:
+        return "it is absent: nobody has loaded it yet"
+    whom = f" for {left['for']}" if left["for"] else ""
+    return escape(f"it is absent: left at {_seconds(left['at_seconds'])}{whom}, {RULES[left['rule']]}")
+
+
+def _behind(question: Mapping[str, Any]) -> str:
+    batch, groups = question["running"], question["behind"]
+    runs = f"runs {batch['pictures']} of {batch['expert']}" if batch else "runs nothing"
+    behind = _some([f"{group['pictures']} of {group['expert']}" for group in groups]) if groups else "nobody"
+    return escape(f"{question['executor']} {runs}; queued behind {behind}")
+
+
+def _print_span(span: Mapping[str, Any], console: Console) -> None:
+    table = Table("at", "what", title_justify="left")
+    table.title = f"from {_seconds(span['since_seconds'])} to {_seconds(span['until_seconds'])}"
+    for device, there in span["resident"].items():
+        table.add_row(_seconds(span["since_seconds"]), escape(f"resident on {device}: {_some(there, 40)}"))
+    for device, there in span["loading"].items():
+        if there:
+            table.add_row(_seconds(span["since_seconds"]), escape(f"loading on {device}: {_some(there)}"))
+    moves = [(left["at_seconds"], 0, _departed(left)) for left in span["evictions"]]
+    moves += [(load["began_seconds"], 1, _loads(load)) for load in span["loads"]]
+    for at, _, what in sorted(moves):
+        table.add_row(_seconds(at), what)
+    console.print(table)
+    queued = f"{span['queued_at_start']:,} queued at the start, {span['queued_at_most']:,} at most"
+    console.print(
+        f"{span['verdicts']:,} verdicts, {len(span['loads']):,} loads; {queued}, {span['queued_at_end']:,} last"
+    )
+    _print_rules(span["evictions_by_rule"], console)
+
+
+def _departed(left: Mapping[str, Any]) -> str:
+    whom = f" for {left['for']}" if left["for"] else ""
+    return f"[yellow]evicted[/] {escape(left['expert'] + whom)}: {left['rule']}"
+
+
+def _loads(load: Mapping[str, Any]) -> str:
+    seconds = load["ended_seconds"] and load["ended_seconds"] - load["began_seconds"]
+    took = "not ended" if seconds is None else _seconds(seconds)
+    why = "ahead" if load["ahead"] else f"for {load['waiting']} waiting"
+    return f"[cyan]load[/] of {escape(load['expert'])}, {why}: {load['failed'] or took}"
+
+
+def _some(names: Sequence[str], most: int = 12) -> str:
+    shown = ", ".join(names[:most]) or "nobody"
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3f} s"
 
 
 def print_paper_table(found: Mapping[str, Any], console: Console) -> None:

@@ -814,7 +814,10 @@ def test_a_shortage_of_memory_is_a_rule_of_its_own() -> None:
     run = _run(controller.handle(Loaded("cpu", "a"), 0.1))
     controller.handle(Loaded("cpu", "detector"), 0.2)
     moves = controller.handle(RunFailed(run.batch, NO_MEMORY), 0.3)
-    assert [(m.expert, m.rule) for m in moves if isinstance(m, Evict)] == [("detector", Rule.WITHHELD)]
+    assert [(m.expert, m.rule) for m in moves if isinstance(m, Evict)] == [
+        ("a", Rule.WITHHELD),
+        ("detector", Rule.LEAST_WORTH),
+    ]
 
 
 def test_evictions_are_counted_by_rule_and_tasks_by_where_their_expert_was() -> None:
