@@ -65,14 +65,16 @@ def check(
 ) -> None:
     """Check settings, catalogue, graph, digests and compiled experts, without serving.
 
-    Compiles what is new, so that the next start is quick. Exit code 1 when any expert could not serve.
+    Compiles what is new, so that the next start is quick. Says of each product whether its experts fit into the budget
+    together, and what one board after another of it will come to. Exit code 1 when any expert could not serve.
     """
     from appliance import config as settings
+    from appliance.lab.feasibility import products
     from appliance.report import print_check, progress
     from appliance.startup import checked
 
     with progress(Console(stderr=True, quiet=as_json)) as tell:
-        found = checked(settings.load(config), prune=prune, tell=tell)
+        found = checked(settings.load(config), prune=prune, tell=tell, forecast=products)
     _print(found) if as_json else print_check(found, Console())
     raise typer.Exit(0 if not found["unavailable"] else 1)
 
@@ -184,9 +186,9 @@ def explain(
 ) -> None:
     """Tell from a journal why a request took so long, or what happened in a minute.
 
-    The journal is replayed through the same scheduler. Of a request: each expert it asked, behind whom it was queued, what
-    was resident then, who was loaded and who left for it by which rule, and what it waited for. Without one, the
-    slowest requests and what they waited for. With --at or --minute: who was resident, loads, evictions, queue.
+    The journal is replayed through the same scheduler. Of a request: each expert it asked, behind whom it was queued,
+    who was resident then, who was loaded for it and who left by which rule, and what it waited for. Without one,
+    the slowest requests and what they waited for. With --at or --minute: who was resident, loads, evictions, queue.
     """
     from appliance.lab.explain import explained
     from appliance.report import print_explanation

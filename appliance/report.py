@@ -18,7 +18,7 @@ def print_check(found: Mapping[str, Any], console: Console) -> None:
     table = _facts()
     table.add_row("catalogue", escape(found["catalog"]))
     table.add_row("experts", f"{found['experts']} of {found['architectures']} architectures")
-    table.add_row("components, products", f"{found['components']}, {found['products']}")
+    table.add_row("components, products", f"{found['components']}, {len(found['products'])}")
     table.add_row("weights", megabytes(found["weights_bytes"]))
     table.add_row("budget", f"{megabytes(found['budget_bytes'])} ({found['budget_share']:.0%} of the weights)")
     gpus = ", ".join(found["gpus"]) or "no GPU"
@@ -29,6 +29,8 @@ def print_check(found: Mapping[str, Any], console: Console) -> None:
     table.add_row("compiled experts", escape(found["store"]))
     console.print(table)
     console.print(escape(found["graph"]), soft_wrap=True, highlight=False)
+    if found["products"]:
+        _print_products(found["products"], console)
     if found["budget_bytes"] < found["configured_budget_bytes"]:
         asked = megabytes(found["configured_budget_bytes"])
         given = megabytes(found["budget_bytes"])
@@ -53,6 +55,18 @@ def print_check(found: Mapping[str, Any], console: Console) -> None:
         console.print(_unused(found["unused"], found["freed_bytes"]))
     if not found["unavailable"] and not found["too_large"]:
         console.print("[green]Everything in the catalogue can serve.[/green]")
+
+
+def _print_products(products: Sequence[Mapping[str, Any]], console: Console) -> None:
+    table = Table("product", "experts", "weights", "fits", "loads per board", "images per second")
+    for product in products:
+        fits = "[green]yes[/]" if product["fits"] else "[yellow]no[/]"
+        rates = (product["loads_per_board"], product["images_per_second"])
+        shown = ("" if rate is None else f"{rate:,.1f}" for rate in rates)
+        size = megabytes(product["working_set_bytes"])
+        table.add_row(escape(product["name"]), f"{product['experts']:,}", size, fits, *shown)
+    console.print(table)
+    console.print("One board after another of each product, every picture asking all whom it may lead to.")
 
 
 def _unused(unused: Mapping[str, int], freed_bytes: int | None) -> str:
@@ -140,10 +154,12 @@ def _print_slowest(found: Mapping[str, Any], console: Console) -> None:
         mostly = f"{one['cause']}: {_seconds(one['cause_seconds'])}"
         verdict = f"[{COLOURS[one['outcome']]}]{one['outcome']}[/]"
         times = _seconds(one["arrived_seconds"]), verdict, _seconds(one["waited_seconds"])
-        table.add_row(escape(one["request"]), escape(one["component"]), *times, mostly)
+        table.add_row(escape(one["request"][:16]), escape(one["component"]), *times, mostly)
     console.print(table)
     for cause, count in found["causes"].items():
-        console.print(f"{count:,} of {found['requests']:,} requests were mostly {WAITS[cause]}", soft_wrap=True)
+        console.print(
+            f"{count:,} of {found['requests']:,} requests took most of their time {WAITS[cause]}", soft_wrap=True
+        )
     _print_rules(found["evictions_by_rule"], console)
 
 
