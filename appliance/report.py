@@ -131,7 +131,7 @@ RULES = {
 WAITS = {
     "spool": "in the spool: too many others were scheduled, or the box had just started",
     "load slot": "for a load slot: its expert was absent, and all slots loaded others",
-    "memory": "for memory: its expert was absent, a slot was free, and nobody was allowed to leave yet",
+    "memory": "for memory: a slot was free, but for its expert, or one whose turn came before, nobody might leave yet",
     "load": "for the load of its expert",
     "executor": "for its executor, which had other work",
     "activations": "for activations: what ran left no room for its batch",
@@ -201,7 +201,10 @@ def _happened(question: Mapping[str, Any]) -> Iterator[tuple[float, str]]:
                 load["ended_seconds"],
                 f"its load {ended} after {_seconds(load['ended_seconds'] - load['began_seconds'])}",
             )
+    waited = ", ".join(f"{_seconds(seconds)} {wait}" for wait, seconds in question["waits"].items() if wait != "run")
     for run in question["runs"]:
+        if waited:
+            yield run["began_seconds"], f"[dim]has waited: {waited}[/]"
         yield run["began_seconds"], f"[green]runs[/] on {run['executor']} in a batch of {run['pictures']}"
         if run["failed"]:
             yield run["ended_seconds"], f"the run fails: {escape(run['failed'])}"
