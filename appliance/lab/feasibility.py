@@ -91,7 +91,7 @@ def _fits(made: Installation, experts: Mapping[str, Expert], names: Sequence[str
 def _rates(made: Installation, experts: Mapping[str, Expert], components: Sequence[str]) -> Rates:
     """By boards whose pictures come at once, each when the one before has been answered."""
     controller, graph = made.lenient_controller(), made.catalog.graph
-    answers = {name: tuple(_leading_on(graph, name)) for name in experts}
+    answers = {name: tuple(leading_on(graph, name)) for name in experts}
     disk = SharedDisk(made.profile.disk_bytes_per_second)
     world = World(experts.values(), made.devices, lambda request, expert: answers[expert], disk=disk)
     start, loads, seconds = 0.0, 0, 0.0
@@ -106,7 +106,7 @@ def _rates(made: Installation, experts: Mapping[str, Expert], components: Sequen
     return Rates(loads / COUNTED_BOARDS, pictures / seconds if seconds else 0.0)
 
 
-def _leading_on(graph: ExpertGraph, expert: str) -> Iterator[Finding]:
+def leading_on(graph: ExpertGraph, expert: str) -> Iterator[Finding]:
     """Findings of which every edge takes one."""
     for edge in graph.edges.get(expert, ()):
         for condition in edge.conditions[:1]:
