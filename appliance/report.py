@@ -61,6 +61,7 @@ def _print_products(products: Sequence[Mapping[str, Any]], console: Console) -> 
     table = Table("product", "experts", "weights", "fits", "loads per board", "images per second")
     for product in products:
         fits = "[green]yes[/]" if product["fits"] else "[yellow]no[/]"
+        fits = f"[red]lacks {len(product['unavailable'])}[/]" if product["unavailable"] else fits
         rates = (product["loads_per_board"], product["images_per_second"])
         shown = ("" if rate is None else f"{rate:,.1f}" for rate in rates)
         size = megabytes(product["working_set_bytes"])

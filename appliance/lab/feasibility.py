@@ -36,7 +36,8 @@ def products(made: Installation) -> list[dict[str, Any]]:
     experts, known = made.experts, dict[tuple[str, ...], Rates | None]()
     found = []
     for name, product in made.catalog.products.items():
-        asked = [expert for expert in working_set(product, made.catalog.graph) if expert in experts]
+        needed = working_set(product, made.catalog.graph)
+        asked = [expert for expert in needed if expert in experts]
         components = tuple(placement.component for placement in product.recipe.placements)
         if components not in known:
             known[components] = _rates(made, experts, components) if asked else None
@@ -44,9 +45,10 @@ def products(made: Installation) -> list[dict[str, Any]]:
         found.append(
             {
                 "name": name,
-                "experts": len(asked),
+                "experts": len(needed),
+                "unavailable": [expert for expert in needed if expert not in experts],
                 "working_set_bytes": _distinct_bytes(experts, asked),
-                "fits": _fits(made, experts, asked),
+                "fits": len(asked) == len(needed) and _fits(made, experts, asked),
                 "loads_per_board": None if rates is None else rates.loads_per_board,
                 "images_per_second": None if rates is None else rates.images_per_second,
             }
