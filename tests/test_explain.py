@@ -115,6 +115,18 @@ def test_a_wait_has_the_causes_that_it_had() -> None:
     assert (question.found, question.departure) == (Residency.ABSENT, None)
 
 
+def test_who_asks_for_an_expert_on_its_way_is_told_of_the_load_that_began_for_others() -> None:
+    experts = [expert("a", 40), expert("detector", 10)]
+    events: list[tuple[float, Event]] = [
+        (0.0, Arrived(request("a1", "c-a"))),
+        (1.0, Arrived(request("a2", "c-a", 1.0))),
+        (3.0, Loaded("cpu", "a")),
+    ]
+    (question,) = _told(experts, events, "a2").journeys["a2"].questions
+    assert (question.found, question.waits[Wait.LOAD]) == (Residency.LOADING, 2.0)
+    assert [(load.began_seconds, load.ended_seconds, load.waiting) for load in question.loads] == [(0.0, 3.0, 1)]
+
+
 def test_where_a_load_occupies_its_executor_all_that_is_before_it_is_the_executors_time() -> None:
     experts = [expert("a", 40), expert("b", 40), expert("detector", 10)]
     events: list[tuple[float, Event]] = [
