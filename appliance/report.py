@@ -153,8 +153,7 @@ def _print_slowest(found: Mapping[str, Any], console: Console) -> None:
     table = Table("request", "component", "at", "verdict", "waited", "mostly")
     for one in found["slowest"]:
         mostly = f"{one['cause']}: {_seconds(one['cause_seconds'])}"
-        verdict = f"[{COLOURS[one['outcome']]}]{one['outcome']}[/]"
-        times = _seconds(one["arrived_seconds"]), verdict, _seconds(one["waited_seconds"])
+        times = _seconds(one["arrived_seconds"]), _outcome(one), _seconds(one["waited_seconds"])
         table.add_row(escape(one["request"][:16]), escape(one["component"]), *times, mostly)
     console.print(table)
     for cause, count in found["causes"].items():
@@ -162,6 +161,13 @@ def _print_slowest(found: Mapping[str, Any], console: Console) -> None:
             f"{count:,} of {found['requests']:,} requests took most of their time {WAITS[cause]}", soft_wrap=True
         )
     _print_rules(found["evictions_by_rule"], console)
+
+
+def _outcome(one: Mapping[str, Any]) -> str:
+    outcome = one["outcome"]
+    if outcome is None:
+        return "[bold]no verdict[/]"
+    return f"[{COLOURS[outcome]}]{outcome}[/]" + (escape(f" ({one['reason']})") if one["reason"] else "")
 
 
 def _print_rules(evictions: Mapping[str, int], console: Console) -> None:
@@ -175,10 +181,8 @@ def _print_request(one: Mapping[str, Any], console: Console) -> None:
     for question in one["questions"]:
         for at, what in _happened(question):
             table.add_row(_seconds(at), what)
-    if one["answered_seconds"] is not None:
-        why = f" ({one['reason']})" if one["reason"] else ""
-        verdict = f"[{COLOURS[one['outcome']]}]{one['outcome']}[/]{escape(why)}"
-        table.add_row(_seconds(one["answered_seconds"]), f"{verdict} after {_seconds(one['waited_seconds'])}")
+    ended = one["answered_seconds"]
+    table.add_row("" if ended is None else _seconds(ended), f"{_outcome(one)} after {_seconds(one['waited_seconds'])}")
     console.print(table)
     for wait, seconds in sorted(one["waits"].items(), key=lambda item: -item[1]):
         console.print(f"{_seconds(seconds)} {WAITS[wait]}", soft_wrap=True)
@@ -218,7 +222,7 @@ def _found(question: Mapping[str, Any]) -> str:
     if left is None:
         return "it is absent: nobody has loaded it yet"
     whom = f" for {left['for']}" if left["for"] else ""
-    return escape(f"it is absent: left at {_seconds(left['at_seconds'])}{whom}, {RULES[left['rule']]}")
+    return escape(f"it is absent: left at {_seconds(left['at_seconds'])}{whom} ({RULES[left['rule']]})")
 
 
 def _behind(question: Mapping[str, Any]) -> str:

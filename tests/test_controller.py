@@ -729,6 +729,7 @@ class Sparing(Noting):
                 needed = scheduler.due_seconds(action.device, action.expert)
                 due = scheduler.due_seconds(coming.device, coming.expert)
                 assert needed is None or (due is not None and due <= now and due < needed)
+                assert action.rule is (Rule.LEAST_WORTH if needed is None else Rule.OVERDUE)
 
 
 @given(workloads())

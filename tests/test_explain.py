@@ -137,8 +137,8 @@ def test_where_a_load_occupies_its_executor_all_that_is_before_it_is_the_executo
         (15.0, Loaded("cpu", "b")),
     ]
     told = _told(experts, events, "b", SAMBA)
-    waits = told.journeys["b"].questions[0].waits
-    assert waits == {Wait.EXECUTOR: 6.0, Wait.LOAD: 8.0}
+    waits = told.journeys["b"].waits
+    assert {wait: seconds for wait, seconds in waits.items() if seconds} == {Wait.EXECUTOR: 6.0, Wait.LOAD: 8.0}
 
 
 def _displaced(start: float = 0.0) -> tuple[list[Expert], list[tuple[float, Event]]]:
@@ -237,13 +237,21 @@ def test_a_request_of_a_journal_is_explained_in_order(journal: Path) -> None:
 
 
 def test_an_expert_that_was_displaced_is_missed_for_a_reason(journal: Path) -> None:
-    assert "it is absent: left at 20.300 s for b, queued pictures needed it" in _printed(explained(journal, "a3"))
+    assert "it is absent: left at 20.300 s for b (queued pictures needed it" in _printed(explained(journal, "a3"))
 
 
 def test_without_a_request_the_slowest_and_their_causes_are_told(journal: Path) -> None:
     found = explained(journal)
-    assert [one["request"] for one in found["slowest"]] == ["c1", "a1"]
-    assert found["causes"] == {"run": 2}
+    assert [(one["request"], one["outcome"]) for one in found["slowest"][:4]] == [
+        ("b1", None),
+        ("a2", None),
+        ("c1", "pass"),
+        ("a1", "pass"),
+    ]
+    assert found["causes"]["run"] == 2
+    for one in found["slowest"]:
+        assert sum(one["waits"].values()) == pytest.approx(one["waited_seconds"]), "also of who has no verdict yet"
+    assert "no verdict" in _printed(found)
     assert found["evictions_by_rule"] == {"overdue": 1}
     assert "1 evictions overdue" in _printed(found)
 

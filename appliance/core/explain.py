@@ -201,6 +201,15 @@ class Chronicle:
         if not self.queued or self.queued[-1][1] != queued:
             self.queued.append((now, queued))
 
+    def stop(self) -> None:
+        """No more events come: who is not answered yet has waited until now."""
+        for waiting in self._waiting.values():
+            for question in waiting.values():
+                self._book(question, self.ended_seconds)
+        for question in self._answering.values():
+            question.waits[Wait.RUN] += self.ended_seconds - question._since
+            question._since = self.ended_seconds
+
     def _open(self, request: str) -> Journey | None:
         journey = self.journeys.get(request)
         return journey if journey is not None and journey.verdict is None else None
@@ -382,4 +391,5 @@ def chronicle(
         if not number:
             told.began_seconds = told.ended_seconds = now
         told.follow(event, now)
+    told.stop()
     return told

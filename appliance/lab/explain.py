@@ -55,18 +55,20 @@ def _named(path: Path, request: str, names: Iterable[str]) -> str:
 
 
 def _slowest(told: Chronicle) -> dict[str, Any]:
-    done = [journey for journey in told.journeys.values() if journey.verdict is not None]
-    slowest = sorted(done, key=lambda journey: (-_waited(journey), journey.request.id))
+    slowest = sorted(told.journeys.values(), key=lambda journey: (-_waited(told, journey), journey.request.id))
     return {
-        "requests": len(told.journeys),
-        "causes": dict(Counter(journey.cause.value for journey in done).most_common()),
+        "requests": len(slowest),
+        "causes": dict(Counter(journey.cause.value for journey in slowest).most_common()),
         "evictions_by_rule": dict(Counter(departure.rule.value for departure in told.departures).most_common()),
         "slowest": [_brief(told, journey) for journey in slowest[:SLOWEST]],
     }
 
 
-def _waited(journey: Journey) -> float:
-    return journey.verdict.waited_seconds if journey.verdict is not None else 0.0
+def _waited(told: Chronicle, journey: Journey) -> float:
+    """Until its verdict, or until the journal ends."""
+    if journey.verdict is not None:
+        return journey.verdict.waited_seconds
+    return told.ended_seconds - journey.request.arrived_seconds
 
 
 def _brief(told: Chronicle, journey: Journey) -> dict[str, Any]:
@@ -77,7 +79,7 @@ def _brief(told: Chronicle, journey: Journey) -> dict[str, Any]:
         "arrived_seconds": journey.request.arrived_seconds - told.began_seconds,
         "outcome": verdict.outcome.value if verdict is not None else None,
         "reason": verdict.refusal.reason if verdict is not None and verdict.refusal is not None else None,
-        "waited_seconds": verdict.waited_seconds if verdict is not None else None,
+        "waited_seconds": _waited(told, journey),
         "cause": journey.cause.value,
         "cause_seconds": journey.waits[journey.cause],
         "waits": {wait.value: seconds for wait, seconds in journey.waits.items() if seconds},
