@@ -65,14 +65,16 @@ def check(
 ) -> None:
     """Check settings, catalogue, graph, digests and compiled experts, without serving.
 
-    Compiles what is new, so that the next start is quick. Exit code 1 when any expert could not serve.
+    Compiles what is new, so that the next start is quick. Says of each product whether its experts fit into the budget
+    together, and what one board after another of it will come to. Exit code 1 when any expert could not serve.
     """
     from appliance import config as settings
+    from appliance.lab.feasibility import products
     from appliance.report import print_check, progress
     from appliance.startup import checked
 
     with progress(Console(stderr=True, quiet=as_json)) as tell:
-        found = checked(settings.load(config), prune=prune, tell=tell)
+        found = checked(settings.load(config), prune=prune, tell=tell, forecast=products)
     _print(found) if as_json else print_check(found, Console())
     raise typer.Exit(0 if not found["unavailable"] else 1)
 
@@ -170,6 +172,32 @@ def simulate(
     else:
         found = tried_by_name(device, str(task), policy or "appliance", loader, Pace(gap, due, boards))
     _print(found) if as_json else print_simulation(found, Console())
+
+
+@app.command()
+def explain(
+    journal: Annotated[
+        Path, typer.Argument(help="A journal that a service wrote (paths.journal), such as the demo's.")
+    ],
+    request: Annotated[str | None, typer.Argument(help="A request's id, or how it begins.")] = None,
+    at: Annotated[float | None, typer.Option(min=0.0, help="This second since the journal began.")] = None,
+    minute: Annotated[int | None, typer.Option(min=0, help="This minute of the journal; 0 is the first.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell from a journal why a request took so long, or what happened in a minute.
+
+    The journal is replayed through the same scheduler. Of a request: each expert it asked, behind whom it was queued,
+    who was resident then, who was loaded for it and who left by which rule, and what it waited for. Without one,
+    the slowest requests and what they waited for. With --at or --minute: who was resident, loads, evictions, queue.
+    """
+    from appliance.lab.explain import explained
+    from appliance.report import print_explanation
+
+    if sum(choice is not None for choice in (request, at, minute)) > 1:
+        raise typer.BadParameter("give a request, or --at, or --minute")
+    since, seconds = (at, 1.0) if at is not None else (minute * 60.0 if minute is not None else None, 60.0)
+    found = explained(journal, request, since=since, until=None if since is None else since + seconds)
+    _print(found) if as_json else print_explanation(found, Console())
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ def print_check(found: Mapping[str, Any], console: Console) -> None:
     table = _facts()
     table.add_row("catalogue", escape(found["catalog"]))
     table.add_row("experts", f"{found['experts']} of {found['architectures']} architectures")
-    table.add_row("components, products", f"{found['components']}, {found['products']}")
+    table.add_row("components, products", f"{found['components']}, {len(found['products'])}")
     table.add_row("weights", megabytes(found["weights_bytes"]))
     table.add_row("budget", f"{megabytes(found['budget_bytes'])} ({found['budget_share']:.0%} of the weights)")
     gpus = ", ".join(found["gpus"]) or "no GPU"
@@ -29,6 +29,8 @@ def print_check(found: Mapping[str, Any], console: Console) -> None:
     table.add_row("compiled experts", escape(found["store"]))
     console.print(table)
     console.print(escape(found["graph"]), soft_wrap=True, highlight=False)
+    if found["products"]:
+        _print_products(found["products"], console)
     if found["budget_bytes"] < found["configured_budget_bytes"]:
         asked = megabytes(found["configured_budget_bytes"])
         given = megabytes(found["budget_bytes"])
@@ -53,6 +55,19 @@ def print_check(found: Mapping[str, Any], console: Console) -> None:
         console.print(_unused(found["unused"], found["freed_bytes"]))
     if not found["unavailable"] and not found["too_large"]:
         console.print("[green]Everything in the catalogue can serve.[/green]")
+
+
+def _print_products(products: Sequence[Mapping[str, Any]], console: Console) -> None:
+    table = Table("product", "experts", "weights", "fits", "loads per board", "images per second")
+    for product in products:
+        fits = "[green]yes[/]" if product["fits"] else "[yellow]no[/]"
+        fits = f"[red]lacks {len(product['unavailable'])}[/]" if product["unavailable"] else fits
+        rates = (product["loads_per_board"], product["images_per_second"])
+        shown = ("" if rate is None else f"{rate:,.1f}" for rate in rates)
+        size = megabytes(product["working_set_bytes"])
+        table.add_row(escape(product["name"]), f"{product['experts']:,}", size, fits, *shown)
+    console.print(table)
+    console.print("One board after another of each product, every picture asking all whom it may lead to.")
 
 
 def _unused(unused: Mapping[str, int], freed_bytes: int | None) -> str:
@@ -102,6 +117,160 @@ def print_simulation(found: Mapping[str, Any], console: Console) -> None:
         shown = f"{value:,.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
         table.add_row(name.replace("_", " "), escape(shown))
     console.print(table)
+
+
+RULES = {
+    "orphaned": "nobody who leads to it was there",
+    "least-worth": "it was worth least, and nothing queued kept it",
+    "overdue": "queued pictures needed it, but the one it left for was overdue and due before them",
+    "pinned": "room was made for an expert that stays",
+    "withheld": "the device refused memory and makes do with less",
+    "fragmented": "memory was free, but in pieces",
+    "quarantined": "it answered its golden samples wrongly",
+    "not-loaded": "its load had failed or was given up",
+}
+WAITS = {
+    "spool": "in the spool: too many others were scheduled, or the box had just started",
+    "load slot": "for a load slot: its expert was absent, and all slots loaded others",
+    "memory": "for memory: a slot was free, but for its expert, or one whose turn came before, nobody might leave yet",
+    "load": "for the load of its expert",
+    "executor": "for its executor, which had other work",
+    "activations": "for activations: what ran left no room for its batch",
+    "run": "while it was looked at",
+}
+
+
+def print_explanation(found: Mapping[str, Any], console: Console) -> None:
+    if "request" in found:
+        _print_request(found["request"], console)
+    elif "span" in found:
+        _print_span(found["span"], console)
+    else:
+        _print_slowest(found, console)
+
+
+def _print_slowest(found: Mapping[str, Any], console: Console) -> None:
+    table = Table("request", "component", "at", "verdict", "waited", "mostly")
+    for one in found["slowest"]:
+        mostly = f"{one['cause']}: {_seconds(one['cause_seconds'])}"
+        times = _seconds(one["arrived_seconds"]), _outcome(one), _seconds(one["waited_seconds"])
+        table.add_row(escape(one["request"][:16]), escape(one["component"]), *times, mostly)
+    console.print(table)
+    for cause, count in found["causes"].items():
+        console.print(
+            f"{count:,} of {found['requests']:,} requests took most of their time {WAITS[cause]}", soft_wrap=True
+        )
+    _print_rules(found["evictions_by_rule"], console)
+
+
+def _outcome(one: Mapping[str, Any]) -> str:
+    outcome = one["outcome"]
+    if outcome is None:
+        return "[bold]no verdict[/]"
+    return f"[{COLOURS[outcome]}]{outcome}[/]" + (escape(f" ({one['reason']})") if one["reason"] else "")
+
+
+def _print_rules(evictions: Mapping[str, int], console: Console) -> None:
+    for rule, count in evictions.items():
+        console.print(f"{count:,} evictions [bold]{rule}[/]: {RULES[rule]}", soft_wrap=True)
+
+
+def _print_request(one: Mapping[str, Any], console: Console) -> None:
+    table = Table("at", "what", title=f"{one['request']} ({one['component']})", title_justify="left")
+    table.add_row(_seconds(one["arrived_seconds"]), "arrived")
+    for question in one["questions"]:
+        for at, what in _happened(question):
+            table.add_row(_seconds(at), what)
+    ended = one["answered_seconds"]
+    table.add_row("" if ended is None else _seconds(ended), f"{_outcome(one)} after {_seconds(one['waited_seconds'])}")
+    console.print(table)
+    for wait, seconds in sorted(one["waits"].items(), key=lambda item: -item[1]):
+        console.print(f"{_seconds(seconds)} {WAITS[wait]}", soft_wrap=True)
+
+
+def _happened(question: Mapping[str, Any]) -> Iterator[tuple[float, str]]:
+    """A question's steps in order, each with its second."""
+    expert = escape(question["expert"])
+    yield question["asked_seconds"], f"asks [bold]{expert}[/], queued on {question['executor']}; {_found(question)}"
+    yield question["asked_seconds"], _behind(question)
+    for device, there in question["resident"].items():
+        yield question["asked_seconds"], escape(f"resident on {device}: {_some(there)}")
+    for load in question["loads"]:
+        for left in load["evicted"]:
+            yield left["at_seconds"], f"[yellow]evicted[/] {escape(left['expert'])}: {RULES[left['rule']]}"
+        ahead = " ahead of its need" if load["ahead"] else f" for {load['waiting']} waiting"
+        yield load["began_seconds"], f"[cyan]load[/] of {expert} begins{ahead}"
+        if load["ended_seconds"] is not None:
+            ended = f"fails: {load['failed']}" if load["failed"] else "ends"
+            yield (
+                load["ended_seconds"],
+                f"its load {ended} after {_seconds(load['ended_seconds'] - load['began_seconds'])}",
+            )
+    waited = ", ".join(f"{_seconds(seconds)} {wait}" for wait, seconds in question["waits"].items() if wait != "run")
+    for run in question["runs"]:
+        if waited:
+            yield run["began_seconds"], f"[dim]has waited: {waited}[/]"
+        yield run["began_seconds"], f"[green]runs[/] on {run['executor']} in a batch of {run['pictures']}"
+        if run["failed"]:
+            yield run["ended_seconds"], f"the run fails: {escape(run['failed'])}"
+
+
+def _found(question: Mapping[str, Any]) -> str:
+    left = question["left_before"]
+    if question["found"] != "absent":
+        return f"it is {question['found']}"
+    if left is None:
+        return "it is absent: nobody has loaded it yet"
+    whom = f" for {left['for']}" if left["for"] else ""
+    return escape(f"it is absent: left at {_seconds(left['at_seconds'])}{whom} ({RULES[left['rule']]})")
+
+
+def _behind(question: Mapping[str, Any]) -> str:
+    batch, groups = question["running"], question["behind"]
+    runs = f"runs {batch['pictures']} of {batch['expert']}" if batch else "runs nothing"
+    behind = _some([f"{group['pictures']} of {group['expert']}" for group in groups]) if groups else "nobody"
+    return escape(f"{question['executor']} {runs}; queued behind {behind}")
+
+
+def _print_span(span: Mapping[str, Any], console: Console) -> None:
+    table = Table("at", "what", title_justify="left")
+    table.title = f"from {_seconds(span['since_seconds'])} to {_seconds(span['until_seconds'])}"
+    for device, there in span["resident"].items():
+        table.add_row(_seconds(span["since_seconds"]), escape(f"resident on {device}: {_some(there, 40)}"))
+    for device, there in span["loading"].items():
+        if there:
+            table.add_row(_seconds(span["since_seconds"]), escape(f"loading on {device}: {_some(there)}"))
+    moves = [(left["at_seconds"], 0, _departed(left)) for left in span["evictions"]]
+    moves += [(load["began_seconds"], 1, _loads(load)) for load in span["loads"]]
+    for at, _, what in sorted(moves):
+        table.add_row(_seconds(at), what)
+    console.print(table)
+    queued = f"{span['queued_at_start']:,} queued at the start, {span['queued_at_most']:,} at most"
+    console.print(
+        f"{span['verdicts']:,} verdicts, {len(span['loads']):,} loads; {queued}, {span['queued_at_end']:,} last"
+    )
+    _print_rules(span["evictions_by_rule"], console)
+
+
+def _departed(left: Mapping[str, Any]) -> str:
+    whom = f" for {left['for']}" if left["for"] else ""
+    return f"[yellow]evicted[/] {escape(left['expert'] + whom)}: {left['rule']}"
+
+
+def _loads(load: Mapping[str, Any]) -> str:
+    seconds = load["ended_seconds"] and load["ended_seconds"] - load["began_seconds"]
+    took = "not ended" if seconds is None else _seconds(seconds)
+    why = "ahead" if load["ahead"] else f"for {load['waiting']} waiting"
+    return f"[cyan]load[/] of {escape(load['expert'])}, {why}: {load['failed'] or took}"
+
+
+def _some(names: Sequence[str], most: int = 12) -> str:
+    shown = ", ".join(names[:most]) or "nobody"
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3f} s"
 
 
 def print_paper_table(found: Mapping[str, Any], console: Console) -> None:

@@ -432,6 +432,8 @@ class Service:
             "verdicts": dict(self._outcomes),
             "loads": counts["loads"],
             "evictions": counts["evictions"],
+            "evictions_by_rule": dict(self._controller.evictions),
+            "asked": dict(self._controller.asked),
             "runs": counts["runs"],
             "waiting": len(self._open),
             "spooled": stored.spooled,

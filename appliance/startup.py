@@ -36,6 +36,8 @@ COMPILE_JOBS = 2
 """Children that compile at the same time, where there are cores for them: each takes gigabytes for a large model."""
 
 Report = Callable[[str, Compiled | ApplianceError], None]
+Forecast = Callable[["Installation"], Sequence[Mapping[str, Any]]]
+"""Says of each product of the box what it will be like to serve."""
 Progress = Callable[[str, int, int], None]
 """Hears what is counted ("bytes" read, "experts" compiled), how many are done, and of how many."""
 
@@ -286,7 +288,13 @@ def _stores(config: Config) -> list[Store]:
     return [store for store in stores if store.folder.is_dir()]
 
 
-def checked(config: Config, *, prune: bool = False, tell: Progress = lambda what, done, of: None) -> dict[str, Any]:
+def checked(
+    config: Config,
+    *,
+    prune: bool = False,
+    tell: Progress = lambda what, done, of: None,
+    forecast: Forecast = lambda made: (),
+) -> dict[str, Any]:
     """What `appliance check` tells: the catalogue, what is unavailable and why, and whether the budgets hold it.
 
     Reads every byte of the stores first; what was damaged has been compiled again when this returns. `prune` removes
@@ -302,6 +310,7 @@ def checked(config: Config, *, prune: bool = False, tell: Progress = lambda what
     return {
         **_what_is_there(made),
         **_what_fits(made),
+        "products": list(forecast(made)),
         "damaged": {str(damage.path): damage.reason for damage in damaged},
         "unused": unused,
         "freed_bytes": freed_bytes,
@@ -332,7 +341,6 @@ def _what_is_there(made: Installation) -> dict[str, Any]:
         "architectures": len({compiled.architecture for compiled in made.compiled.values()}),
         "versions": {name: list(versions) for name, versions in made.catalog.versions.items()},
         "components": len(made.catalog.graph.entries),
-        "products": len(made.catalog.products),
         "memory_bytes": made.memory_bytes,
         "gpus": [gpu.name for gpu in made.gpus.used],
         "gpu_trouble": dict(made.gpus.trouble),

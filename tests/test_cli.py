@@ -13,7 +13,7 @@ import pytest
 from appliance.drivers.broker import free_port
 from tests.kit_box import Box, picture, write_catalog
 
-COMMANDS = ("serve", "check", "export", "publish", "simulate", "demo")
+COMMANDS = ("serve", "check", "export", "publish", "simulate", "explain", "demo")
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +103,20 @@ def test_a_stopped_boxs_journal_is_simulated(folder: Path) -> None:
     assert found["requests"] == 4
     assert found["loads"] == 2
     assert "images per second" in _run("simulate", journal, "--predict").stdout
+
+
+def test_a_stopped_boxs_journal_is_explained(folder: Path) -> None:
+    journal = str(folder / "box" / "journal.jsonl")
+    found = json.loads(_run("explain", journal, "--json").stdout)
+    assert found["requests"] == 4
+    slowest = found["slowest"][0]
+    told = json.loads(_run("explain", journal, slowest["request"][:20], "--json").stdout)["request"]
+    assert told["outcome"] == slowest["outcome"]
+    assert sum(told["waits"].values()) == pytest.approx(told["waited_seconds"], abs=1e-6)
+    assert len(json.loads(_run("explain", journal, "--minute", "0", "--json").stdout)["span"]["loads"]) == 2
+    assert "resident on cpu" in _run("explain", journal, "--at", "0").stdout
+    _fails(_run("explain", journal, "nobody"), "has no request nobody")
+    assert _run("explain", journal, "x", "--at", "1").returncode == 2
 
 
 def test_a_task_of_the_paper_is_simulated() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from appliance.core.controller import Controller
 from appliance.core.graph import Edge, compile_graph
-from appliance.core.memory import RECOVERY_SECONDS
+from appliance.core.memory import RECOVERY_SECONDS, Residency
 from appliance.core.policies import (
     APPLIANCE,
     COSERVE,
@@ -54,6 +54,7 @@ from appliance.core.types import (
     Quarantine,
     Refusal,
     Request,
+    Rule,
     Run,
     RunFailed,
     Segment,
@@ -197,7 +198,8 @@ def test_a_cold_expert_waits_for_residents_with_work_until_its_patience_ends() -
     assert controller.next_wakeup(1.0) == 0.3 + PATIENCE_SECONDS
     moves = controller.handle(Tick(), 0.3 + PATIENCE_SECONDS)
     assert [type(move) for move in moves] == [Evict, Load]
-    assert (moves[0], moves[1].expert) == (Evict("cpu", "a", (Segment("a-weights", 60),)), "b")  # type: ignore[union-attr]
+    evict = Evict("cpu", "a", (Segment("a-weights", 60),), Rule.OVERDUE)
+    assert (moves[0], moves[1].expert) == (evict, "b")  # type: ignore[union-attr]
 
 
 def test_whom_an_earlier_picture_needs_stays_however_long_a_cold_expert_waits() -> None:
@@ -349,7 +351,7 @@ def test_what_is_loaded_ahead_gives_way_to_who_waits() -> None:
     assert controller.handle(Arrived(request("b2", "c-b")), 0.2) == []
     evict, load = controller.handle(LoadFailed("cpu", "detector", Refusal(CANCELLED, "")), 0.3)
     assert (evict, load) == (
-        Evict("cpu", "detector", (Segment("detector-weights", 50),)),
+        Evict("cpu", "detector", (Segment("detector-weights", 50),), Rule.NOT_LOADED),
         Load("cpu", "b", (Segment("b-weights", 50),)),
     )
     assert controller.counts["load_failures"] == 0
@@ -509,10 +511,10 @@ def test_a_device_whose_free_memory_is_in_pieces_lets_one_leave_and_is_not_short
     controller.handle(Arrived(request("b", "c-b")), 0.4)
     for left in ("a", "detector"):
         moves = controller.handle(LoadFailed("cpu", "b", IN_PIECES), 0.5)
-        assert [(type(m), m.expert) for m in moves if isinstance(m, Evict | Load)] == [
-            (Evict, "b"),
-            (Evict, left),
-            (Load, "b"),
+        assert [(m.expert, m.rule if isinstance(m, Evict) else None) for m in moves if isinstance(m, Evict | Load)] == [
+            ("b", Rule.NOT_LOADED),
+            (left, Rule.FRAGMENTED),
+            ("b", None),
         ]
     assert controller.ledgers["cpu"].withheld_bytes == 0
     controller.handle(LoadFailed("cpu", "b", IN_PIECES), 0.6)
@@ -545,7 +547,7 @@ def test_a_quarantined_expert_gives_its_memory_back_even_if_it_was_pinned() -> N
     controller.handle(Loaded("cpu", "b"), 0.1)
     run = _run(controller.handle(Arrived(request("r", "c-b")), 0.2))
     moves = controller.handle(RunFailed(run.batch, Refusal(GOLDEN_MISMATCH, "3 off")), 0.3)
-    assert Evict("cpu", "b", (Segment("b-weights", 70),)) in moves
+    assert Evict("cpu", "b", (Segment("b-weights", 70),), Rule.QUARANTINED) in moves
     (load,) = controller.handle(Arrived(request("r2", "c-a")), 0.4)
     assert load == Load("cpu", "a", (Segment("a-weights", 70),))
 
@@ -765,6 +767,7 @@ class Sparing(Noting):
                 needed = scheduler.due_seconds(action.device, action.expert)
                 due = scheduler.due_seconds(coming.device, coming.expert)
                 assert needed is None or (due is not None and due <= now and due < needed)
+                assert action.rule is (Rule.LEAST_WORTH if needed is None else Rule.OVERDUE)
 
 
 @given(workloads())
@@ -812,11 +815,17 @@ def test_first_come_first_served_batches_only_neighbours() -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "leaver"),
-    [(SAMBA, "b"), (SAMBA_FIFO, "b"), (EM, "detector"), (COSERVE, "detector"), (replace(EM, orphans_first=False), "b")],
+    ("policy", "leaver", "rule"),
+    [
+        (SAMBA, "b", Rule.LEAST_WORTH),
+        (SAMBA_FIFO, "b", Rule.LEAST_WORTH),
+        (EM, "detector", Rule.ORPHANED),
+        (COSERVE, "detector", Rule.ORPHANED),
+        (replace(EM, orphans_first=False), "b", Rule.LEAST_WORTH),
+    ],
 )
 def test_a_detector_none_of_whose_classifiers_is_here_leaves_first_however_probable(
-    policy: Policy, leaver: str
+    policy: Policy, leaver: str, rule: Rule
 ) -> None:
     experts = [expert("a", 40), expert("b", 40, probability=0.2), expert("detector", 40, probability=0.9)]
     graph = compile_graph({"c-a": "a", "c-b": "b"}, [Edge("a", "detector")], ["a", "b", "detector"])
@@ -825,7 +834,46 @@ def test_a_detector_none_of_whose_classifiers_is_here_leaves_first_however_proba
     controller = Controller(graph, {e.name: e for e in experts}, devices, executors, policy=policy, residents=here)
     evict, load = controller.handle(Arrived(request("r", "c-a")), 0.0)
     assert isinstance(evict, Evict)
-    assert (evict.expert, load) == (leaver, Load("cpu", "a", (Segment("a-weights", 40),)))
+    assert (evict.expert, evict.rule) == (leaver, rule)
+    assert load == Load("cpu", "a", (Segment("a-weights", 40),))
+
+
+def test_room_for_a_pinned_expert_is_a_rule_of_its_own() -> None:
+    devices, executors = (Device("cpu", 100, 2),), (Executor("cpu-0", "cpu"),)
+    named, graph = {e.name: e for e in _experts("a", "b", size=60)}, inspection_graph(["a", "b"])
+    controller = Controller(graph, named, devices, executors, pinned=["b"], residents=[("cpu", "a")])
+    evict, _ = controller.handle(Tick(), 0.0)
+    assert evict == Evict("cpu", "a", (Segment("a-weights", 60),), Rule.PINNED)
+
+
+def test_a_shortage_of_memory_is_a_rule_of_its_own() -> None:
+    experts = [expert("a", 30, activation_item=20), expert("detector", 30)]
+    controller, _ = box(experts, inspection_graph(["a"]), 100, executors=1)
+    controller.handle(Arrived(request("a", "c-a")), 0.0)
+    run = _run(controller.handle(Loaded("cpu", "a"), 0.1))
+    controller.handle(Loaded("cpu", "detector"), 0.2)
+    moves = controller.handle(RunFailed(run.batch, NO_MEMORY), 0.3)
+    assert [(m.expert, m.rule) for m in moves if isinstance(m, Evict)] == [
+        ("a", Rule.WITHHELD),
+        ("detector", Rule.LEAST_WORTH),
+    ]
+
+
+def test_evictions_are_counted_by_rule_and_tasks_by_where_their_expert_was() -> None:
+    experts = _experts("a", "b", size=60)
+    controller, _ = box(experts, inspection_graph(["a", "b"]), 100, executors=1)
+    controller.handle(Arrived(request("a1", "c-a")), 0.0)
+    controller.handle(Arrived(request("a2", "c-a")), 0.05)
+    run = _run(controller.handle(Loaded("cpu", "a"), 0.1))
+    controller.handle(Finished(run.batch, ((SOUND,), (SOUND,)), 0.1), 0.2)
+    run = _run(controller.handle(Arrived(request("a3", "c-a")), 0.3))
+    controller.handle(Finished(run.batch, ((SOUND,),), 0.1), 0.4)
+    controller.handle(Arrived(request("b1", "c-b")), 0.5)
+    assert controller.asked == {Residency.ABSENT: 2, Residency.LOADING: 1, Residency.READY: 1}
+    assert controller.evictions == {Rule.LEAST_WORTH: 1}
+    assert controller.counts["evictions"] == 1
+    controller.handle(LoadFailed("cpu", "b", BROKEN), 0.6)
+    assert controller.counts["evictions"] == 1, "who never came did not leave"
 
 
 @given(st.lists(st.sampled_from(["hot", "warm"]), min_size=50, max_size=200))
@@ -869,4 +917,5 @@ def test_a_load_failure_event_evicts_what_was_booked() -> None:
     controller, _ = _one_expert()
     controller.handle(Arrived(request("r", "c-a")), 0.0)
     actions = controller.handle(LoadFailed("cpu", "a", BROKEN), 0.1)
-    assert actions == [Evict("cpu", "a", (Segment("a-weights", 10),)), Load("cpu", "a", (Segment("a-weights", 10),))]
+    segments = (Segment("a-weights", 10),)
+    assert actions == [Evict("cpu", "a", segments, Rule.NOT_LOADED), Load("cpu", "a", segments)]

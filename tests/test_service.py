@@ -413,6 +413,9 @@ def test_a_live_journal_replayed_makes_the_same_loads_and_evictions(tmp_path: Pa
         box.stop()
         found = simulated(box.folder / "journal.jsonl", predict=False)
     assert (found["loads"], found["evictions"]) == (stats["loads"], stats["evictions"])
+    assert sum(stats["evictions_by_rule"].values()) == stats["evictions"]
+    assert set(stats["asked"]) <= {"ready", "loading", "absent"}
+    assert sum(stats["asked"].values()) >= stats["arrived"]
     assert found["evictions"] > 0
     assert simulated(box.folder / "journal.jsonl", predict=True)["requests"] == 60
 

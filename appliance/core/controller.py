@@ -19,7 +19,7 @@ from types import MappingProxyType
 from typing import assert_never
 
 from appliance.core.graph import ExpertGraph, Progress, start
-from appliance.core.memory import Ledger
+from appliance.core.memory import Freed, Ledger, Residency
 from appliance.core.policies import APPLIANCE, ROOM_PATIENCE_SECONDS, Policy, Resident
 from appliance.core.ranking import Ranking
 from appliance.core.scheduler import Group, Queue, Scheduler, Task
@@ -50,6 +50,7 @@ from appliance.core.types import (
     Quarantine,
     Refusal,
     Request,
+    Rule,
     Run,
     RunFailed,
     Step,
@@ -91,6 +92,9 @@ class Controller:
         self.scheduler = Scheduler(tuple(executors), experts, policy)
         self._policy = policy
         self.counts: Counter[str] = Counter()
+        self.evictions: Counter[Rule] = Counter()
+        self.asked: Counter[Residency] = Counter()
+        """Tasks, by where their expert was when they were queued: ready is a hit, absent a miss."""
         self.progress: dict[str, Progress] = {}
         self._claimed: set[tuple[str, str]] = set()
         self._failed_loads: Counter[tuple[str, str]] = Counter()
@@ -180,7 +184,7 @@ class Controller:
 
     def _load_failed(self, device: str, expert: str, refusal: Refusal, now: float, actions: list[Action]) -> None:
         ledger = self.ledgers[device]
-        actions.append(Evict(device, expert, ledger.abort_load(expert)))
+        actions.append(Evict(device, expert, ledger.abort_load(expert), Rule.NOT_LOADED))
         self._forget_ahead(device, expert)
         self._moved(ledger, expert, now)
         if refusal.reason == CANCELLED:
@@ -191,7 +195,7 @@ class Controller:
         is_wanted = self.scheduler.demand(device, expert) > 0
         if refusal.reason == FRAGMENTED:
             self.counts["fragmented"] += 1
-            if is_wanted and self._evict_one(ledger, now, actions):  # and it is tried again
+            if is_wanted and self._evict_one(ledger, Rule.FRAGMENTED, now, actions):  # and it is tried again
                 return
         self.counts["load_failures"] += 1
         if refusal.reason == OUT_OF_MEMORY:
@@ -269,7 +273,7 @@ class Controller:
         for ledger in self.ledgers.values():
             ledger.give_up(expert)
             if ledger.is_evictable(expert):
-                self._evict(ledger, expert, now, actions)
+                self._evict(ledger, expert, Rule.QUARANTINED, now, actions)
 
     def _ask_elsewhere(self, request: str, expert: str, device: str, now: float) -> bool:
         """Give the request's task to another device that can hold the expert, if there is one."""
@@ -286,21 +290,25 @@ class Controller:
         """The device ran out of memory: it gets less from now on, and what is too much leaves, idle experts first."""
         self.counts["out_of_memory"] += 1
         ledger.withhold(less_bytes, now)
-        while ledger.excess_bytes and self._evict_one(ledger, now, actions):
+        while ledger.excess_bytes and self._evict_one(ledger, Rule.WITHHELD, now, actions):
             pass
 
-    def _evict_one(self, ledger: Ledger, now: float, actions: list[Action]) -> bool:
+    def _evict_one(self, ledger: Ledger, rule: Rule, now: float, actions: list[Action]) -> bool:
         """Let the one leave that is wanted least; False if nobody can."""
         expert = next(self._leavers(ledger, -inf), None)
         if expert is None:
             return False
-        self._evict(ledger, expert, now, actions)
+        self._evict(ledger, expert, rule, now, actions)
         return True
 
-    def _evict(self, ledger: Ledger, expert: str, now: float, actions: list[Action]) -> None:
+    def _evict(self, ledger: Ledger, expert: str, rule: Rule, now: float, actions: list[Action]) -> None:
+        self._left(ledger, ledger.evict(expert), rule, now, actions)
+
+    def _left(self, ledger: Ledger, freed: Freed, rule: Rule, now: float, actions: list[Action]) -> None:
         self.counts["evictions"] += 1
-        actions.append(Evict(ledger.device.name, expert, ledger.evict(expert).segments))
-        self._moved(ledger, expert, now)
+        self.evictions[rule] += 1
+        actions.append(Evict(ledger.device.name, freed.expert, freed.segments, rule))
+        self._moved(ledger, freed.expert, now)
 
     # Steps
 
@@ -315,6 +323,7 @@ class Controller:
 
     def _put(self, task: Task, now: float) -> None:
         device = self.scheduler.put(task, self.ledgers)
+        self.asked[self.ledgers[device].residency(task.expert)] += 1
         if self.scheduler.demand(device, task.expert) == 1:
             self._rank(self.ledgers[device], task.expert, now)
 
@@ -438,25 +447,30 @@ class Controller:
         if leaving is None or (leaving and is_held):
             self._blocked[device] = attempt
             return False
-        self._begin_load(ledger, expert, leaving, now, actions)
+        self._begin_load(ledger, expert, {name: self._rule(ledger, name) for name in leaving}, now, actions)
         return True
+
+    def _rule(self, ledger: Ledger, leaving: str) -> Rule:
+        """By which of its rules the policy lets the expert go; `_leavers` gives them in this order."""
+        if self._policy.orphans_first and self._is_orphan(ledger, leaving):
+            return Rule.ORPHANED
+        reluctance = self._leaving[ledger.device.name].key(leaving)
+        return Rule.OVERDUE if reluctance is not None and reluctance[0] else Rule.LEAST_WORTH
 
     def _begin_load(
         self,
         ledger: Ledger,
         expert: str,
-        leaving: Sequence[str],
+        leaving: Mapping[str, Rule],
         now: float,
         actions: list[Action],
         ahead: bool = False,
     ) -> None:
         device = ledger.device.name
-        freed, missing = ledger.begin_load(expert, leaving)
-        self.counts["evictions"] += len(freed)
+        freed, missing = ledger.begin_load(expert, tuple(leaving))
         self.counts["loads"] += 1
         for left in freed:
-            actions.append(Evict(device, left.expert, left.segments))
-            self._moved(ledger, left.expert, now)
+            self._left(ledger, left, leaving[left.expert], now, actions)
         actions.append(Load(device, expert, missing, ahead))
         self._moved(ledger, expert, now)
 
@@ -474,7 +488,7 @@ class Controller:
                     and ledger.loading_count < ledger.device.load_slots
                     and ledger.missing_bytes(expert) <= ledger.free_bytes(expert)
                 ):
-                    self._begin_ahead(ledger, expert, [], now, actions)
+                    self._begin_ahead(ledger, expert, {}, now, actions)
 
     def _preload(self, now: float, actions: list[Action]) -> None:
         """One after the other, while nobody waits; for a pinned one what is idle leaves, as it will stay."""
@@ -490,14 +504,15 @@ class Controller:
             is_pinned = expert in ledger.pinned
             ranked = self._leavers(ledger, None) if is_pinned else ()
             try:
-                self._begin_ahead(ledger, expert, ledger.victims(ranked, expert), now, actions)
+                leaving = dict.fromkeys(ledger.victims(ranked, expert), Rule.PINNED)
+                self._begin_ahead(ledger, expert, leaving, now, actions)
             except NoRoom:
                 if is_pinned:  # what runs now will end
                     return
             self._coming.popleft()
 
     def _begin_ahead(
-        self, ledger: Ledger, expert: str, leaving: Sequence[str], now: float, actions: list[Action]
+        self, ledger: Ledger, expert: str, leaving: Mapping[str, Rule], now: float, actions: list[Action]
     ) -> None:
         self._ahead.add((ledger.device.name, expert))
         self.counts["loads_ahead"] += 1

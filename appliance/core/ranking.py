@@ -47,6 +47,10 @@ class Ranking(Generic[Item, Key]):
         """The key of the first."""
         return self._order[0][0] if self._order else None
 
+    def key(self, item: Item) -> Key | None:
+        """By what the item is ranked, if it is here."""
+        return self._keys.get(item)
+
     def ranked(self) -> Iterator[tuple[Key, Item]]:
         return iter(self._order)
 

@@ -265,6 +265,14 @@ class Scheduler:
             request for queue in self._on[device] if expert in queue.groups for request in queue.groups[expert].tasks
         )
 
+    def queue_of(self, request: str, expert: str) -> Queue | None:
+        """Whose queue holds the request's task; None when nobody's does."""
+        for queue in self.queues.values():
+            group = queue.groups.get(expert)
+            if group is not None and request in group.tasks:
+                return queue
+        return None
+
     @property
     def is_idle(self) -> bool:
         return all(not queue.groups and queue.running is None for queue in self.queues.values())

@@ -255,13 +255,35 @@ class HurryLoad:
     expert: str
 
 
+class Rule(StrEnum):
+    """Why an expert left. The first three are the policy's, in the order in which it lets somebody go."""
+
+    ORPHANED = "orphaned"
+    """It is asked only after others, none of whom is there (CoServe §4.4)."""
+    LEAST_WORTH = "least-worth"
+    """No queued task needs it, or the policy does not mind, and it is worth least."""
+    OVERDUE = "overdue"
+    """Queued tasks need it, but one that is due before them has run out of patience or slack."""
+    PINNED = "pinned"
+    """Room was made for an expert that stays for good."""
+    WITHHELD = "withheld"
+    """The device refused memory and makes do with less."""
+    FRAGMENTED = "fragmented"
+    """Memory was free, but in pieces."""
+    QUARANTINED = "quarantined"
+    """It answers its golden samples wrongly."""
+    NOT_LOADED = "not-loaded"
+    """Its load failed or was given up: it never came."""
+
+
 @dataclass(frozen=True, slots=True)
 class Evict:
-    """Drop the expert; `segments` are those that no other expert on the device still holds."""
+    """Drop the expert; `segments` are those that no other expert on the device still holds. `rule` says why."""
 
     device: str
     expert: str
     segments: tuple[Segment, ...]
+    rule: Rule = Rule.LEAST_WORTH
 
 
 @dataclass(frozen=True, slots=True)

@@ -139,7 +139,10 @@ def _value(path: Path, number: int, adapter: TypeAdapter[Any], value: object) ->
     try:
         return adapter.validate_python(value)
     except ValidationError as error:
-        raise RecordsError(f"{path} line {number}: {error}", "it was written by another version") from error
+        first, *others = error.errors()
+        where = ".".join(map(str, first["loc"]))
+        why = f"{where}: {first['msg']}" + (f", and {len(others)} more" if others else "")
+        raise RecordsError(f"{path} line {number}: {why}", "it was written by another version") from error
 
 
 def _plain(value: object) -> object:

@@ -335,16 +335,7 @@ def simulated(path: Path, *, predict: bool, policy: str | None = None) -> dict[s
     """
     opening, recorded = journal.read(path)
     events = list(recorded)
-    controller = Controller(
-        opening.graph,
-        {e.name: e for e in opening.experts},
-        opening.devices,
-        opening.executors,
-        opening.unavailable,
-        pinned=opening.pinned,
-        preload=opening.preload,
-        policy=_policy(policy if predict and policy else opening.policy),
-    )
+    controller = controller_of(opening, policy if predict and policy else opening.policy)
     answers = _recorded_answers(event for _, event in events)
     world = World(opening.experts, opening.devices, lambda request, expert: answers[request, expert])
     started = time.perf_counter()
@@ -366,7 +357,21 @@ def simulated(path: Path, *, predict: bool, policy: str | None = None) -> dict[s
     }
 
 
-def _policy(name: str) -> Policy:
+def controller_of(opening: journal.Opening, policy: str) -> Controller:
+    """One like the service's at its start. Raises ConfigError for a policy that no service has."""
+    return Controller(
+        opening.graph,
+        {e.name: e for e in opening.experts},
+        opening.devices,
+        opening.executors,
+        opening.unavailable,
+        pinned=opening.pinned,
+        preload=opening.preload,
+        policy=policy_of(policy),
+    )
+
+
+def policy_of(name: str) -> Policy:
     if name not in POLICIES:
         raise ConfigError(f"no service has a policy {name}", f"choose one of {', '.join(POLICIES)}")
     return POLICIES[name]
