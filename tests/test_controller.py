@@ -742,7 +742,7 @@ class Noting:
 
     def __init__(self, controller: Controller) -> None:
         self.controller, self.events = controller, list[tuple[float, Event]]()
-        self.next_wakeup = controller.next_wakeup
+        self.next_wakeup, self.counts = controller.next_wakeup, controller.counts
 
     def handle(self, event: Event, now: float) -> list[Action]:
         self.events.append((now, event))
