@@ -169,6 +169,29 @@ def print_soak(found: Mapping[str, Any], console: Console) -> None:
     )
 
 
+def print_task(found: Mapping[str, Any], console: Console) -> None:
+    table = Table("policy", "loader", "images/s", "of all", "loads (floor)", "wait p50", "p99", "weights", "how")
+    for row in found["policies"]:
+        table.add_row(
+            row["policy"],
+            row["loader"],
+            f"{row['images_per_second']:.1f}",
+            f"{row['fraction_of_all_resident']:.1%}",
+            f"{row['loads']:,} ({row['loads_floor']:,})",
+            f"{row['wait_p50_seconds']:.2f} s",
+            f"{row['wait_p99_seconds']:.2f} s",
+            megabytes(row["peak_bytes"]),
+            row["how"],
+        )
+    console.print(table)
+    console.print(
+        f"{found['experts']} experts of {found['shape']} and two detectors, {megabytes(found['weights_bytes'])}, budget "
+        f"{megabytes(found['budget_bytes'])}; disk {quantity('bytes_per_second', found['disk_bytes_per_second'])}; "
+        f"{found['requests']:,} pictures, one every {found['gap_seconds'] * 1e3:g} ms; {found['cores']} cores"
+    )
+    console.print("[dim]of all: of the throughput with everything in memory, in the same round[/dim]")
+
+
 def quantity(name: str, value: float) -> str:
     """A number in the unit that people read, by the unit that its name ends in."""
     if name.endswith("bytes_per_second"):
