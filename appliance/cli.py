@@ -250,18 +250,14 @@ def soak(
 
 @bench.command()
 def task(
-    shape: Annotated[
-        str, typer.Option(help="Of the classifiers: 14MB, 45MB or 170MB; detectors are as large or less.")
-    ] = "45MB",
+    shape: Annotated[str, typer.Option(help="14MB, 45MB or 170MB; detectors are as large or less.")] = "45MB",
     experts: Annotated[int, typer.Option(min=2, help="How many types of components, each with its classifier.")] = 352,
     requests: Annotated[int, typer.Option(min=1, help="How many pictures, drawn by Zipf's law.")] = 2500,
-    budget: Annotated[
-        str, typer.Option(help="Share of the experts' bytes that may be in memory, such as 25%.")
-    ] = "25%",
+    budget: Annotated[str, typer.Option(help="Share of the experts' bytes that memory may hold.")] = "25%",
     gap: Annotated[str, typer.Option(help="Time from one picture to the next, such as 4ms or 0.04s.")] = "4ms",
     checked: Annotated[
         float,
-        typer.Option(min=0.0, max=1.0, help="Share of the pictures that go on to a detector; 0: classifiers alone."),
+        typer.Option(min=0.0, max=1.0, help="Share of pictures that go on to a detector; 0: none."),
     ] = 0.35,
     policies: Annotated[
         str, typer.Option(help="Names with commas between; all when empty. all-resident, the bound, is always run.")
@@ -275,8 +271,9 @@ def task(
 
     One expert per architecture is compiled; the others are copies with segment files of their own, whose weights differ
     in the last bits. Pictures are decoded and prepared as the service does it. Policies run on our loader (segments);
-    plain-lru is what a user would build today: an InferenceSession per expert, the least recently used leave, the better
-    of two thread settings, model files in the page cache. The disk needs room for all experts (16 GB for 352 of 45 MB).
+    plain-lru is what a user would build today: an InferenceSession per expert, the least recently used leave, the
+    better of two thread settings, model files in the page cache. The disk needs room for all experts: 16 GB for 352 of
+    45 MB.
 
         appliance bench task --shape 14MB --experts 40 --requests 300 --html task.html
     """

@@ -170,7 +170,7 @@ def print_soak(found: Mapping[str, Any], console: Console) -> None:
 
 
 def print_task(found: Mapping[str, Any], console: Console) -> None:
-    table = Table("policy", "loader", "images/s", "of all", "loads (floor)", "wait p50", "p99", "weights", "how")
+    table = Table("policy", "loader", "images/s", "of all", "loads (floor)", "wait p50", "p99", "weights")
     for row in found["policies"]:
         table.add_row(
             row["policy"],
@@ -181,12 +181,13 @@ def print_task(found: Mapping[str, Any], console: Console) -> None:
             f"{row['wait_p50_seconds']:.2f} s",
             f"{row['wait_p99_seconds']:.2f} s",
             megabytes(row["peak_bytes"]),
-            row["how"],
         )
     console.print(table)
+    for row in found["policies"]:
+        console.print(f"[dim]{row['policy']}: {row['how']}[/dim]")
     console.print(
-        f"{found['experts']} experts of {found['shape']} and two detectors, {megabytes(found['weights_bytes'])}, budget "
-        f"{megabytes(found['budget_bytes'])}; disk {quantity('bytes_per_second', found['disk_bytes_per_second'])}; "
+        f"{found['experts']} experts of {found['shape']} and two detectors, {megabytes(found['weights_bytes'])}; "
+        f"budget {megabytes(found['budget_bytes'])}; disk {quantity('bytes_per_second', found['disk_bytes_per_second'])}; "
         f"{found['requests']:,} pictures, one every {found['gap_seconds'] * 1e3:g} ms; {found['cores']} cores"
     )
     console.print("[dim]of all: of the throughput with everything in memory, in the same round[/dim]")
