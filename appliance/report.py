@@ -170,7 +170,7 @@ def print_soak(found: Mapping[str, Any], console: Console) -> None:
 
 
 def print_task(found: Mapping[str, Any], console: Console) -> None:
-    table = Table("policy", "loader", "images/s", "of all", "loads (floor)", "wait p50", "p99", "weights")
+    table = Table("policy", "loader", "images/s", "of all", "loads (floor)", "p50", "p99", "weights", "CPU")
     for row in found["policies"]:
         table.add_row(
             row["policy"],
@@ -180,17 +180,19 @@ def print_task(found: Mapping[str, Any], console: Console) -> None:
             f"{row['loads']:,} ({row['loads_floor']:,})",
             f"{row['wait_p50_seconds']:.2f} s",
             f"{row['wait_p99_seconds']:.2f} s",
-            megabytes(row["peak_bytes"]),
+            f"{row['peak_bytes'] / 1e6:,.0f} MB",
+            f"{row['cpu_seconds']:.1f} s",
         )
     console.print(table)
     for row in found["policies"]:
         console.print(f"[dim]{row['policy']}: {row['how']}[/dim]")
     console.print(
         f"{found['experts']} experts of {found['shape']} and two detectors, {megabytes(found['weights_bytes'])}; "
-        f"budget {megabytes(found['budget_bytes'])}; disk {quantity('bytes_per_second', found['disk_bytes_per_second'])}; "
-        f"{found['requests']:,} pictures, one every {found['gap_seconds'] * 1e3:g} ms; {found['cores']} cores"
+        f"budget {megabytes(found['budget_bytes'])}; {found['requests']:,} pictures, one every "
+        f"{found['gap_seconds'] * 1e3:g} ms; {found['cores']} cores, "
+        f"disk {quantity('bytes_per_second', found['disk_bytes_per_second'])}"
     )
-    console.print("[dim]of all: of the throughput with everything in memory, in the same round[/dim]")
+    console.print("[dim]of all: of the throughput with everything in memory, in the same round; p50, p99: waits[/dim]")
 
 
 def quantity(name: str, value: float) -> str:

@@ -58,6 +58,7 @@ class Lap:
     policy: str
     loader: str
     seconds: float
+    cpu_seconds: float
     waits_seconds: tuple[float, ...]
     loads: int
     loads_floor: int

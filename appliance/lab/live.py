@@ -64,9 +64,9 @@ def lap(name: str, made: Fleet, trace: Trace, pictures: Pictures, budget_bytes: 
     box = _box(policy, made, budget_bytes, bytes_per_second)
     served = _Served(policy, box, made, trace, pictures)
     try:
-        begin = time.monotonic()
+        begin, cpu_begin = time.monotonic(), time.process_time()
         uses_at.update((expert, [begin + at for at in times]) for expert, times in uses.items())
-        seconds = served.serve(begin)
+        seconds, cpu_seconds = served.serve(begin), time.process_time() - cpu_begin
     finally:
         served.stop()
     stays = served.stays.until(seconds)
@@ -75,6 +75,7 @@ def lap(name: str, made: Fleet, trace: Trace, pictures: Pictures, budget_bytes: 
         policy=name,
         loader="segments",
         seconds=seconds,
+        cpu_seconds=cpu_seconds,
         waits_seconds=tuple(verdict.waited_seconds for verdict in served.verdicts),
         loads=served.loads,
         loads_floor=len(uses.keys() - {expert for _, expert in box.residents}),

@@ -62,12 +62,14 @@ def lap(
     began_with, loads_before = cache.resident, cache.loads
     served = _Served(cache, made, trace, pictures)
     cache.begin = begin = time.monotonic()
+    cpu_begin = time.process_time()
     served.serve(begin, setting.workers)
     seconds = time.monotonic() - begin
     return Lap(
         policy=PLAIN,
         loader="plain",
         seconds=seconds,
+        cpu_seconds=time.process_time() - cpu_begin,
         waits_seconds=tuple(served.waits),
         loads=cache.loads - loads_before,
         loads_floor=len(asked(trace).keys() - began_with),

@@ -136,6 +136,7 @@ def _summed_up(name: str, rounds: Sequence[Sequence[Lap]]) -> dict[str, Any]:
         "loads_floor": own[0].loads_floor,
         "wait_p50_seconds": median(lambda lap: lap.wait_seconds(0.5)),
         "wait_p99_seconds": median(lambda lap: lap.wait_seconds(0.99)),
+        "cpu_seconds": median(lambda lap: lap.cpu_seconds),
         "peak_bytes": max(lap.peak_bytes for lap in own),
         "how": own[0].how,
     }

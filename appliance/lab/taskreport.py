@@ -32,11 +32,11 @@ main { max-width: 820px; margin: 0 auto; padding: 32px 20px 64px; }
 h1 { font-size: 26px; line-height: 1.25; margin: 0 0 4px; }
 h2 { font-size: 17px; margin: 0 0 2px; }
 p { margin: 0 0 12px; color: var(--soft); }
-section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 20px 24px; margin-top: 18px;
-  overflow-x: auto; }
+section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 20px 24px;
+  margin-top: 18px; overflow-x: auto; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(165px, 1fr)); gap: 12px; margin-top: 18px; }
-.tile { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px 16px; color: var(--soft);
-  font-size: 13px; line-height: 1.35; }
+.tile { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px 16px;
+  color: var(--soft); font-size: 13px; line-height: 1.35; }
 .tile b { display: block; font-size: 26px; line-height: 1.3; color: var(--ink); font-weight: 600; }
 svg { display: block; width: 100%; min-width: 560px; height: auto; font: 12px system-ui, sans-serif; }
 svg text { fill: var(--ink); } svg .soft { fill: var(--soft); }
@@ -71,7 +71,7 @@ Every policy in turn, live: real sessions, real reads, the memory budget enforce
 <div class="tiles">{"".join(_tiles(rows))}</div>
 {_section("Throughput", "Pictures answered per second; the line is a box that holds everything.", _throughput(rows))}
 {_section("Loads", "Experts brought from the disk; the line is what no policy can do without.", _loads(rows))}
-{_section("Waiting", "Seconds from a picture to its verdict: nine tenths, the middle half, and the median.", _waits(ordered))}
+{_section("Waiting", _WAITING, _waits(ordered))}
 {_section("Who is in memory", _RESIDENCY, "".join(_timelines(by_policy, found["experts"])))}
 {_section("Numbers", f"Medians of {found['pairs']} rounds.", _table(rows))}
 {_section("How it was measured", "", _notes(found))}
@@ -79,6 +79,7 @@ Every policy in turn, live: real sessions, real reads, the memory budget enforce
 """
 
 
+_WAITING = "From a picture to its verdict: nine tenths of them, the middle half, and the median."
 _RESIDENCY = (
     "Each line is an expert while it is in memory, the most asked at the top, the detectors at the bottom; "
     "pale are those that were there at the start. Time in seconds."
@@ -101,7 +102,7 @@ def _tiles(rows: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     yield _tile(f"{ours['fraction_of_all_resident']:.0%}", "of the throughput with everything in memory")
     for other, says in ((COSERVE.name, "of CoServe's, on the same loader"), (PLAIN, "of a plain session per expert's")):
         if other in rates:
-            yield _tile(f"{rates[APPLIANCE.name] / rates[other]:.2f} ×", says)
+            yield _tile(f"{rates[APPLIANCE.name] / rates[other]:.2f} &#215;", says)
     yield _tile(f"{ours['loads']:,}", f"loads, of which {ours['loads_floor']:,} cannot be spared")
     yield _tile(_seconds(ours["wait_p50_seconds"]), "median wait")
 
@@ -225,7 +226,7 @@ def _drawing(height: float, scale: _Scale, drawn: Iterable[str], unit: str = "")
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    heads = ("policy", "loader", "images/s", "of all in memory", "loads", "floor", "wait p50", "p99", "weights at most")
+    heads = ("policy", "loader", "images/s", "of all in memory", "loads", "floor", "wait p50", "p99", "weights", "CPU")
     lines = [
         (
             row["policy"],
@@ -237,6 +238,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
             _seconds(row["wait_p50_seconds"]),
             _seconds(row["wait_p99_seconds"]),
             f"{row['peak_bytes'] / 1e6:,.0f} MB",
+            f"{row['cpu_seconds']:.1f} s",
         )
         for row in rows
     ]
@@ -252,9 +254,9 @@ def _notes(found: Mapping[str, Any]) -> str:
         "weights differ in the last bits. What they answer means nothing: the task says what goes on to a detector.",
         "Every policy began with as many experts in memory as its budget holds, the most probable first. Policies of "
         "CoServe's paper have a memory pool per executor, as published; ours has one for all.",
-        "segments: our loader, direct reads past the page cache. plain: an InferenceSession per expert, the least recently "
-        "used leave, the better of two thread settings; what a session takes was measured, and its model files are in the "
-        "page cache, which is to its favour.",
+        "segments: our loader, direct reads past the page cache. plain: an InferenceSession per expert, the least "
+        "recently used leave, the better of two thread settings; what a session takes was measured, its model files "
+        "are in the page cache, which is to its favour.",
         *(f"{row['policy']}: {row['how']}." for row in found["policies"]),
     ]
     return f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in notes)}</ul>"
