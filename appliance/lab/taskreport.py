@@ -23,9 +23,9 @@ _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #f6f6f4; --card: #ffffff; --ink: #1b1b19; --soft: #62625c; --line: #dddcd6;
-  --ours: #2a78d6; --plain: #c9541c; --bound: #62625c; --other: #a9b4c2; }
+  --ours: #2a78d6; --plain: #c9541c; --bound: #62625c; --other: #8d9aab; }
 @media (prefers-color-scheme: dark) { :root { --page: #141413; --card: #1e1e1c; --ink: #f1f0ec; --soft: #a5a49c;
-  --line: #383833; --ours: #4d97ee; --plain: #ec7d48; --bound: #a5a49c; --other: #59636f; } }
+  --line: #383833; --ours: #4d97ee; --plain: #ec7d48; --bound: #a5a49c; --other: #6b7786; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
 main { max-width: 820px; margin: 0 auto; padding: 32px 20px 64px; }
@@ -34,11 +34,11 @@ h2 { font-size: 17px; margin: 0 0 2px; }
 p { margin: 0 0 12px; color: var(--soft); }
 section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 20px 24px;
   margin-top: 18px; overflow-x: auto; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(165px, 1fr)); gap: 12px; margin-top: 18px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(135px, 1fr)); gap: 12px; margin-top: 18px; }
 .tile { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px 16px;
   color: var(--soft); font-size: 13px; line-height: 1.35; }
 .tile b { display: block; font-size: 26px; line-height: 1.3; color: var(--ink); font-weight: 600; }
-svg { display: block; width: 100%; min-width: 560px; height: auto; font: 12px system-ui, sans-serif; }
+svg { display: block; margin-bottom: 8px; width: 100%; min-width: 560px; height: auto; font: 12px system-ui, sans-serif; }
 svg text { fill: var(--ink); } svg .soft { fill: var(--soft); }
 svg .grid { stroke: var(--line); } svg .mark { stroke: var(--ink); stroke-width: 2; }
 .ours { fill: var(--ours); stroke: var(--ours); } .plain { fill: var(--plain); stroke: var(--plain); }
@@ -73,7 +73,7 @@ Every policy in turn, live: real sessions, real reads, the memory budget enforce
 {_section("Loads", "Experts brought from the disk; the line is what no policy can do without.", _loads(rows))}
 {_section("Waiting", _WAITING, _waits(ordered))}
 {_section("Who is in memory", _RESIDENCY, "".join(_timelines(by_policy, found["experts"])))}
-{_section("Numbers", f"Medians of {found['pairs']} rounds.", _table(rows))}
+{_section("Numbers", _rounds(found["pairs"]), _table(rows))}
 {_section("How it was measured", "", _notes(found))}
 </main></body></html>
 """
@@ -88,6 +88,10 @@ _RESIDENCY = (
 
 def _section(title: str, says: str, content: str) -> str:
     return f"<section><h2>{title}</h2><p>{says}</p>{content}</section>"
+
+
+def _rounds(count: int) -> str:
+    return "One round." if count == 1 else f"Medians of {count} rounds, every other one in reverse order."
 
 
 def _kind(policy: str) -> str:
