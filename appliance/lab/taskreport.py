@@ -38,7 +38,8 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
 .tile { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px 16px;
   color: var(--soft); font-size: 13px; line-height: 1.35; }
 .tile b { display: block; font-size: 26px; line-height: 1.3; color: var(--ink); font-weight: 600; }
-svg { display: block; margin-bottom: 8px; width: 100%; min-width: 560px; height: auto; font: 12px system-ui, sans-serif; }
+svg { display: block; margin-bottom: 8px; width: 100%; min-width: 560px; height: auto; }
+svg { font: 12px system-ui, sans-serif; }
 svg text { fill: var(--ink); } svg .soft { fill: var(--soft); }
 svg .grid { stroke: var(--line); } svg .mark { stroke: var(--ink); stroke-width: 2; }
 .ours { fill: var(--ours); stroke: var(--ours); } .plain { fill: var(--plain); stroke: var(--plain); }
