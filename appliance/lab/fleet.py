@@ -91,7 +91,7 @@ def fleet(board: Board, shape: str, folder: Path, say: Say, *, plain: bool = Tru
         bundles = {name: _bundle(Path(home), shape_named(name)) for name in dict.fromkeys(kinds.values())}
         results = compile_bundles(store, list(bundles.values()), report=lambda name, result: None)
         bases = {name: _sound(results[bundle.manifest.name]) for name, bundle in bundles.items()}
-        files = MODEL_FILES if plain else 1
+        files = MODEL_FILES if plain else 0
         needed = sum(bases[kind].bytes for kind in kinds.values()) + files * sum(base.bytes for base in bases.values())
         _check_room(folder, needed)
         say(f"writing the weights of {len(kinds)} experts, {needed / 1e9:.1f} GB")

@@ -180,6 +180,8 @@ class _Served:
             except Empty:
                 if not coming and wakeup is None:
                     raise ApplianceError(f"nothing has happened for {_STALLED_SECONDS:.0f} s", "report this") from None
+                if wakeup is None or wakeup > time.monotonic():
+                    continue
                 event = Tick()
             self._handle(event, time.monotonic() - begin)
         return time.monotonic() - begin
