@@ -196,7 +196,7 @@ def print_task(found: Mapping[str, Any], console: Console) -> None:
         f"disk {quantity('bytes_per_second', found['disk_bytes_per_second'])}"
     )
     console.print(
-        "[dim]of all: of the throughput with everything in memory, in the same round; p50, p99: waits; MB: weights[/dim]"
+        "[dim]of all: of the throughput with everything in memory, in that round; p50, p99: waits; MB: weights[/dim]"
     )
 
 
