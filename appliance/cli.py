@@ -276,6 +276,48 @@ def soak(
     raise typer.Exit(0 if found["flat"] else 1)
 
 
+@bench.command()
+def task(
+    shape: Annotated[str, typer.Option(help="14MB, 45MB or 170MB; detectors are as large or less.")] = "45MB",
+    experts: Annotated[int, typer.Option(min=2, help="How many types of components, each with its classifier.")] = 352,
+    requests: Annotated[int, typer.Option(min=1, help="How many pictures, drawn by Zipf's law.")] = 2500,
+    budget: Annotated[str, typer.Option(help="Share of the experts' bytes that memory may hold.")] = "25%",
+    gap: Annotated[str, typer.Option(help="Time from one picture to the next, such as 4ms or 0.04s.")] = "4ms",
+    checked: Annotated[
+        float,
+        typer.Option(min=0.0, max=1.0, help="Share of pictures that go on to a detector; 0: none."),
+    ] = 0.35,
+    policies: Annotated[
+        str, typer.Option(help="Names with commas between; all when empty. all-resident, the bound, is always run.")
+    ] = "",
+    pairs: Annotated[int, typer.Option(min=1, help="How many rounds; what is printed are medians.")] = 1,
+    html: Annotated[Path | None, typer.Option(help="Write a report with plots into this file, for a browser.")] = None,
+    folder: BenchFolder = Path(".appliance"),
+    as_json: AsJson = False,
+) -> None:
+    """Serve one of CoServe's tasks live with each policy in turn: real sessions, real reads, a real memory budget.
+
+    One expert per architecture is compiled; the others are copies with segment files of their own, whose weights differ
+    in the last bits. Pictures are decoded and prepared as the service does it. Policies run on our loader (segments);
+    plain-lru is what a user would build today: an InferenceSession per expert, the least recently used leave, the
+    better of two thread settings, model files in the page cache. The disk needs room for all experts: 16 GB for 352 of
+    45 MB.
+
+        appliance bench task --shape 14MB --experts 40 --requests 300 --html task.html
+    """
+    from appliance.lab.laps import Task
+    from appliance.lab.task import task as served
+    from appliance.lab.taskreport import page
+    from appliance.report import print_task
+
+    asked = Task(shape, experts, requests, _share(budget), _seconds(gap), checked)
+    names = [name.strip() for name in policies.split(",") if name.strip()]
+    found, rounds = served(asked, names, pairs=pairs, folder=folder, say=Console(stderr=True).print)
+    if html is not None:
+        html.write_text(page(found, rounds[0]), "utf-8")
+    _print(found) if as_json else print_task(found, Console())
+
+
 def main() -> None:
     """The console script. One of the two borders where every error becomes an answer."""
     try:
@@ -294,6 +336,28 @@ def _password(path: Path) -> str:
     except (OSError, ValueError) as error:
         raise ConfigError(f"--password-file {path} has no password", "put it on the first line") from error
     return first
+
+
+def _share(text: str) -> float:
+    """Of `25%` or `0.25`."""
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise typer.BadParameter(f"{text} is no share; write it like 25%", param_hint="--budget")
+    return share
+
+
+def _seconds(text: str) -> float:
+    """Of `4ms`, `0.04s` or `0.04`."""
+    try:
+        seconds = float(text.removesuffix("s").removesuffix("m")) / (1000 if text.endswith("ms") else 1)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise typer.BadParameter(f"{text} is no time; write it like 4ms", param_hint="--gap")
+    return seconds
 
 
 def _print(value: dict[str, Any]) -> None:

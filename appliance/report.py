@@ -338,6 +338,37 @@ def print_soak(found: Mapping[str, Any], console: Console) -> None:
     )
 
 
+def print_task(found: Mapping[str, Any], console: Console) -> None:
+    table = Table(box=None, pad_edge=False)
+    for head in ("policy", "loader", "img/s", "of all", "loads", "floor", "p50 s", "p99 s", "MB", "CPU s"):
+        table.add_column(head, justify="left" if head in ("policy", "loader") else "right", no_wrap=True)
+    for row in found["policies"]:
+        table.add_row(
+            row["policy"],
+            row["loader"],
+            f"{row['images_per_second']:.1f}",
+            f"{row['fraction_of_all_resident']:.1%}",
+            f"{row['loads']}",
+            f"{row['loads_floor']}",
+            f"{row['wait_p50_seconds']:.2f}",
+            f"{row['wait_p99_seconds']:.2f}",
+            f"{row['peak_bytes'] / 1e6:.0f}",
+            f"{row['cpu_seconds']:.1f}",
+        )
+    console.print(table)
+    for row in found["policies"]:
+        console.print(f"[dim]{row['policy']}: {row['how']}[/dim]")
+    console.print(
+        f"{found['experts']} experts of {found['shape']} and two detectors, {megabytes(found['weights_bytes'])}; "
+        f"budget {megabytes(found['budget_bytes'])}; {found['requests']:,} pictures, one every "
+        f"{found['gap_seconds'] * 1e3:g} ms; {found['cores']} cores, "
+        f"disk {quantity('bytes_per_second', found['disk_bytes_per_second'])}"
+    )
+    console.print(
+        "[dim]of all: of the throughput with everything in memory, in that round; p50, p99: waits; MB: weights[/dim]"
+    )
+
+
 def quantity(name: str, value: float) -> str:
     """A number in the unit that people read, by the unit that its name ends in."""
     if name.endswith("bytes_per_second"):

@@ -124,8 +124,8 @@ def test_people_see_tables(tmp_path: Path) -> None:
     assert "memory beside the weights" in ran.stdout
 
 
-@pytest.mark.parametrize("command", ["switch", "soak"])
-def test_both_explain_themselves(command: str) -> None:
+@pytest.mark.parametrize("command", ["switch", "task", "soak"])
+def test_all_explain_themselves(command: str) -> None:
     shown = _run(command, "--help")
     assert shown.returncode == 0
     assert "--json" in shown.stdout

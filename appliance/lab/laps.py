@@ -1,0 +1,121 @@
+"""What a task of `appliance bench task` is, what its cameras send, and what serving it once came to."""
+
+from __future__ import annotations
+
+import io
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from appliance.drivers import images
+from appliance.drivers.images import Views
+from appliance.lab import paper
+from appliance.lab.paper import Board, Job, Trace
+
+Pictures = Sequence[bytes]
+
+_PICTURES, _PICTURE_SIZE = 16, (320, 240)
+_MAX_BYTES, _MAX_PIXELS = 1 << 24, 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What is asked: so many requests for so many types of components, one every `gap_seconds`.
+
+    `checked_share` of them go on to a detector. The budget is a share of all experts' bytes.
+    """
+
+    shape: str = "45MB"
+    experts: int = 352
+    requests: int = 2500
+    budget_share: float = 0.25
+    gap_seconds: float = paper.GAP_SECONDS
+    checked_share: float = paper.BOARD_A.checked_share
+    seed: int = 1
+
+    @property
+    def job(self) -> Job:
+        board = Board(self.experts, paper.BOARD_A.zipf, self.checked_share, gpu_executors=0)
+        return Job("task", board, self.requests, self.seed, self.gap_seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Stay:
+    """An expert in memory, from when to when, in seconds since the first picture."""
+
+    expert: str
+    began_seconds: float
+    ended_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Lap:
+    """What serving the task once came to."""
+
+    policy: str
+    loader: str
+    seconds: float
+    cpu_seconds: float
+    waits_seconds: tuple[float, ...]
+    loads: int
+    loads_floor: int
+    peak_bytes: int
+    stays: tuple[Stay, ...]
+    how: str
+
+    @property
+    def images_per_second(self) -> float:
+        return len(self.waits_seconds) / self.seconds
+
+    def wait_seconds(self, share: float) -> float:
+        ordered = sorted(self.waits_seconds)
+        return ordered[min(int(len(ordered) * share), len(ordered) - 1)]
+
+
+class Stays:
+    """Who has been in memory when, as it is told."""
+
+    def __init__(self) -> None:
+        self._since: dict[tuple[str, str], float] = {}
+        self._over: list[Stay] = []
+
+    def came(self, device: str, expert: str, at: float) -> None:
+        self._since[device, expert] = at
+
+    def left(self, device: str, expert: str, at: float) -> None:
+        since = self._since.pop((device, expert), None)
+        if since is not None:  # not so after a load that failed
+            self._over.append(Stay(expert, since, at))
+
+    def until(self, at: float) -> tuple[Stay, ...]:
+        return (*self._over, *(Stay(expert, since, at) for (_, expert), since in self._since.items()))
+
+
+def asked(trace: Trace) -> Mapping[str, Sequence[float]]:
+    """Which expert the task asks when, in seconds since the first picture; a detector when the picture comes."""
+    found = defaultdict[str, list[float]](list)
+    for request in trace.requests:
+        rank = int(request.component.removeprefix("type"))
+        found[paper.classifier(rank)].append(request.arrived_seconds)
+        if request.id in trace.checked:
+            found[paper.detector(rank)].append(request.arrived_seconds)
+    return found
+
+
+def encoded_pictures() -> Pictures:
+    """Small photographs of nothing, as a camera would send them."""
+    made = []
+    for seed in range(_PICTURES):
+        coarse = np.random.default_rng(seed).integers(0, 256, (12, 16, 3), np.uint8)
+        to = io.BytesIO()
+        Image.fromarray(coarse).resize(_PICTURE_SIZE).save(to, "JPEG")
+        made.append(to.getvalue())
+    return made
+
+
+def decoded(pictures: Pictures, request: str) -> Views:
+    payload = pictures[int(request.removeprefix("r")) % len(pictures)]
+    return Views(images.decode(payload, max_bytes=_MAX_BYTES, max_pixels=_MAX_PIXELS))

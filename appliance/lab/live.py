@@ -1,0 +1,225 @@
+"""A task served live by one policy: the product's controller, loaders, sessions and reads.
+
+Only the broker is missing: pictures are handed over encoded, at their times, and verdicts taken back. Every policy
+begins with as many experts in memory as its budget holds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import inf
+from queue import Empty, Queue
+
+import psutil
+
+from appliance.core import policies
+from appliance.core.controller import Controller
+from appliance.core.costs import Cost
+from appliance.core.policies import Policy
+from appliance.core.types import (
+    Arrived,
+    Device,
+    Event,
+    Evict,
+    Executor,
+    Expert,
+    Finished,
+    Load,
+    Loaded,
+    Outcome,
+    Publish,
+    Quarantine,
+    Refusal,
+    Tick,
+    Verdict,
+)
+from appliance.drivers.devices import cores
+from appliance.drivers.runtime import CpuPlace
+from appliance.engine.cancellation import Cancellation
+from appliance.engine.engine import Engine, Engines
+from appliance.engine.weights import Weights
+from appliance.errors import ApplianceError
+from appliance.lab import paper
+from appliance.lab.fleet import Fleet
+from appliance.lab.laps import Lap, Pictures, Stays, asked, decoded
+from appliance.lab.paper import Trace
+from appliance.startup import footprint
+from appliance.store.store import Compiled
+
+ALL = policies.ALL_RESIDENT.name
+ORACLE = "oracle"
+NAMES = (*policies.POLICIES, ALL, ORACLE)
+_STALLED_SECONDS = 120.0
+_KEEP_FREE = 0.2
+"""Of the memory that is available, at least."""
+
+
+def lap(name: str, made: Fleet, trace: Trace, pictures: Pictures, budget_bytes: int, bytes_per_second: float) -> Lap:
+    """The task served once by a policy. Raises ApplianceError when a request gets no answer."""
+    uses, uses_at = asked(trace), dict[str, list[float]]()
+    known = {**policies.POLICIES, ALL: policies.ALL_RESIDENT, ORACLE: policies.oracle(uses_at)}
+    policy = known[name]
+    box = _box(policy, made, budget_bytes, bytes_per_second)
+    served = _Served(policy, box, made, trace, pictures)
+    try:
+        begin, cpu_begin = time.monotonic(), time.process_time()
+        uses_at.update((expert, [begin + at for at in times]) for expert, times in uses.items())
+        seconds, cpu_seconds = served.serve(begin), time.process_time() - cpu_begin
+    finally:
+        served.stop()
+    stays = served.stays.until(seconds)
+    served.close()
+    return Lap(
+        policy=name,
+        loader="segments",
+        seconds=seconds,
+        cpu_seconds=cpu_seconds,
+        waits_seconds=tuple(verdict.waited_seconds for verdict in served.verdicts),
+        loads=served.loads,
+        loads_floor=len(uses.keys() - {expert for _, expert in box.residents}),
+        peak_bytes=served.peak_bytes,
+        stays=stays,
+        how=box.how,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Box:
+    """What a policy is given to work with, and who is in memory when the first picture comes."""
+
+    devices: tuple[Device, ...]
+    executors: tuple[Executor, ...]
+    experts: Mapping[str, Expert]
+    compiled: Mapping[str, Compiled]
+    residents: tuple[tuple[str, str], ...]
+    how: str
+
+
+def _box(policy: Policy, made: Fleet, budget_bytes: int, load_bytes_per_second: float) -> _Box:
+    """Executors and pools as CoServe has them where a load occupies its executor, else one pool for all of them."""
+    count, compiled, how = cores(), made.compiled, f"{cores()} executors, one pool"
+    if policy is policies.ALL_RESIDENT:
+        budget_bytes = made.bytes
+        how = "all weights in memory"
+        if made.bytes > (1 - _KEEP_FREE) * psutil.virtual_memory().available:
+            compiled, how = made.shared, "one copy of the weights per architecture, for want of memory"
+    if policy.assign is policies.first:
+        pools, how = [("cpu", 1)], "one executor"
+    elif policy.in_order:
+        pools, how = [(f"cpu{number}", 1) for number in range(count)], f"{count} executors, a pool each"
+    else:
+        pools = [("cpu", count)]
+    prints = {name: footprint(one) for name, one in compiled.items()}
+    working = max(print.activation_bytes(1) for print in prints.values())
+    devices = tuple(Device(name, budget_bytes // len(pools), n, n * working) for name, n in pools)
+    executors = tuple(Executor(f"{name}-{number}", name) for name, n in pools for number in range(n))
+    chances = {e.name: e.probability for e in paper.experts(made.board, {})}
+    experts = {
+        name: Expert(
+            name,
+            dict.fromkeys((device.name for device in devices), prints[name]),
+            dict.fromkeys((device.name for device in devices), _cost(one, load_bytes_per_second)),
+            made.bundles[name].manifest.model.max_batch,
+            chances[name],
+        )
+        for name, one in compiled.items()
+    }
+    sizes = [(name, prints[name].weights_bytes) for name in sorted(chances, key=lambda name: (-chances[name], name))]
+    if policy is policies.ALL_RESIDENT:
+        residents = [("cpu", name) for name, _ in sizes]
+    else:
+        residents = policy.place(sizes, {device.name: device.budget_bytes for device in devices})
+    return _Box(devices, executors, experts, compiled, tuple(residents), how)
+
+
+def _cost(compiled: Compiled, bytes_per_second: float) -> Cost:
+    return Cost(compiled.item_seconds, compiled.fixed_seconds, compiled.bytes / bytes_per_second)
+
+
+class _Served:
+    """One policy on its box, from the first picture to the last verdict."""
+
+    def __init__(self, policy: Policy, box: _Box, made: Fleet, trace: Trace, pictures: Pictures) -> None:
+        self._box, self._trace = box, trace
+        self._events: Queue[Event] = Queue()
+        self._engines = {
+            d.name: Engine.on(d, box.compiled, Weights(made.segment_path), CpuPlace(), self._told) for d in box.devices
+        }
+        self._all = Engines(
+            self._engines, box.executors, made.bundles, lambda request: decoded(pictures, request), self._told
+        )
+        self.stays, self.loads, self.verdicts = Stays(), 0, list[Verdict]()
+        self._controller = Controller(
+            paper.graph(made.board), box.experts, box.devices, box.executors, policy=policy, residents=box.residents
+        )
+        for device, name in box.residents:
+            segments = box.experts[name].footprints[device].distinct
+            self._engines[device].residents.bring(Load(device, name, segments), Cancellation())
+            self.stays.came(device, name, 0.0)
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(engine.memory.peak_bytes for engine in self._engines.values())
+
+    def serve(self, begin: float) -> float:
+        """All verdicts; returns how long they took. Raises ApplianceError when one is not an answer, or none comes."""
+        coming = [replace(r, arrived_seconds=begin + r.arrived_seconds) for r in reversed(self._trace.requests)]
+        count = len(coming)
+        while len(self.verdicts) < count:
+            now = time.monotonic()
+            if coming and coming[-1].arrived_seconds <= now:
+                self._handle(Arrived(coming.pop()), now - begin)
+                continue
+            wakeup = self._controller.next_wakeup(now)
+            arrival = coming[-1].arrived_seconds if coming else inf
+            until = min(now + _STALLED_SECONDS, arrival, inf if wakeup is None else wakeup)
+            try:
+                event = self._events.get(timeout=max(until - now, 0.0))
+            except Empty:
+                if not coming and wakeup is None:
+                    raise ApplianceError(f"nothing has happened for {_STALLED_SECONDS:.0f} s", "report this") from None
+                if wakeup is None or wakeup > time.monotonic():
+                    continue
+                event = Tick()
+            self._handle(event, time.monotonic() - begin)
+        return time.monotonic() - begin
+
+    def stop(self) -> None:
+        """Give up what is in work."""
+        self._all.stop()
+
+    def close(self) -> None:
+        """Give all memory back, when all is served and nothing is in work."""
+        for name, engine in self._engines.items():
+            ledger = self._controller.ledgers[name]
+            for expert in ledger.resident:  # what was loaded ahead may not have come
+                freed = ledger.evict(expert).segments if ledger.is_ready(expert) else ledger.abort_load(expert)
+                engine.residents.evict(Evict(name, expert, freed))
+            engine.memory.close()
+
+    def _handle(self, event: Event, at: float) -> None:
+        if isinstance(event, Loaded):
+            self.stays.came(event.device, event.expert, at)
+        for action in self._controller.handle(event, time.monotonic()):
+            match action:
+                case Publish(verdict):
+                    if verdict.outcome not in (Outcome.PASS, Outcome.FAIL):
+                        raise ApplianceError(f"{verdict.request} got no answer: {verdict.refusal}", "report this")
+                    self.verdicts.append(verdict)
+                case Quarantine(expert, refusal):
+                    raise ApplianceError(f"{expert} cannot serve: {refusal.detail}", "report this")
+                case _:
+                    if isinstance(action, Evict):
+                        self.stays.left(action.device, action.expert, at)
+                    self.loads += isinstance(action, Load)
+                    self._all.obey(action)
+
+    def _told(self, event: Event) -> None:
+        """What random weights found means nothing: the task says what they found."""
+        if isinstance(event, Finished):
+            given = zip(event.batch.requests, event.answers, strict=True)
+            answers = (a if isinstance(a, Refusal) else self._trace.answer(r, event.batch.expert) for r, a in given)
+            event = replace(event, answers=tuple(answers))
+        self._events.put(event)
