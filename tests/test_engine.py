@@ -22,6 +22,7 @@ from appliance.core.types import (
     Publish,
     Quarantine,
     Request,
+    Tick,
     Verdict,
 )
 from appliance.drivers.images import Views
@@ -40,6 +41,7 @@ from tests.kit_device import PretendAccelerator, PretendPlace
 GPU, CPU = "pretend", "cpu"
 NAMES = ("a", "b", "c", "detector")
 WIDTH = 300
+TIMEOUT = 30.0
 
 
 class Line:
@@ -73,8 +75,18 @@ class Line:
         for number, name in enumerate(components):
             verdicts += self._told(Arrived(Request(f"{number}", f"c-{name}", time.monotonic())))
         while len(verdicts) < len(components):
-            verdicts += self._told(self.events.get(timeout=30))
+            verdicts += self._told(self._next_event())
         return verdicts
+
+    def _next_event(self) -> Event:
+        """What a device reports, or that it is time to decide anew."""
+        now = time.monotonic()
+        wakeup = self.controller.next_wakeup(now)
+        try:
+            return self.events.get(timeout=TIMEOUT if wakeup is None else min(max(wakeup - now, 0.0), TIMEOUT))
+        except queue.Empty:
+            assert wakeup is not None, "nobody reports anything, and nothing is due"
+            return Tick()
 
     def _told(self, event: Event) -> list[Verdict]:
         verdicts = []
