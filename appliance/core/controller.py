@@ -103,7 +103,7 @@ class Controller:
         self._cancelled_runs: set[int] = set()
         self._retried: dict[tuple[str, str], frozenset[str]] = {}  # request and expert: where it is barred by now
         self._deadlines: list[tuple[float, str]] = []
-        self._subsequent = frozenset(graph.before) - frozenset(graph.entries.values())
+        self._subsequent = frozenset(name for name in graph.before if graph.is_subsequent(name))
         self._leaving = {device.name: Ranking[str, tuple[bool, float]]() for device in devices}
         self._changes: Counter[str] = Counter()  # by device: of who may leave and of what is held
         self._blocked: dict[

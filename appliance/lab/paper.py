@@ -187,7 +187,6 @@ def detector(rank: int) -> str:
     return list(DETECTOR_BYTES)[rank % len(DETECTOR_BYTES)]
 
 
-TASKS = tuple(JOBS)
 PRINTED_IMAGES_PER_SECOND: Mapping[str, Mapping[str, tuple[float, ...]]] = {
     "numa": {
         "samba": (3.5, 3.5, 4.3, 4.2),
