@@ -309,7 +309,7 @@ class Service:
             return
         self._open[picture.id] = _Open(spooled, address, component)
         deadline = None if picture.deadline_seconds is None else arrived + picture.deadline_seconds
-        self._decide(Arrived(Request(picture.id, component, arrived, deadline)))
+        self._decide(Arrived(Request(picture.id, component, arrived, deadline, picture.line, picture.product)))
 
     def _spooled(self, arrival: int) -> None:
         """On the writer's thread: a picture was committed."""

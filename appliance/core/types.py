@@ -44,12 +44,14 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One picture's journey. `arrived_seconds` and `deadline_seconds` are monotonic."""
+    """One picture's journey. `arrived_seconds` and `deadline_seconds` are monotonic; `line` and `product` say whose."""
 
     id: str
     component: str
     arrived_seconds: float
     deadline_seconds: float | None = None
+    line: str = ""
+    product: str = ""
 
 
 @dataclass(frozen=True, slots=True)
