@@ -338,6 +338,15 @@ def print_soak(found: Mapping[str, Any], console: Console) -> None:
     )
 
 
+def print_scheduling(found: Mapping[str, Any], console: Console) -> None:
+    table = Table("policy", "experts", "queued", "per request", "at most")
+    for row in found["rows"]:
+        colour = "green" if row["seconds_per_request"] <= row["target_seconds"] else "yellow"
+        took, most = (f"{seconds * 1e3:.3f} ms" for seconds in (row["seconds_per_request"], row["target_seconds"]))
+        table.add_row(row["policy"], f"{row['experts']:,}", f"{row['queued']:,}", f"[{colour}]{took}[/]", most)
+    console.print(table)
+
+
 def print_task(found: Mapping[str, Any], console: Console) -> None:
     table = Table(box=None, pad_edge=False)
     for head in ("policy", "loader", "img/s", "of all", "loads", "floor", "p50 s", "p99 s", "MB", "CPU s"):

@@ -35,7 +35,7 @@ FIELDS = {
 def served(tmp_path_factory: pytest.TempPathFactory) -> tuple[Mapping[str, Any], Sequence[Lap]]:
     """What every policy came to, and its laps."""
     folder = tmp_path_factory.mktemp("task")
-    found, (laps,) = task(SMALL, folder=folder)
+    found, (laps,) = task(SMALL, beside=(0.8,), folder=folder)
     assert list(folder.iterdir()) == [], "experts and store are gone afterwards"
     return found, laps
 
@@ -71,10 +71,17 @@ def test_the_numbers_say_what_was_found(served: tuple[Mapping[str, Any], Sequenc
     assert json.loads(json.dumps(found)) == found
 
 
+def test_throughput_is_told_for_each_budget(served: tuple[Mapping[str, Any], Sequence[Lap]]) -> None:
+    found, _ = served
+    points = [(point["policy"], point["budget_share"]) for point in found["by_budget"]]
+    assert points == [(name, share) for name in ("appliance", "coserve", PLAIN) for share in (0.6, 0.8)]
+    assert all(point["images_per_second"] > 0 for point in found["by_budget"])
+
+
 def test_the_report_is_one_page_with_plots(served: tuple[Mapping[str, Any], Sequence[Lap]]) -> None:
     root = ElementTree.fromstring(page(*served))
     assert root.tag == "html"
-    assert len([drawing for drawing in root.iter() if drawing.tag == "svg"]) >= 5
+    assert len([drawing for drawing in root.iter() if drawing.tag == "svg"]) >= 6
     text = "".join(root.itertext())
     assert [name for name in NAMES if name not in text] == []
     assert "http" not in page(*served), "nothing is fetched"

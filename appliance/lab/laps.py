@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from appliance.drivers import images
-from appliance.drivers.images import Views
+from appliance.drivers.album import Album, Subject
 from appliance.lab import paper
 from appliance.lab.paper import Board, Job, Trace
 
@@ -116,6 +115,10 @@ def encoded_pictures() -> Pictures:
     return made
 
 
-def decoded(pictures: Pictures, request: str) -> Views:
-    payload = pictures[int(request.removeprefix("r")) % len(pictures)]
-    return Views(images.decode(payload, max_bytes=_MAX_BYTES, max_pixels=_MAX_PIXELS))
+def album(pictures: Pictures) -> Album:
+    """Decodes a request's picture when it is first looked at, as a service does."""
+
+    def payload(request: str) -> bytes:
+        return pictures[int(request.removeprefix("r")) % len(pictures)]
+
+    return Album(payload, lambda request: Subject("-", request), {}, _MAX_BYTES, _MAX_PIXELS)

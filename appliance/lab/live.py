@@ -42,8 +42,8 @@ from appliance.engine.engine import Engine, Engines
 from appliance.engine.weights import Weights
 from appliance.errors import ApplianceError
 from appliance.lab import paper
-from appliance.lab.fleet import Fleet
-from appliance.lab.laps import Lap, Pictures, Stays, asked, decoded
+from appliance.lab.fleet import MAX_BATCH, Fleet
+from appliance.lab.laps import Lap, Pictures, Stays, album, asked
 from appliance.lab.paper import Trace
 from appliance.startup import footprint
 from appliance.store.store import Compiled
@@ -112,7 +112,7 @@ def _box(policy: Policy, made: Fleet, budget_bytes: int, load_bytes_per_second: 
     else:
         pools = [("cpu", count)]
     prints = {name: footprint(one) for name, one in compiled.items()}
-    working = max(print.activation_bytes(1) for print in prints.values())
+    working = max(print.activation_bytes(MAX_BATCH) for print in prints.values())
     devices = tuple(Device(name, budget_bytes // len(pools), n, n * working) for name, n in pools)
     executors = tuple(Executor(f"{name}-{number}", name) for name, n in pools for number in range(n))
     chances = {e.name: e.probability for e in paper.experts(made.board, {})}
@@ -142,14 +142,12 @@ class _Served:
     """One policy on its box, from the first picture to the last verdict."""
 
     def __init__(self, policy: Policy, box: _Box, made: Fleet, trace: Trace, pictures: Pictures) -> None:
-        self._box, self._trace = box, trace
+        self._box, self._trace, self._album = box, trace, album(pictures)
         self._events: Queue[Event] = Queue()
         self._engines = {
             d.name: Engine.on(d, box.compiled, Weights(made.segment_path), CpuPlace(), self._told) for d in box.devices
         }
-        self._all = Engines(
-            self._engines, box.executors, made.bundles, lambda request: decoded(pictures, request), self._told
-        )
+        self._all = Engines(self._engines, box.executors, made.bundles, self._album.look, self._told)
         self.stays, self.loads, self.verdicts = Stays(), 0, list[Verdict]()
         self._controller = Controller(
             paper.graph(made.board), box.experts, box.devices, box.executors, policy=policy, residents=box.residents
@@ -208,6 +206,7 @@ class _Served:
                     if verdict.outcome not in (Outcome.PASS, Outcome.FAIL):
                         raise ApplianceError(f"{verdict.request} got no answer: {verdict.refusal}", "report this")
                     self.verdicts.append(verdict)
+                    self._album.forget(verdict.request)
                 case Quarantine(expert, refusal):
                     raise ApplianceError(f"{expert} cannot serve: {refusal.detail}", "report this")
                 case _:

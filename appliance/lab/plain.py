@@ -26,7 +26,7 @@ from appliance.drivers import heads, images, runtime
 from appliance.drivers.devices import anonymous_bytes, cores
 from appliance.lab import paper
 from appliance.lab.fleet import Fleet
-from appliance.lab.laps import Lap, Pictures, Stays, asked, decoded
+from appliance.lab.laps import Lap, Pictures, Stays, album, asked
 from appliance.lab.paper import Trace
 
 PLAIN = "plain-lru"
@@ -172,7 +172,7 @@ class _Served:
     """Workers that take requests as they come."""
 
     def __init__(self, cache: _Cache, made: Fleet, trace: Trace, pictures: Pictures) -> None:
-        self._cache, self._made, self._trace, self._pictures = cache, made, trace, pictures
+        self._cache, self._made, self._trace, self._album = cache, made, trace, album(pictures)
         self.waits = list[float]()
         self._failed = list[BaseException]()
 
@@ -202,7 +202,7 @@ class _Served:
 
     def _answer(self, request: Request) -> None:
         rank = int(request.component.removeprefix("type"))
-        picture = decoded(self._pictures, request.id).picture
+        picture = self._album.look(request.id).picture
         for expert in (paper.classifier(rank), *([paper.detector(rank)] if request.id in self._trace.checked else [])):
             manifest = self._made.bundles[expert].manifest
             feeds = {spec.name: images.prepare(picture, spec)[None] for spec in manifest.inputs}
@@ -210,3 +210,4 @@ class _Served:
             names = [output.name for output in session.get_outputs()]
             outputs = dict(zip(names, session.run(None, feeds), strict=True))
             heads.findings(manifest, outputs, [(picture.shape[1], picture.shape[0])])
+        self._album.forget(request.id)

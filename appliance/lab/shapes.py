@@ -169,8 +169,8 @@ SHAPES: Mapping[str, Shape] = {
 """What `appliance bench switch` measures, by the name of its size."""
 
 
-def write_expert(folder: Path, name: str, net: ModelProto, *, side: int) -> Bundle:
-    """A bundle on disk with a network that takes pictures of `side` x `side`."""
+def write_expert(folder: Path, name: str, net: ModelProto, *, side: int, max_batch: int = 1) -> Bundle:
+    """A bundle on disk with a network that takes up to `max_batch` pictures of `side` x `side` at once."""
     home = folder / name / "1"
     home.mkdir(parents=True)
     content = net.SerializeToString()
@@ -182,7 +182,7 @@ def write_expert(folder: Path, name: str, net: ModelProto, *, side: int) -> Bund
         schema=1,
         name=name,
         version=1,
-        model=ModelFile(sha256=digest, bytes=len(content), opset=_OPSET, ir_version=_IR_VERSION, max_batch=1),
+        model=ModelFile(sha256=digest, bytes=len(content), opset=_OPSET, ir_version=_IR_VERSION, max_batch=max_batch),
         inputs=(InputSpec(name="image", size=(side, side)),),
         head=ClassificationHead(kind="classification", output="logits", labels=labels),
     )

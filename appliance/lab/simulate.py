@@ -246,7 +246,7 @@ class Report:
     peak_bytes: int
 
     scheduling_seconds: float = 0.0
-    """Wall time that the controller took for its decisions."""
+    """Processor time that the controller took for its decisions."""
 
     @property
     def images_per_second(self) -> float:
@@ -260,7 +260,7 @@ def simulate(controller: Controller, world: World, arrivals: Sequence[Request]) 
     heapq.heapify(agenda)
     number, now = len(agenda), agenda[0][0] if agenda else 0.0
     started, ended, scheduling, taken = now, now, 0.0, list[Action]()
-    clock, disk = time.perf_counter, world.disk
+    clock, disk = time.thread_time, world.disk
     while True:
         wakeup = controller.next_wakeup(now)
         soonest = agenda[0][0] if agenda else inf

@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
 import psutil
 
+from appliance.core.policies import APPLIANCE, COSERVE
 from appliance.drivers.devices import cores
 from appliance.engine.weights import Weights
 from appliance.errors import ApplianceError, ConfigError
@@ -28,15 +29,25 @@ from appliance.lab.plain import PLAIN
 Say = Callable[[str], None]
 
 NAMES = (ALL, *reversed(live.NAMES[:-2]), live.ORACLE, PLAIN)
+COMPARED = (APPLIANCE.name, COSERVE.name, PLAIN)
+"""Whose throughput is plotted over memory."""
 _PROBES = 6
 _MEMORY_BESIDE = 1 << 30
 """What this process, and the page cache for model files, should find beside the budget."""
 
 
 def task(
-    asked: Task, names: Sequence[str] = (), *, pairs: int = 1, folder: Path, say: Say = lambda line: None
+    asked: Task,
+    names: Sequence[str] = (),
+    *,
+    pairs: int = 1,
+    beside: Sequence[float] = (),
+    folder: Path,
+    say: Say = lambda line: None,
 ) -> tuple[dict[str, Any], list[list[Lap]]]:
     """The numbers of each policy, and the laps of each round. `all-resident` is always among them: it is the bound.
+
+    `beside` are other budgets, as shares, at which ours, CoServe's and the plain sessions are served once more.
 
     Raises ConfigError for a policy that there is not, ApplianceError when disk or memory do not do, or a request gets
     no answer.
@@ -46,18 +57,24 @@ def task(
     pictures = encoded_pictures()
     with fleet(asked.job.board, asked.shape, folder, say, plain=PLAIN in chosen) as made:
         budget_bytes = int(made.bytes * asked.budget_share)
-        _check_memory(made, budget_bytes)
+        for share in (asked.budget_share, *beside):
+            _check_memory(made, int(made.bytes * share))
         bytes_per_second = _read_speed(made)
         sizes = plain.session_bytes(made, lambda shape: shape_named(shape).side) if PLAIN in chosen else {}
 
-        def served(name: str) -> Lap:
-            say(f"{name}: {asked.requests} requests")
+        def served(name: str, share: float = asked.budget_share) -> Lap:
+            say(f"{name}: {asked.requests} requests in {share:.0%} of the memory")
+            budget = int(made.bytes * share)
             if name != PLAIN:
-                return live.lap(name, made, trace, pictures, budget_bytes, bytes_per_second)
-            laps = [plain.lap(way, made, trace, pictures, budget_bytes, sizes) for way in plain.settings()]
+                return live.lap(name, made, trace, pictures, budget, bytes_per_second)
+            laps = [plain.lap(way, made, trace, pictures, budget, sizes) for way in plain.settings()]
             return max(laps, key=lambda lap: lap.images_per_second)
 
         rounds = [[served(name) for name in _turned(chosen, number)] for number in range(pairs)]
+        policies = [_summed_up(name, rounds) for name in chosen]
+        compared = [row for row in policies if row["policy"] in COMPARED]
+        here = [(row["policy"], asked.budget_share, row["images_per_second"]) for row in compared]
+        elsewhere = [(name, share, served(name, share).images_per_second) for share in beside for name, *_ in here]
         found = {
             "runtime": f"onnxruntime {onnxruntime.__version__}",
             "cores": cores(),
@@ -72,7 +89,8 @@ def task(
             "budget_bytes": budget_bytes,
             "disk_bytes_per_second": bytes_per_second,
             "plain_session_bytes": sizes,
-            "policies": [_summed_up(name, rounds) for name in chosen],
+            "policies": policies,
+            "by_budget": _by_budget((*here, *elsewhere)),
         }
     return found, rounds
 
@@ -115,6 +133,11 @@ def _read_speed(made: Fleet) -> float:
         weights.drop(compiled.segments)
     weights.close()
     return statistics.median(speeds)
+
+
+def _by_budget(points: Iterable[tuple[str, float, float]]) -> list[dict[str, Any]]:
+    ordered = sorted(points, key=lambda point: (COMPARED.index(point[0]), point[1]))
+    return [{"policy": name, "budget_share": share, "images_per_second": rate} for name, share, rate in ordered]
 
 
 def _summed_up(name: str, rounds: Sequence[Sequence[Lap]]) -> dict[str, Any]:

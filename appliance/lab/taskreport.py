@@ -18,6 +18,7 @@ from appliance.lab.plain import PLAIN
 
 _WIDTH, _LABELS, _VALUES, _ROW = 720, 120, 90, 26
 _PLOT = _WIDTH - _LABELS - _VALUES
+_CURVES = 220
 _TICKS = 5
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -44,7 +45,8 @@ svg text { fill: var(--ink); } svg .soft { fill: var(--soft); }
 svg .grid { stroke: var(--line); } svg .mark { stroke: var(--ink); stroke-width: 2; }
 .ours { fill: var(--ours); stroke: var(--ours); } .plain { fill: var(--plain); stroke: var(--plain); }
 .bound { fill: var(--bound); stroke: var(--bound); } .other { fill: var(--other); stroke: var(--other); }
-svg rect, svg circle { stroke: none; } svg path.stays { fill: none; } svg path.first { opacity: 0.4; }
+svg rect, svg circle { stroke: none; } svg path { fill: none; } svg path.curve { stroke-width: 2; }
+svg path.first { opacity: 0.4; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; width: 100%; }
 th, td { text-align: right; padding: 5px 8px; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--soft); font-weight: 500; } th:first-child, td:first-child { text-align: left; }
@@ -71,6 +73,7 @@ def page(found: Mapping[str, Any], laps: Sequence[Lap]) -> str:
 Every policy in turn, live: real sessions, real reads, the memory budget enforced.</p>
 <div class="tiles">{"".join(_tiles(rows))}</div>
 {_section("Throughput", "Pictures answered per second; the line is a box that holds everything.", _throughput(rows))}
+{_by_budget(found)}
 {_section("Loads", "Experts brought from the disk; the line is what no policy can do without.", _loads(rows))}
 {_section("Waiting", _WAITING, _waits(ordered))}
 {_section("Who is in memory", _RESIDENCY, "".join(_timelines(by_policy, found["experts"])))}
@@ -80,6 +83,9 @@ Every policy in turn, live: real sessions, real reads, the memory budget enforce
 """
 
 
+_MEMORY = (
+    "Pictures per second over the share of the experts that memory holds; the line is a box that holds everything."
+)
 _WAITING = "From a picture to its verdict: nine tenths of them, the middle half, and the median."
 _RESIDENCY = (
     "Each line is an expert while it is in memory, the most asked at the top, the detectors at the bottom; "
@@ -117,8 +123,48 @@ def _tile(value: str, says: str) -> str:
 
 
 def _throughput(rows: Sequence[Mapping[str, Any]]) -> str:
-    bound = next(row["images_per_second"] for row in rows if row["policy"] == ALL)
+    bound = _bound(rows)
     return _bars(rows, "images_per_second", lambda row: bound, lambda row: f"{row['images_per_second']:.1f} /s")
+
+
+def _bound(rows: Sequence[Mapping[str, Any]]) -> float:
+    return float(next(row["images_per_second"] for row in rows if row["policy"] == ALL))
+
+
+def _by_budget(found: Mapping[str, Any]) -> str:
+    points = found["by_budget"]
+    if len({point["budget_share"] for point in points}) < 2:
+        return ""
+    return _section("Throughput and memory", _MEMORY, _curves(points, _bound(found["policies"])))
+
+
+def _curves(points: Sequence[Mapping[str, Any]], bound: float) -> str:
+    """Images per second over the share of the experts that memory holds, a line per policy."""
+    across = _Scale(max(point["budget_share"] for point in points) * 100)
+    top = max(bound, *(point["images_per_second"] for point in points))
+    drawn = [
+        f'<line class="mark" x1="{_LABELS}" x2="{_LABELS + _PLOT}" y1="{_rise(bound, top):.1f}" '
+        f'y2="{_rise(bound, top):.1f}"/>',
+        f'<text x="{_LABELS - 8}" y="{_rise(bound, top) + 4:.1f}" text-anchor="end">{bound:.1f} /s</text>',
+    ]
+    for policy in dict.fromkeys(point["policy"] for point in points):
+        spots = [
+            (across.at(p["budget_share"] * 100), _rise(p["images_per_second"], top), p["images_per_second"])
+            for p in points
+            if p["policy"] == policy
+        ]
+        line = "L".join(f"{x:.1f} {y:.1f}" for x, y, _ in spots)
+        drawn.append(f'<path class="curve {_kind(policy)}" d="M{line}"/>')
+        drawn += [
+            f'<circle class="{_kind(policy)}" cx="{x:.1f}" cy="{y:.1f}" r="4"><title>{rate:.1f} /s</title></circle>'
+            for x, y, rate in spots
+        ]
+        drawn.append(f'<text x="{spots[-1][0] + 8:.1f}" y="{spots[-1][1] + 4:.1f}">{escape(policy)}</text>')
+    return _drawing(_CURVES, across, drawn, " %")
+
+
+def _rise(value: float, top: float) -> float:
+    return _CURVES - value / top * (_CURVES - 12)
 
 
 def _loads(rows: Sequence[Mapping[str, Any]]) -> str:
