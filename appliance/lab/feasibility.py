@@ -2,7 +2,7 @@
 
 Nothing runs: loads take what their bytes need on the profile's disk beside each other, runs what was measured when
 their architecture was compiled. Cameras, decoding and the network are not in it. Every picture asks all whom it may
-lead to, which is the most that can happen.
+lead to, of a table the first: the most that can happen.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def working_set(product: Product, graph: ExpertGraph) -> tuple[str, ...]:
     found = dict.fromkeys(graph.entries[placement.component] for placement in product.recipe.placements)
     left = list(found)
     while left:
-        following = [edge.to for edge in graph.edges.get(left.pop(0), ()) if edge.to not in found]
+        following = [expert for expert in graph.following(left.pop(0)) if expert not in found]
         found.update(dict.fromkeys(following))
         left += following
     return tuple(found)
@@ -109,7 +109,10 @@ def _rates(made: Installation, experts: Mapping[str, Expert], components: Sequen
 
 
 def leading_on(graph: ExpertGraph, expert: str) -> Iterator[Finding]:
-    """Findings of which every edge takes one."""
+    """Findings of which every edge takes one, and a table, if there is one, its first way."""
+    table = graph.tables.get(expert)
+    if table is not None:
+        yield Finding(next(iter(table.to), ""), table.score_at_least, fails=False)
     for edge in graph.edges.get(expert, ()):
         for condition in edge.conditions[:1]:
             yield Finding(_label(condition), _score(condition), fails=False)
