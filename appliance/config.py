@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -132,6 +133,16 @@ class Scheduler(Settings):
     )
 
 
+class Line(Settings):
+    """A line whose pictures go before those of others. `<name>` is the topic level behind `infer`."""
+
+    priority: Annotated[int, Field(ge=0, le=9)] = Field(
+        0,
+        description="Each step counts as having come 2 s earlier, for loads and runs: a picture of another line lets "
+        "nobody pass who comes later than that.",
+    )
+
+
 class Limits(Settings):
     """What the box accepts."""
 
@@ -165,7 +176,13 @@ class Config(Settings):
     experts: Experts = Experts()
     executors: Executors = Executors()
     scheduler: Scheduler = Scheduler()
+    lines: Mapping[Level, Line] = Field(default_factory=dict)
     limits: Limits = Limits()
+
+    @property
+    def priorities(self) -> dict[str, int]:
+        """Of the lines that have one."""
+        return {name: line.priority for name, line in self.lines.items()}
 
     @property
     def receive_window(self) -> int:

@@ -598,6 +598,7 @@ class Service:
             self._config.experts.pin,
             self._config.experts.preload,
             self._config.scheduler.policy,
+            self._config.priorities,
         )
         return Journal(path, opening)
 

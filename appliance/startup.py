@@ -146,6 +146,7 @@ class Installation:
             pinned=self.config.experts.pin,
             preload=self.config.experts.preload,
             policy=POLICIES[self.config.scheduler.policy],
+            priorities=self.config.priorities,
         )
 
     def unpinned(self, ledgers: Mapping[str, Ledger]) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from appliance.core.policies import (
     COSERVE,
     EM,
     EM_RA,
+    HEAD_START_SECONDS,
     PAPER,
     PATIENCE_SECONDS,
     POLICIES,
@@ -606,6 +607,7 @@ def test_the_pretend_world_refuses_illegal_moves() -> None:
         device.load(Load("cpu", "b", b.footprints["cpu"].segments), b)
 
 
+PRIORITIES = {"line1": 1, "line2": 9}
 SHARED = [Segment(f"s{n}", 5 + 5 * n) for n in range(4)]
 
 
@@ -633,7 +635,8 @@ def workloads(draw: st.DrawFn) -> tuple[list[Expert], list[Request], int, int, i
     now, requests = 0.0, []
     for number, (gap, name, hurried) in enumerate(gaps):
         now += gap
-        requests.append(Request(f"r{number}", f"c-{name}", now, now + 2.0 if hurried else None))
+        line = f"line{number % 3}"  # as if by three lines in turn, of which two have a priority
+        requests.append(Request(f"r{number}", f"c-{name}", now, now + 2.0 if hurried else None, line))
     fails = draw(st.dictionaries(st.sampled_from([e.name for e in experts]), st.integers(1, 5), max_size=2))
     return experts, requests, draw(st.integers(45, 160)), draw(st.integers(1, 3)), draw(st.integers(1, 3)), fails
 
@@ -665,7 +668,7 @@ def test_every_request_gets_exactly_one_verdict_whatever_fails(
 ) -> None:
     experts, requests, budget, executors, slots, fails = workload
     graph = inspection_graph([e.name for e in experts if e.name != "detector"])
-    controller, devices = box(experts, graph, budget, executors, slots, activation_bytes=60, policy=policy)
+    controller, devices = box(experts, graph, budget, executors, slots, 60, policy, PRIORITIES)
     left = dict(fails)
 
     def broken(action: Load | Run) -> Refusal | None:
@@ -728,11 +731,11 @@ def test_the_same_events_make_the_same_actions(
     events: list[tuple[float, Event]] = []
     runs = []
     for _ in range(2):
-        controller, devices = box(experts, graph, budget, executors, slots, policy=policy)
+        controller, devices = box(experts, graph, budget, executors, slots, policy=policy, priorities=PRIORITIES)
         noted = Noting(controller)
         runs.append(simulate(noted, pretend(experts, devices, DOUBTFUL), requests).actions)  # type: ignore[arg-type]
         events = noted.events
-    controller, devices = box(experts, graph, budget, executors, slots, policy=policy)
+    controller, devices = box(experts, graph, budget, executors, slots, policy=policy, priorities=PRIORITIES)
     runs.append(replay(controller, pretend(experts, devices, DOUBTFUL), events).actions)
     assert runs[0] == runs[1] == runs[2]
 
@@ -777,7 +780,7 @@ def test_nobody_whom_a_queued_picture_needs_leaves_for_one_who_can_wait(
     experts, requests, budget, executors, slots, _ = workload
     graph = inspection_graph([e.name for e in experts if e.name != "detector"])
     policy = replace(APPLIANCE, patience_seconds=1.0)
-    controller, devices = box(experts, graph, budget, executors, slots, policy=policy)
+    controller, devices = box(experts, graph, budget, executors, slots, policy=policy, priorities=PRIORITIES)
     report = simulate(Sparing(controller), pretend(experts, devices, DOUBTFUL), requests)  # type: ignore[arg-type]
     assert len(report.verdicts) == len(requests)
 
@@ -876,6 +879,79 @@ def test_evictions_are_counted_by_rule_and_tasks_by_where_their_expert_was() -> 
     assert controller.counts["evictions"] == 1
     controller.handle(LoadFailed("cpu", "b", BROKEN), 0.7)
     assert controller.counts["evictions"] == 1, "who never came did not leave"
+
+
+def test_a_prior_line_is_loaded_and_run_as_if_it_had_come_earlier() -> None:
+    """Two head starts: who waits for longer than that still goes first, who does not lets it pass."""
+    for waited, first in ((1.9, "prior"), (2.1, "other")):
+        experts = [*_experts("a", "b", "busy", size=40)]
+        graph, priorities = inspection_graph(["a", "b", "busy"]), {"prior": 1}
+        controller, _ = box(experts, graph, 200, executors=1, priorities=priorities)
+        controller.handle(Arrived(request("0", "c-busy")), 0.0)
+        controller.handle(Arrived(request("1", "c-a", line="other")), 0.1)
+        run = _run(controller.handle(Loaded("cpu", "busy"), 0.2))
+        controller.handle(Arrived(request("2", "c-b", line="prior")), 0.1 + waited)
+        controller.handle(Loaded("cpu", "a"), 2.3)
+        controller.handle(Loaded("cpu", "b"), 2.4)
+        following = _run(controller.handle(Finished(run.batch, ((SOUND,),), 2.5), 2.5))
+        assert following.batch.requests == (("2",) if first == "prior" else ("1",))
+
+
+def test_a_batch_takes_the_pictures_of_a_prior_line_first() -> None:
+    controller, _ = box(_experts("a"), inspection_graph(["a"]), 100, executors=1, priorities={"prior": 1})
+    for number in range(4):
+        controller.handle(Arrived(request(str(number), "c-a", line="other")), 0.0)
+    controller.handle(Arrived(request("4", "c-a", line="prior")), 0.05)
+    assert _run(controller.handle(Loaded("cpu", "a"), 0.1)).batch.requests == ("4", "0", "1", "2")
+
+
+@pytest.mark.parametrize("policy", PAPER, ids=lambda policy: policy.name)
+def test_the_published_policies_know_no_priorities(policy: Policy) -> None:
+    experts = _experts("a", "b", size=60)
+    stream = [request(f"{n}", f"c-{name}", n * 0.05, line=f"line{n % 2}") for n, name in enumerate("abbabaabab")]
+    graph, runs = inspection_graph(["a", "b"]), []
+    for priorities in ({}, {"line1": 9}):
+        controller, devices = box(experts, graph, 120, policy=policy, priorities=priorities)
+        runs.append(simulate(controller, pretend(experts, devices, DOUBTFUL), stream).actions)
+    assert runs[0] == runs[1]
+
+
+@given(
+    st.lists(st.sampled_from(["hot", "warm", "cold"]), min_size=10, max_size=60),
+    st.integers(1, 9),
+    st.integers(60, 130),
+)
+def test_of_two_equal_pictures_that_of_the_prior_line_never_waits_longer(
+    asked: list[str], priority: int, budget: int
+) -> None:
+    """More than one executor can do, of two lines that publish the same at the same time."""
+    experts = [*(expert(name, 40, item=0.1) for name in ("hot", "warm", "cold")), expert("detector", 20)]
+    graph, priorities = inspection_graph(["hot", "warm", "cold"]), {"prior": priority}
+    controller, devices = box(experts, graph, budget, executors=1, priorities=priorities)
+    stream = [
+        request(f"{line} {n}", f"c-{name}", n * 0.1, line=line)
+        for n, name in enumerate(asked)
+        for line in ("prior", "other")
+    ]
+    report = simulate(controller, pretend(experts, devices, DOUBTFUL), stream)
+    waited = {verdict.request: verdict.waited_seconds for verdict in report.verdicts}
+    assert all(waited[f"prior {n}"] <= waited[f"other {n}"] for n in range(len(asked)))
+
+
+@given(st.lists(st.sampled_from(["hot", "warm"]), min_size=180, max_size=200), st.integers(0, 2))
+def test_nobody_starves_behind_a_prior_line(arrivals: list[str], priority: int) -> None:
+    """It asks for twice what the executor can do; who comes later than its head start and patience passes nobody, but
+    for what runs and loads at that moment."""
+    experts = [expert(name, 40, item=0.1) for name in ("hot", "warm", "cold")] + [expert("detector", 1)]
+    policy = replace(APPLIANCE, patience_seconds=2.0)
+    graph, priorities = inspection_graph(["hot", "warm", "cold"]), {"prior": priority}
+    controller, devices = box(experts, graph, 90, 1, load_slots=1, policy=policy, priorities=priorities)
+    requests = [request(f"{n}", f"c-{name}", n * 0.05, line="prior") for n, name in enumerate(arrivals)]
+    cold = request("cold", "c-cold", 0.5, line="other")
+    report = simulate(controller, pretend(experts, devices), sorted([*requests, cold], key=lambda r: r.arrived_seconds))
+    answered = [verdict.request for verdict in report.verdicts]
+    passed = [requests[int(name)].arrived_seconds for name in answered[: answered.index("cold")]]
+    assert max(passed, default=0.0) < 0.5 + policy.patience_seconds + priority * HEAD_START_SECONDS + 1.0
 
 
 @given(st.lists(st.sampled_from(["hot", "warm"]), min_size=50, max_size=200))

@@ -83,10 +83,14 @@ def _told(
     events: Sequence[tuple[float, Event]],
     focus: str,
     policy: Policy = APPLIANCE,
-    **more: int,
+    *,
+    budget: int = 100,
+    executors: int = 1,
+    load_slots: int = 2,
+    activation_bytes: int | None = None,
 ) -> Chronicle:
     graph = inspection_graph([e.name for e in experts if e.name != "detector"])
-    controller, _ = box(experts, graph, more.pop("budget", 100), more.pop("executors", 1), policy=policy, **more)
+    controller, _ = box(experts, graph, budget, executors, load_slots, activation_bytes, policy)
     return chronicle(controller, events, in_order=policy.in_order, focus=focus)
 
 

@@ -27,7 +27,7 @@ from appliance.core.types import (
 from appliance.drivers import journal
 from appliance.drivers.journal import Journal, Opening
 from appliance.errors import ConfigError, RecordsError
-from appliance.lab.simulate import SharedDisk, World, replay, simulate, simulated
+from appliance.lab.simulate import SharedDisk, World, controller_of, replay, simulate, simulated
 from tests.kit import BOXED, DOUBTFUL, SOUND, box, expert, inspection_graph, pretend, request
 
 
@@ -95,7 +95,8 @@ def test_a_prediction_may_be_of_another_policy(tmp_path: Path) -> None:
 def test_a_written_journal_replays_to_the_same_actions(tmp_path: Path) -> None:
     experts = [expert(name, 40) for name in ("a", "b", "detector")]
     graph = inspection_graph(["a", "b"])
-    controller, devices = box(experts, graph, 90)
+    priorities = {"line1": 3}
+    controller, devices = box(experts, graph, 90, priorities=priorities)
     events: list[tuple[float, Event]] = []
     handle = controller.handle
 
@@ -104,17 +105,17 @@ def test_a_written_journal_replays_to_the_same_actions(tmp_path: Path) -> None:
         return list(handle(event, now))
 
     controller.handle = noted  # type: ignore[method-assign, assignment]
-    requests = [request(str(n), f"c-{'ab'[n % 2]}", n * 0.01) for n in range(30)]
+    requests = [request(str(n), f"c-{'ab'[n % 2]}", n * 0.01, line=f"line{n % 2}") for n in range(30)]
     live = simulate(controller, pretend(experts, devices, DOUBTFUL), requests)
 
     executors = tuple(queue.executor for queue in controller.scheduler.queues.values())
     path = tmp_path / "journal.jsonl"
-    with Journal(path, Opening("0", graph, tuple(experts), devices, executors, {})) as written:
+    opening = Opening("0", graph, tuple(experts), devices, executors, {}, priorities=priorities)
+    with Journal(path, opening) as written:
         for now, event in events:
             written.note(event, now)
     opening, read = journal.read(path)
-    fresh = Controller(opening.graph, {e.name: e for e in opening.experts}, opening.devices, opening.executors)
-    again = replay(fresh, pretend(opening.experts, opening.devices, DOUBTFUL), read)
+    again = replay(controller_of(opening, opening.policy), pretend(opening.experts, opening.devices, DOUBTFUL), read)
     assert again.actions == live.actions
     found = simulated(path, predict=False)
     assert (found["loads"], found["evictions"], found["requests"]) == (live.loads, live.evictions, 30)

@@ -68,7 +68,7 @@ class Controller:
 
     `pinned` experts are loaded at the start and stay, each on the first device that has room for it; those of `preload`
     are loaded at the start as far as memory is free. `residents` are (device, expert) of those that are in memory
-    before the first event, in the order in which they came.
+    before the first event, in the order in which they came. `priorities` are those of lines that have one, 0 to 9.
     """
 
     def __init__(
@@ -83,6 +83,7 @@ class Controller:
         preload: Sequence[str] = (),
         policy: Policy = APPLIANCE,
         residents: Sequence[tuple[str, str]] = (),
+        priorities: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         self._graph = graph
         self._experts = experts
@@ -91,6 +92,7 @@ class Controller:
         self._coming = deque([*pinned, *preload])
         self.scheduler = Scheduler(tuple(executors), experts, policy)
         self._policy = policy
+        self._head_starts = {line: policy.head_start_seconds(priority) for line, priority in priorities.items()}
         self.counts: Counter[str] = Counter()
         self.evictions: Counter[Rule] = Counter()
         self.asked: Counter[Residency] = Counter()
@@ -255,7 +257,7 @@ class Controller:
         for request in open_requests:
             if (request, batch.expert) not in self._retried:
                 self._retried[request, batch.expert] = frozenset()
-                self._put(Task(request, batch.expert, now, True, frozenset(), self._deadline(request)), now)
+                self._put(self._task(request, batch.expert, now, alone=True), now)
             elif refusal.reason not in ELSEWHERE or not self._ask_elsewhere(request, batch.expert, batch.device, now):
                 self._conclude(request, Outcome.ERROR, now, actions, refusal)
 
@@ -283,7 +285,7 @@ class Controller:
         self._drop(request, expert, now)
         self._retried[request, expert] = barred
         self.counts["fallbacks"] += 1
-        self._put(Task(request, expert, now, True, barred, self._deadline(request)), now)
+        self._put(self._task(request, expert, now, alone=True, barred=barred), now)
         return True
 
     def _make_do_with_less(self, ledger: Ledger, less_bytes: int, now: float, actions: list[Action]) -> None:
@@ -318,8 +320,7 @@ class Controller:
             if refusal is not None:
                 self._conclude(progress.request.id, Outcome.ERROR, now, actions, refusal)
                 return
-            deadline = progress.request.deadline_seconds
-            self._put(Task(progress.request.id, expert, now, False, frozenset(), deadline), now)
+            self._put(self._task(progress.request.id, expert, now), now)
 
     def _put(self, task: Task, now: float) -> None:
         device = self.scheduler.put(task, self.ledgers)
@@ -335,8 +336,13 @@ class Controller:
                 self._release_claim(device, expert)
             self._rank(ledger, expert, now)
 
-    def _deadline(self, request: str) -> float | None:
-        return self.progress[request].request.deadline_seconds
+    def _task(
+        self, name: str, expert: str, now: float, *, alone: bool = False, barred: frozenset[str] = frozenset()
+    ) -> Task:
+        """The request's question to the expert; a prior line's counts as having come earlier, and as due earlier."""
+        request = self.progress[name].request
+        head_start, deadline = self._head_starts.get(request.line, 0.0), request.deadline_seconds
+        return Task(name, expert, now - head_start, alone, barred, None if deadline is None else deadline - head_start)
 
     def _too_large(self, expert: str) -> Refusal | None:
         if self.scheduler.able(expert, self.ledgers):
