@@ -9,7 +9,7 @@ from appliance.core.controller import Controller
 from appliance.core.costs import Cost
 from appliance.core.graph import Condition, Edge, ExpertGraph, compile_graph
 from appliance.core.policies import APPLIANCE, Policy
-from appliance.core.types import Box, Device, Executor, Expert, Finding, Footprint, Request, Segment
+from appliance.core.types import Box, Device, Executor, Expert, Finding, Footprint, Overflow, Request, Segment
 from appliance.lab.simulate import World
 
 SOUND = Finding("sound", 0.99, fails=False)
@@ -57,13 +57,23 @@ def box(
     activation_bytes: int | None = None,
     policy: Policy = APPLIANCE,
     priorities: Mapping[str, int] = MappingProxyType({}),
+    most_waiting: int | None = None,
+    overflow: Overflow = Overflow.BLOCK,
 ) -> tuple[Controller, tuple[Device, ...]]:
     """A controller of one CPU with so many executors."""
     devices = (Device("cpu", budget_bytes, load_slots, activation_bytes),)
     names = tuple(Executor(f"cpu-{number}", "cpu") for number in range(executors))
-    return Controller(
-        graph, {e.name: e for e in experts}, devices, names, policy=policy, priorities=priorities
-    ), devices
+    controller = Controller(
+        graph,
+        {e.name: e for e in experts},
+        devices,
+        names,
+        policy=policy,
+        priorities=priorities,
+        most_waiting=most_waiting,
+        overflow=overflow,
+    )
+    return controller, devices
 
 
 def pretend(experts: Sequence[Expert], devices: Sequence[Device], finding: Finding = SOUND) -> World:

@@ -40,6 +40,7 @@ def test_sizes_may_be_words(tmp_path: Path) -> None:
         ("[lines.line1]\npriority = 10\n", r"line 2: lines.line1.priority: .*9"),
         ("[lines.'a/b']\npriority = 1\n", r"lines.a/b"),
         ("[limits]\nspool = 9\npicture_bytes = 5\n", r"limits: .*spool must take two pictures"),
+        ("[limits]\noverflow = 'reject'\n", r"limits: .*here 160000000000 bytes, or it blocks"),
         ("[limits]\npicture_pixels = 'many'\n", r"line 2: limits.picture_pixels: .*integer"),
     ],
 )

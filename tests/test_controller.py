@@ -34,6 +34,7 @@ from appliance.core.types import (
     FRAGMENTED,
     GOLDEN_MISMATCH,
     OUT_OF_MEMORY,
+    QUEUE_FULL,
     Action,
     Arrived,
     Batch,
@@ -51,6 +52,7 @@ from appliance.core.types import (
     Loaded,
     LoadFailed,
     Outcome,
+    Overflow,
     Publish,
     Quarantine,
     Refusal,
@@ -721,6 +723,34 @@ def test_no_verdict_is_lost_whatever_the_devices_hold(
 
 
 @EVERY
+@given(workload=workloads(), most=st.integers(1, 6), overflow=st.sampled_from([Overflow.REJECT, Overflow.OLDEST]))
+def test_never_more_pictures_are_open_than_may_be_and_each_has_its_verdict(
+    policy: Policy,
+    workload: tuple[list[Expert], list[Request], int, int, int, dict[str, int]],
+    most: int,
+    overflow: Overflow,
+) -> None:
+    experts, requests, budget, executors, slots, _ = workload
+    graph = inspection_graph([e.name for e in experts if e.name != "detector"])
+    controller, devices = box(
+        experts, graph, budget, executors, slots, 60, policy, PRIORITIES, most_waiting=most, overflow=overflow
+    )
+
+    class Counted(Noting):
+        def look(self, actions: Sequence[Action], now: float) -> None:
+            assert len(controller.progress) <= most
+
+    report = simulate(Counted(controller), pretend(experts, devices, DOUBTFUL), requests)  # type: ignore[arg-type]
+    assert sorted(v.request for v in report.verdicts) == sorted(r.id for r in requests)
+    begun = {name for action in report.actions if isinstance(action, Run) for name in action.batch.requests}
+    turned_away = {v.request for v in report.verdicts if v.refusal is not None and v.refusal.reason == QUEUE_FULL}
+    assert not turned_away & begun
+    assert controller.scheduler.is_idle
+    for ledger in controller.ledgers.values():
+        assert all(ledger.is_evictable(name) for name in ledger.resident)
+
+
+@EVERY
 @given(workload=workloads())
 def test_the_same_events_make_the_same_actions(
     policy: Policy, workload: tuple[list[Expert], list[Request], int, int, int, dict[str, int]]
@@ -879,6 +909,46 @@ def test_evictions_are_counted_by_rule_and_tasks_by_where_their_expert_was() -> 
     assert controller.counts["evictions"] == 1
     controller.handle(LoadFailed("cpu", "b", BROKEN), 0.7)
     assert controller.counts["evictions"] == 1, "who never came did not leave"
+
+
+def test_where_more_pictures_wait_outside_nobody_is_turned_away() -> None:
+    controller, _ = box(_experts("a"), inspection_graph(["a"]), 100, most_waiting=2)
+    assert controller.room(1000) == 2
+    controller.handle(Arrived(request("0", "c-a")), 0.0)
+    assert (controller.room(1000), controller.room(1)) == (1, 1)
+    controller.handle(Arrived(request("1", "c-a")), 0.0)
+    assert controller.room(1000) == 0
+
+
+def test_where_the_new_picture_is_turned_away_it_hears_so_at_once_and_only_it() -> None:
+    controller, _ = box(_experts("a"), inspection_graph(["a"]), 100, 1, most_waiting=2, overflow=Overflow.REJECT)
+    for name in ("0", "1"):
+        assert not [a for a in controller.handle(Arrived(request(name, "c-a")), 0.0) if isinstance(a, Publish)]
+    assert controller.room(1000) == 1000, "all come here, to be turned away"
+    (publish,) = controller.handle(Arrived(request("2", "c-a", at=0.5)), 0.75)
+    assert isinstance(publish, Publish)
+    assert (publish.verdict.request, publish.verdict.outcome) == ("2", Outcome.REJECTED)
+    assert publish.verdict.waited_seconds == 0.25
+    assert publish.verdict.refusal is not None
+    assert publish.verdict.refusal.reason == QUEUE_FULL
+    assert "request-id" in publish.verdict.refusal.detail
+    assert controller.handle(Arrived(request("1", "c-a")), 0.8) == [], "one that is open is no new one"
+    assert _run(controller.handle(Loaded("cpu", "a"), 1.0)).batch.requests == ("0", "1")
+
+
+def test_where_the_oldest_is_turned_away_those_that_were_begun_stay() -> None:
+    limits = {"most_waiting": 2, "overflow": Overflow.OLDEST}
+    controller, _ = box(_experts("a"), inspection_graph(["a"]), 100, executors=1, **limits)  # type: ignore[arg-type]
+    controller.handle(Arrived(request("0", "c-a")), 0.0)
+    run = _run(controller.handle(Loaded("cpu", "a"), 0.1))
+    for number in (1, 2, 3):
+        moves = controller.handle(Arrived(request(f"{number}", "c-a")), 0.2)
+        assert [m.verdict.request for m in moves if isinstance(m, Publish)] == ([f"{number - 1}"] if number > 1 else [])
+    moves = controller.handle(Finished(run.batch, ((DOUBTFUL,),), 0.1), 0.3)
+    assert _run(moves).batch.requests == ("3",)
+    (publish,) = controller.handle(Arrived(request("4", "c-a")), 0.4)
+    assert isinstance(publish, Publish)
+    assert publish.verdict.request == "4", "both others were looked at: nobody else is left to turn away"
 
 
 def test_a_prior_line_is_loaded_and_run_as_if_it_had_come_earlier() -> None:

@@ -12,7 +12,7 @@ run is tried once more, then on another device, and then its requests are told.
 from __future__ import annotations
 
 import heapq
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from math import inf
 from types import MappingProxyType
@@ -29,6 +29,7 @@ from appliance.core.types import (
     FRAGMENTED,
     GOLDEN_MISMATCH,
     OUT_OF_MEMORY,
+    QUEUE_FULL,
     Action,
     Arrived,
     Batch,
@@ -46,6 +47,7 @@ from appliance.core.types import (
     Loaded,
     LoadFailed,
     Outcome,
+    Overflow,
     Publish,
     Quarantine,
     Refusal,
@@ -69,6 +71,7 @@ class Controller:
     `pinned` experts are loaded at the start and stay, each on the first device that has room for it; those of `preload`
     are loaded at the start as far as memory is free. `residents` are (device, expert) of those that are in memory
     before the first event, in the order in which they came. `priorities` are those of lines that have one, 0 to 9.
+    At most `most_waiting` pictures are open at once: `overflow` says what becomes of more.
     """
 
     def __init__(
@@ -84,6 +87,8 @@ class Controller:
         policy: Policy = APPLIANCE,
         residents: Sequence[tuple[str, str]] = (),
         priorities: Mapping[str, int] = MappingProxyType({}),
+        most_waiting: int | None = None,
+        overflow: Overflow = Overflow.BLOCK,
     ) -> None:
         self._graph = graph
         self._experts = experts
@@ -98,6 +103,8 @@ class Controller:
         self.asked: Counter[Residency] = Counter()
         """Tasks, by where their expert was when they were queued: ready is a hit, absent a miss."""
         self.progress: dict[str, Progress] = {}
+        self._most_waiting, self._overflow = most_waiting, overflow
+        self._untouched: OrderedDict[str, None] = OrderedDict()  # of `progress`, those for which no run has begun
         self._claimed: set[tuple[str, str]] = set()
         self._failed_loads: Counter[tuple[str, str]] = Counter()
         self._ahead: set[tuple[str, str]] = set()  # loads in work that began ahead
@@ -145,6 +152,12 @@ class Controller:
         self._preload(now, actions)
         return actions
 
+    def room(self, wanted: int) -> int:
+        """How many of so many more pictures may come now; the others have to wait outside, or are turned away here."""
+        if self._most_waiting is None or self._overflow is not Overflow.BLOCK:
+            return wanted
+        return min(wanted, self._most_waiting - len(self.progress))
+
     def next_wakeup(self, now: float) -> float | None:
         """When to send a Tick if nothing else happens: a deadline, or when a load may displace more. None: never."""
         times = [self._deadlines[0][0]] if self._deadlines else []
@@ -164,14 +177,30 @@ class Controller:
             return
         self.counts["arrived"] += 1
         begun = start(request, self._graph)
+        if isinstance(begun, Progress) and not self._has_place(now, actions):
+            begun = self._queue_full()
         if isinstance(begun, Refusal):
             self.counts[Outcome.REJECTED] += 1
             actions.append(Publish(Verdict(request.id, Outcome.REJECTED, (), now - request.arrived_seconds, begun)))
             return
         self.progress[request.id] = begun
+        self._untouched[request.id] = None
         if request.deadline_seconds is not None:
             heapq.heappush(self._deadlines, (request.deadline_seconds, request.id))
         self._ask(begun, tuple(begun.waiting_for), now, actions)
+
+    def _has_place(self, now: float, actions: list[Action]) -> bool:
+        """Whether one more picture may be open, if need be instead of the oldest for which no run has begun."""
+        if self._most_waiting is None or len(self.progress) < self._most_waiting:
+            return True
+        if self._overflow is Overflow.OLDEST and self._untouched:
+            self._conclude(next(iter(self._untouched)), Outcome.REJECTED, now, actions, self._queue_full())
+            return True
+        return self._overflow is Overflow.BLOCK  # then whoever feeds us asks for room first
+
+    def _queue_full(self) -> Refusal:
+        detail = f"{self._most_waiting} pictures were open (limits.waiting_pictures)"
+        return Refusal(QUEUE_FULL, f"{detail}: send it again later, under another request-id")
 
     def _loaded(self, device: str, expert: str, now: float) -> None:
         ledger = self.ledgers[device]
@@ -358,6 +387,7 @@ class Controller:
     ) -> None:
         """The request's one verdict. Whatever is still queued for it is dropped."""
         progress = self.progress.pop(request)
+        self._untouched.pop(request, None)
         for expert in progress.waiting_for:
             self._drop(request, expert, now)
             self._retried.pop((request, expert), None)
@@ -402,6 +432,8 @@ class Controller:
                 self._used_seconds[batch.device, batch.expert] = now
                 self._rank(ledger, batch.expert, now)
                 self.counts["runs"] += 1
+                for request in batch.requests:
+                    self._untouched.pop(request, None)
                 actions.append(Run(batch))
                 begun.append(batch)
         return begun

@@ -25,6 +25,7 @@ from appliance.core.types import (
     Finished,
     Loaded,
     LoadFailed,
+    Overflow,
     Refusal,
     RunFailed,
     Tick,
@@ -53,6 +54,8 @@ class Opening:
     preload: tuple[str, ...] = ()
     policy: str = "appliance"
     priorities: Mapping[str, int] = field(default_factory=dict)
+    most_waiting: int | None = None
+    overflow: Overflow = Overflow.BLOCK
 
 
 class Journal:

@@ -369,6 +369,8 @@ def controller_of(opening: journal.Opening, policy: str) -> Controller:
         preload=opening.preload,
         policy=policy_of(policy),
         priorities=opening.priorities,
+        most_waiting=opening.most_waiting,
+        overflow=opening.overflow,
     )
 
 
