@@ -8,7 +8,7 @@ import resource
 import sqlite3
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from threading import Event
@@ -424,29 +424,25 @@ def test_a_live_journal_replayed_makes_the_same_loads_and_evictions(tmp_path: Pa
 def test_pictures_beyond_the_limit_are_told_so_once_and_the_others_are_inspected(tmp_path: Path, overflow: str) -> None:
     """Loading 45 MB takes longer than taking in a few small pictures: the first four fill the queue meanwhile."""
     catalog = write_catalog(tmp_path / "catalog", {"big": conv_net(width=3350)})
-    settings = f"[limits]\nwaiting_pictures = 4\noverflow = '{overflow}'\n"
-    with Box(tmp_path / "box", catalog, settings=settings) as box, Camera(box.port, RESULT, ERROR, STATS) as camera:
+    settings = f"[limits]\npicture_bytes = 100000\nwaiting_pictures = 4\noverflow = '{overflow}'\n"
+    with (
+        Box(tmp_path / "box", catalog, settings=settings) as box,
+        Camera(box.port, RESULT, STATS) as camera,
+        Camera(box.port, ERROR, name="listener") as listener,
+    ):
         for number in range(40):
             camera.publish(INFER + "c-big", picture(number))
-        told: dict[str, list[dict[str, Any]]] = {"result": [], "error": [], "box": []}
-        while not _is_all_told(told, 40):
-            heard = camera.hear()
-            told[heard.topic.split("/")[3]].append(json.loads(heard.payload))
-    turned_away = {body["request_id"] for body in told["result"] if body["outcome"] == "rejected"}
-    assert len({body["request_id"] for body in told["result"]}) == len(told["result"]) == 40
-    assert {body["reason"] for body in told["result"]} == {None, "queue-full"}
-    assert sorted(body["request_id"] for body in told["error"]) == sorted(turned_away)
-    assert all(body["has_verdict"] for body in told["error"])
-    assert told["box"][-1]["verdicts_by_reason"] == {"queue-full": len(turned_away)}
+        verdicts = hear_verdicts(camera, 40)
+        stats = until(lambda: _stats_of(camera, 40))
+        turned_away = {name for name, body in verdicts.items() if body["outcome"] == "rejected"}
+        errors = [json.loads(listener.hear().payload) for _ in turned_away]
+        assert camera.heard.empty() or camera.hear().topic == STATS
+    assert {verdicts[name]["reason"] for name in turned_away} == {"queue-full"}
+    assert sorted(body["request_id"] for body in errors) == sorted(turned_away)
+    assert all(body["has_verdict"] for body in errors)
+    assert stats["verdicts_by_reason"] == {"queue-full": len(turned_away)}
     found = simulated(box.folder / "journal.jsonl", predict=False)
     assert found["outcomes"]["rejected"] == len(turned_away)
-
-
-def _is_all_told(told: Mapping[str, Sequence[Mapping[str, Any]]], count: int) -> bool:
-    """Whether there are so many results, the statistics count them, and each rejected one has its error."""
-    counted = told["box"][-1]["verdicts"] if told["box"] else {}
-    is_counted = sum(counted.values()) == count
-    return is_counted and (len(told["result"]), len(told["error"])) == (count, counted.get("rejected", 0))
 
 
 def _stats_of(camera: Camera, verdicts: int) -> dict[str, Any]:
