@@ -751,6 +751,55 @@ def test_never_more_pictures_are_open_than_may_be_and_each_has_its_verdict(
 
 
 @EVERY
+@given(
+    workload=workloads(),
+    more=st.sets(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=6),
+    limits=st.dictionaries(st.integers(0, 5), st.integers(1, 4)),
+    detectors=st.integers(1, 4),
+)
+def test_with_limits_on_steps_everybody_is_answered_and_no_step_overflows(
+    policy: Policy,
+    workload: tuple[list[Expert], list[Request], int, int, int, dict[str, int]],
+    more: set[tuple[int, int]],
+    limits: dict[int, int],
+    detectors: int,
+) -> None:
+    """Every expert leads to the detector, and some to others, in chains."""
+    experts, requests, budget, executors, slots, fails = workload
+    names = [e.name for e in experts if e.name != "detector"]
+    chains = [Edge(f"e{n}", f"e{m}") for n, m in sorted(more) if n < m < len(names)]
+    edges, all_limits = [*chains, *(Edge(name, "detector") for name in names)], {"detector": detectors}
+    all_limits |= {f"e{n}": most for n, most in limits.items() if any(edge.to == f"e{n}" for edge in chains)}
+    graph = compile_graph({f"c-{name}": name for name in names}, edges, [*names, "detector"], all_limits)
+    controller, devices = box(experts, graph, budget, executors, slots, 60, policy, PRIORITIES)
+    left = dict(fails)
+
+    def broken(action: Load | Run) -> Refusal | None:
+        name = action.expert if isinstance(action, Load) else action.batch.expert
+        left[name] = left.get(name, 0) - 1
+        return FAILURES[left[name] % (4 if isinstance(action, Run) else 3)] if left[name] >= 0 else None
+
+    class Limited(Noting):
+        def look(self, actions: Sequence[Action], now: float) -> None:
+            waiting = {name: controller.scheduler.demand("cpu", name) for name in all_limits}
+            full = {name for name, count in waiting.items() if count >= all_limits[name]}
+            for action in actions:
+                if isinstance(action, Run):
+                    assert not full & {edge.to for edge in graph.edges.get(action.batch.expert, ())}
+            assert waiting["detector"] < detectors + executors * max(e.max_batch for e in experts)
+
+    seen = Noting(controller) if policy.in_order else Limited(controller)
+    world = HalfTooLate(experts, devices, lambda request, expert: (SOUND,), broken)
+    report = simulate(seen, world, requests)  # type: ignore[arg-type]
+    assert sorted(v.request for v in report.verdicts) == sorted(r.id for r in requests)
+    assert controller.scheduler.is_idle
+    for ledger in controller.ledgers.values():
+        assert all(ledger.is_evictable(name) for name in ledger.resident)
+    unhurried = {r.id for r in requests if r.deadline_seconds is None}
+    assert not [v for v in report.verdicts if v.outcome is Outcome.LATE and v.request in unhurried]
+
+
+@EVERY
 @given(workload=workloads())
 def test_the_same_events_make_the_same_actions(
     policy: Policy, workload: tuple[list[Expert], list[Request], int, int, int, dict[str, int]]
@@ -909,6 +958,110 @@ def test_evictions_are_counted_by_rule_and_tasks_by_where_their_expert_was() -> 
     assert controller.counts["evictions"] == 1
     controller.handle(LoadFailed("cpu", "b", BROKEN), 0.7)
     assert controller.counts["evictions"] == 1, "who never came did not leave"
+
+
+def test_while_a_step_is_full_whoever_leads_to_it_begins_nothing_and_the_others_go_on() -> None:
+    controller = _limited({"slow": 1}, {"a": 10, "other": 10, "slow": 10}, 100, ["a", "other"])
+    assert _moves(controller.handle(Arrived(request("s", "c-slow")), 0.0)) == ["load slow"]
+    assert controller.handle(Arrived(request("a", "c-a")), 0.1) == []
+    run = _run(controller.handle(Arrived(request("o", "c-other")), 0.2))
+    controller.handle(Loaded("cpu", "slow"), 0.3)
+    run = _run(controller.handle(Finished(run.batch, ((SOUND,),), 0.1), 0.4))
+    assert run.batch.expert == "slow"
+    assert _run(controller.handle(Finished(run.batch, ((SOUND,),), 0.1), 0.5)).batch.expert == "a"
+
+
+def test_as_soon_as_a_full_step_takes_a_batch_the_others_go_on_beside_it() -> None:
+    controller = _limited({"slow": 1}, {"a": 10, "other": 10, "slow": 10}, 100, ["a"], executors=2)
+    controller.handle(Arrived(request("s", "c-slow")), 0.0)
+    controller.handle(Arrived(request("a", "c-a")), 0.1)
+    assert sorted(_moves(controller.handle(Loaded("cpu", "slow"), 0.2))) == ["run a", "run slow"]
+
+
+def test_whom_a_full_step_holds_back_leaves_for_it_though_it_was_loaded_a_moment_ago() -> None:
+    """Its claim would last until its first batch, and that would wait for the step: for ever."""
+    controller = _limited({"slow": 1}, {"a": 60, "other": 30, "slow": 60}, 100, ["other"])
+    controller.handle(Arrived(request("o", "c-other")), 0.0)
+    controller.handle(Arrived(request("a", "c-a")), 0.1)
+    controller.handle(Loaded("cpu", "a"), 0.2)
+    assert _moves(controller.handle(Arrived(request("s", "c-slow")), 0.3)) == ["evict a", "load slow"]
+
+
+def test_who_is_held_back_is_neither_loaded_nor_kept_when_its_load_ends() -> None:
+    controller = _limited({"slow": 1}, {"a": 60, "other": 30, "slow": 60}, 100, ["other"])
+    controller.handle(Arrived(request("o", "c-other")), 0.0)
+    assert _moves(controller.handle(Arrived(request("a", "c-a")), 0.1)) == ["load a"]
+    assert _moves(controller.handle(Arrived(request("s", "c-slow")), 0.2)) == []
+    assert _moves(controller.handle(Loaded("cpu", "a"), 0.3)) == ["evict a", "load slow"]
+    assert _moves(controller.handle(Arrived(request("a2", "c-a")), 0.4)) == []
+
+
+def test_a_full_step_before_a_full_step_gives_way_to_it() -> None:
+    """Memory for one of the two: the first is needed as urgently, but cannot go on before the second has."""
+    graph = compile_graph({"c-s": "s", "c-t": "t"}, [Edge("s", "t")], ["s", "t"], {"t": 1})
+    chained = replace(graph, limits={"s": 1, "t": 1}, before={"s": ("a",), "t": ("s",)})
+    devices, executors = (Device("cpu", 60, 2),), (Executor("cpu-0", "cpu"),)
+    named = {name: expert(name, 50) for name in "st"}
+    controller = Controller(chained, named, devices, executors)
+    controller.handle(Arrived(request("s", "c-s")), 0.0)
+    controller.handle(Arrived(request("t", "c-t")), 0.1)
+    assert _moves(controller.handle(Loaded("cpu", "s"), 0.2)) == ["evict s", "load t"]
+    run = _run(controller.handle(Loaded("cpu", "t"), 0.3))
+    assert run.batch.expert == "t"
+    assert _moves(controller.handle(Finished(run.batch, ((SOUND,),), 0.1), 0.4)) == ["evict t", "load s"]
+
+
+def test_a_load_that_found_no_room_is_tried_again_when_a_step_turns() -> None:
+    """`s` and `t` press, and neither leaves for the other; then `t` is held back by `u`."""
+    names = ("o", "s", "t", "u")
+    graph = compile_graph({f"c-{name}": name for name in names}, [Edge("t", "u")], names, {"u": 1})
+    pressing = replace(graph, limits=dict.fromkeys("stu", 1), before={"s": ("o",), "t": ("o",), "u": ("t",)})
+    devices, executors = (Device("cpu", 60, 2),), (Executor("cpu-0", "cpu"),)
+    named = {name: expert(name, 10 if name == "o" else 50) for name in names}
+    controller = Controller(pressing, named, devices, executors, residents=[("cpu", "o"), ("cpu", "t")])
+    controller.handle(Arrived(request("o", "c-o")), 0.0)
+    controller.handle(Arrived(request("t", "c-t")), 0.1)
+    assert controller.handle(Arrived(request("s", "c-s")), 0.2) == []
+    assert _moves(controller.handle(Arrived(request("u", "c-u")), 0.3)) == ["evict t", "load s"]
+
+
+@pytest.mark.parametrize("policy", PAPER, ids=lambda policy: policy.name)
+def test_the_published_policies_know_no_limits(policy: Policy) -> None:
+    experts = _experts("a", "b", size=60)
+    graph = inspection_graph(["a", "b"])
+    stream = [request(f"{n}", f"c-{name}", n * 0.05) for n, name in enumerate("abbabaabab")]
+    runs = []
+    for limits in ({}, {"detector": 1}):
+        controller, devices = box(experts, replace(graph, limits=limits), 120, policy=policy)
+        runs.append(simulate(controller, pretend(experts, devices, DOUBTFUL), stream).actions)
+    assert runs[0] == runs[1]
+
+
+def _limited(
+    limits: dict[str, int], sizes: dict[str, int], budget_bytes: int, residents: Sequence[str], executors: int = 1
+) -> Controller:
+    """Everybody is asked first by its component; `a` leads to `slow`."""
+    experts = {name: expert(name, size) for name, size in sizes.items()}
+    graph = compile_graph({f"c-{name}": name for name in sizes}, [Edge("a", "slow")], list(sizes), limits)
+    names = tuple(Executor(f"cpu-{number}", "cpu") for number in range(executors))
+    here = [("cpu", name) for name in residents]
+    return Controller(graph, experts, (Device("cpu", budget_bytes, 2),), names, residents=here)
+
+
+def _moves(actions: Sequence[Action]) -> list[str]:
+    """Loads, evictions and runs in words."""
+    words = []
+    for action in actions:
+        match action:
+            case Load(expert=expert):
+                words.append(f"load {expert}")
+            case Evict(expert=expert):
+                words.append(f"evict {expert}")
+            case Run(batch):
+                words.append(f"run {batch.expert}")
+            case _:
+                pass
+    return words
 
 
 def test_where_more_pictures_wait_outside_nobody_is_turned_away() -> None:

@@ -23,6 +23,7 @@ from appliance.core.memory import Freed, Ledger, Residency
 from appliance.core.policies import APPLIANCE, ROOM_PATIENCE_SECONDS, Policy, Resident
 from appliance.core.ranking import Ranking
 from appliance.core.scheduler import Group, Queue, Scheduler, Task
+from appliance.core.steps import Steps
 from appliance.core.types import (
     CANCELLED,
     DEVICE,
@@ -95,7 +96,9 @@ class Controller:
         self.unavailable = dict(unavailable)
         self.ledgers = _ledgers(experts, devices, pinned)
         self._coming = deque([*pinned, *preload])
-        self.scheduler = Scheduler(tuple(executors), experts, policy)
+        # Where queues are worked off in order, a step may stand behind the very experts that it would hold back.
+        steps = Steps({} if policy.in_order else graph.limits, graph.before)
+        self.scheduler = Scheduler(tuple(executors), experts, policy, steps)
         self._policy = policy
         self._head_starts = {line: policy.head_start_seconds(priority) for line, priority in priorities.items()}
         self.counts: Counter[str] = Counter()
@@ -145,7 +148,10 @@ class Controller:
             case _:
                 assert_never(event)
         self._expire(now, actions)
+        self._mind_steps(now)
         begun = self._start_runs(now, actions)
+        while self._mind_steps(now):  # a step took a batch, and is full no more
+            begun += self._start_runs(now, actions)
         self._start_loads(now, actions)
         if not self._policy.in_order:
             self._load_ahead(begun, now, actions)
@@ -208,7 +214,8 @@ class Controller:
         self._loaded_seconds[device, expert] = self._used_seconds[device, expert] = now
         self._failed_loads.pop((device, expert), None)
         self._forget_ahead(device, expert)
-        if self.scheduler.demand(device, expert) and not self._policy.in_order:
+        is_held = self.scheduler.steps.is_held(expert)
+        if self.scheduler.demand(device, expert) and not is_held and not self._policy.in_order:
             ledger.pin(expert)
             self._claimed.add((device, expert))
         self._moved(ledger, expert, now)
@@ -415,6 +422,18 @@ class Controller:
             self._cancelled_runs.add(batch.id)
             actions.append(CancelRun(batch))
 
+    def _mind_steps(self, now: float) -> bool:
+        """When a step became full, or is so no more: whom it holds back may leave, were it loaded a moment ago, so that
+        there is room for the step. Returns whether others may begin than before."""
+        if not self.scheduler.mind_steps(self.ledgers):
+            return False
+        self._blocked.clear()
+        for device, expert in sorted(self._claimed):
+            if self.scheduler.steps.is_held(expert):
+                self._release_claim(device, expert)
+                self._rank(self.ledgers[device], expert, now)
+        return True
+
     def _start_runs(self, now: float, actions: list[Action]) -> list[Batch]:
         """Executors take work, who has what waits longest first. Where that finds no room beside what runs and has no
         patience left, nobody else on its device begins: else small batches would keep a large one waiting for ever."""
@@ -472,7 +491,7 @@ class Controller:
     def _load(self, group: Group, ledger: Ledger, now: float, actions: list[Action]) -> bool:
         """Make room for the group's expert and load it; False when it has to wait for its turn."""
         device, expert = ledger.device.name, group.expert
-        is_overdue = self._policy.spares_queued and now >= group.due_seconds
+        is_overdue = self._policy.spares_queued and now >= self.scheduler.group_due_seconds(group)
         is_held = not is_overdue and now < self.scheduler.held_until(device, group)
         attempt = (expert, is_overdue, is_held, self._changes[device], ledger.withheld_bytes)
         if self._blocked.get(device) == attempt:
@@ -580,7 +599,7 @@ class Controller:
         """
         if not self._policy.spares_queued:
             return -inf
-        due = group.due_seconds
+        due = self.scheduler.group_due_seconds(group)
         return min(now, due + self._policy.patience_seconds) if now >= due else None
 
     def _leavers(self, ledger: Ledger, needed_after: float | None) -> Iterator[str]:
@@ -593,7 +612,7 @@ class Controller:
                 if needed_after is None or -worth <= needed_after:
                     return
                 due = self.scheduler.due_seconds(device, expert)
-                if due is not None and due <= needed_after:
+                if self.scheduler.steps.is_pressing(expert) or (due is not None and due <= needed_after):
                     continue
             if not self._policy.orphans_first or not self._is_orphan(ledger, expert):
                 yield expert

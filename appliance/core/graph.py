@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import networkx
 
@@ -49,11 +50,14 @@ class Edge:
 
 @dataclass(frozen=True, slots=True)
 class ExpertGraph:
-    """`entries`: component → expert asked first. `edges`: expert → ways on. `before`: expert → who may lead to it."""
+    """`entries`: component → expert asked first. `edges`: expert → ways on. `before`: expert → who may lead to it.
+    `limits`: expert → how many pictures may wait for it before those who lead to it are held back.
+    """
 
     entries: Mapping[str, str]
     edges: Mapping[str, tuple[Edge, ...]]
     before: Mapping[str, tuple[str, ...]]
+    limits: Mapping[str, int] = field(default_factory=dict)
 
     def next_experts(self, expert: str, findings: Sequence[Finding]) -> tuple[str, ...]:
         """Who is asked after `expert` found this, each once."""
@@ -64,7 +68,12 @@ class ExpertGraph:
         return bool(self.before.get(expert)) and expert not in self.entries.values()
 
 
-def compile_graph(entries: Mapping[str, str], edges: Sequence[Edge], experts: Sequence[str]) -> ExpertGraph:
+def compile_graph(
+    entries: Mapping[str, str],
+    edges: Sequence[Edge],
+    experts: Sequence[str],
+    limits: Mapping[str, int] = MappingProxyType({}),
+) -> ExpertGraph:
     """Check the graph and turn it into dictionaries. Raises GraphError that names the expert or the cycle."""
     known = set(experts)
     for component, expert in entries.items():
@@ -76,6 +85,8 @@ def compile_graph(entries: Mapping[str, str], edges: Sequence[Edge], experts: Se
         for expert in (edge.source, edge.to):
             if expert not in known:
                 raise GraphError(f"an edge names {expert}, which has no bundle", "add the bundle or correct the edge")
+    for expert in limits.keys() - {edge.to for edge in edges}:
+        raise GraphError(f"[limits] names {expert}, to which no edge leads", "correct it, or limit who is asked next")
     drawn = networkx.DiGraph((edge.source, edge.to) for edge in edges)
     if not networkx.is_directed_acyclic_graph(drawn):
         cycle = [source for source, _ in networkx.find_cycle(drawn)]
@@ -84,6 +95,7 @@ def compile_graph(entries: Mapping[str, str], edges: Sequence[Edge], experts: Se
         dict(entries),
         {source: tuple(e for e in edges if e.source == source) for source in dict.fromkeys(e.source for e in edges)},
         {to: tuple(dict.fromkeys(e.source for e in edges if e.to == to)) for to in dict.fromkeys(e.to for e in edges)},
+        dict(limits),
     )
 
 

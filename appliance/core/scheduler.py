@@ -15,6 +15,7 @@ from math import inf
 from appliance.core.memory import Ledger
 from appliance.core.policies import APPLIANCE, ROOM_PATIENCE_SECONDS, SECOND_COPY, Offer, Policy
 from appliance.core.ranking import Ranking
+from appliance.core.steps import Steps
 from appliance.core.types import Batch, Executor, Expert
 
 
@@ -102,10 +103,15 @@ class Queue:
 
 class Scheduler:
     def __init__(
-        self, executors: tuple[Executor, ...], experts: Mapping[str, Expert], policy: Policy = APPLIANCE
+        self,
+        executors: tuple[Executor, ...],
+        experts: Mapping[str, Expert],
+        policy: Policy = APPLIANCE,
+        steps: Steps | None = None,
     ) -> None:
         self.queues = {executor.name: Queue(executor) for executor in executors}
         self.policy = policy
+        self.steps = steps or Steps({}, {})
         self.cold: dict[str, Ranking[tuple[str, str], tuple[float, int]]] = {e.device: Ranking() for e in executors}
         """By device: (expert, executor) of the groups whose expert is absent, by when it is their turn to be loaded."""
         self._rare: dict[str, Ranking[tuple[str, str], tuple[float, int]]] = {e.device: Ranking() for e in executors}
@@ -124,6 +130,10 @@ class Scheduler:
     def due_seconds(self, device: str, expert: str) -> float | None:
         """When the first of the tasks that need the expert on the device is overdue; None if there is none."""
         return min((q.groups[expert].due_seconds for q in self._on[device] if expert in q.groups), default=None)
+
+    def group_due_seconds(self, group: Group) -> float:
+        """The same of the group's own tasks; if its step is pressing, since ever."""
+        return -inf if self.steps.is_pressing(group.expert) else group.due_seconds
 
     def put(self, task: Task, ledgers: Mapping[str, Ledger]) -> str:
         """Give the task to an executor whose device can hold the expert; returns the device. One such must exist."""
@@ -147,6 +157,7 @@ class Scheduler:
         is_first = group.put(task, due, (self.policy.turn_seconds(task.since_seconds, due), self._turn))
         queue.total_seconds += cost.item_seconds
         self._demand[device][task.expert] += 1
+        self.steps.add(task.expert, 1)
         if not self.policy.groups:
             queue.line[task.request, task.expert] = None
         if is_first:
@@ -236,7 +247,7 @@ class Scheduler:
         )
         if turn is None or group is None or following is None:
             return None
-        times = (turn[0], group.due_seconds, self.held_until(device, following))
+        times = (turn[0], self.group_due_seconds(group), self.held_until(device, following))
         return min((when for when in times if when > now), default=None)
 
     def held_until(self, device: str, group: Group) -> float:
@@ -267,6 +278,14 @@ class Scheduler:
                 group.load_seconds = 0.0
                 group.is_fresh = True
             self._rank(queue, group, ledger)
+
+    def mind_steps(self, ledgers: Mapping[str, Ledger]) -> bool:
+        """Rank whom full steps hold back or press on, and whom they do so no more; returns whether there may be any."""
+        turned = self.steps.turned()
+        for queue in self.queues.values() if turned else ():
+            for expert in turned & queue.groups.keys():
+                self._rank(queue, queue.groups[expert], ledgers[queue.executor.device])
+        return bool(turned)
 
     def drop(self, request: str, expert: str, ledgers: Mapping[str, Ledger]) -> None:
         """Take a request's task out of whichever queue holds it."""
@@ -355,6 +374,7 @@ class Scheduler:
         cost = self._experts[group.expert].costs[queue.executor.device]
         queue.total_seconds -= cost.item_seconds * len(tasks)
         self._demand[queue.executor.device][group.expert] -= len(tasks)
+        self.steps.add(group.expert, -len(tasks))
         for task in tasks:
             queue.line.pop((task.request, task.expert), None)
         if not group.tasks:
@@ -367,14 +387,15 @@ class Scheduler:
         """Where the group stands among those that can run, or that wait for a load."""
         expert, device = group.expert, queue.executor.device
         cold, rare = self.cold[device], self._rare[device]
-        key = (group.due_seconds, group.number) if group.tasks else None
+        waits = bool(group.tasks) and not self.steps.is_held(expert)
+        key = (self.group_due_seconds(group), group.number) if waits else None
         if key is not None and ledger.is_ready(expert):
             # Who was loaded for waiting tasks goes before others who wait as long: then it may leave for the next.
             queue.ready.put(expert, (key[0] - self.policy.patience_seconds, key[1]) if group.is_fresh else key)
         else:
             queue.ready.drop(expert)
         if key is not None and ledger.is_absent(expert):
-            cold.put((expert, queue.executor.name), (group.turn_seconds, group.number))
+            cold.put((expert, queue.executor.name), (min(key[0], group.turn_seconds), group.number))
             rare.put((expert, queue.executor.name), (self._experts[expert].probability, group.number))
         else:
             cold.drop((expert, queue.executor.name))
