@@ -138,8 +138,8 @@ class Line(Settings):
 
     priority: Annotated[int, Field(ge=0, le=9)] = Field(
         0,
-        description="Each step counts as having come 2 s earlier, for loads and runs: a picture of another line lets "
-        "nobody pass who comes later than that.",
+        description="Each step counts as having come 2 s earlier, for loads and runs: who comes later than that "
+        "has no advantage over a picture of another line. Only the policy `appliance` minds it.",
     )
 
 

@@ -90,8 +90,8 @@ class Policy:
         return since_seconds if self.in_order else min(due_seconds, since_seconds + self.patience_seconds)
 
     def head_start_seconds(self, priority: int) -> float:
-        """How much earlier a task of a line of this priority, 0 to 9, counts as having come: nobody who comes later
-        than that goes before a task of another line. Where queues are worked off in order, all are equal."""
+        """How much earlier a task of a line of this priority, 0 to 9, counts as having come: who comes later than
+        that has no advantage over a task of another line. Where queues are worked off in order, all are equal."""
         return 0.0 if self.in_order else priority * HEAD_START_SECONDS
 
 
