@@ -715,7 +715,7 @@ def test_no_verdict_is_lost_whatever_the_devices_hold(
         for e in experts
     ]
     names = tuple(Executor(f"{d.name}-{n}", d.name) for d in devices for n in range(executors))
-    graph = inspection_graph([e.name for e in experts if e.name != "detector"])
+    graph = replace(inspection_graph([e.name for e in experts if e.name != "detector"]), limits={"detector": 2})
     controller = Controller(graph, {e.name: e for e in experts}, devices, names, policy=policy)
     report = simulate(controller, pretend(experts, devices, DOUBTFUL), requests)
     assert sorted(v.request for v in report.verdicts) == sorted(r.id for r in requests)
@@ -806,7 +806,7 @@ def test_the_same_events_make_the_same_actions(
 ) -> None:
     """Run twice; then the events that were noted are replayed."""
     experts, requests, budget, executors, slots, _ = workload
-    graph = inspection_graph([e.name for e in experts if e.name != "detector"])
+    graph = replace(inspection_graph([e.name for e in experts if e.name != "detector"]), limits={"detector": 2})
     events: list[tuple[float, Event]] = []
     runs = []
     for _ in range(2):
