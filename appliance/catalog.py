@@ -176,6 +176,9 @@ class GraphManifest(Manifest):
     usage: Mapping[TopicLevel, Annotated[float, Field(ge=0)]] = Field(
         default_factory=dict, description="Relative frequency of components, such as their count on a board."
     )
+    limits: Mapping[Name, Annotated[int, Field(ge=1)]] = Field(
+        default_factory=dict, description="How many pictures may wait for an expert before those who lead to it pause."
+    )
     versions: Mapping[Name, int] = Field(default_factory=dict, description="Pins an expert to a version.")
 
 
@@ -263,7 +266,8 @@ def load(folder: Path) -> Catalog:
     found = {name: versions for name, versions in _expert_versions(folder).items() if versions}
     bundles, broken = _bundles(folder, found, manifest.versions)
     names = tuple(found)
-    graph = compile_graph(manifest.components, _edges(manifest, names), names, _tables(manifest))
+    tables, limits = _tables(manifest), manifest.limits
+    graph = compile_graph(manifest.components, _edges(manifest, names), names, tables, limits)
     products = _products(folder / "products", graph)
     for component in manifest.usage.keys() - manifest.components.keys():
         raise GraphError(f"[usage] names the unknown component {component}", "correct it, or add it to [components]")

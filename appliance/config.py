@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -132,6 +133,16 @@ class Scheduler(Settings):
     )
 
 
+class Line(Settings):
+    """A line whose pictures go before those of others. `<name>` is the topic level behind `infer`."""
+
+    priority: Annotated[int, Field(ge=0, le=9)] = Field(
+        0,
+        description="Each step counts as having come 2 s earlier, for loads and runs: who comes later than that "
+        "has no advantage over a picture of another line. Only the policy `appliance` minds it.",
+    )
+
+
 class Limits(Settings):
     """What the box accepts."""
 
@@ -140,7 +151,13 @@ class Limits(Settings):
         25_000_000, description="Largest width x height; decoding takes 16 bytes of memory per pixel and executor."
     )
     waiting_pictures: Annotated[int, Field(ge=1)] = Field(
-        10_000, description="Pictures scheduled at once; the rest waits on disk."
+        10_000, description="Pictures scheduled at once; `overflow` says what becomes of the rest."
+    )
+    overflow: Literal["block", "reject", "oldest"] = Field(
+        "block",
+        description="`block`: it waits on disk, and when that is full nothing more is acknowledged. The others answer "
+        "`queue-full` at once: `reject` to the picture that comes, `oldest` to the one that has waited longest and "
+        "that nobody has begun to look at.",
     )
     spool: ByteSize = Field(
         ByteSize(2_000_000_000), description="Accepted pictures on disk; a full spool stops acknowledging."
@@ -151,6 +168,16 @@ class Limits(Settings):
     def _the_spool_takes_a_picture(self) -> Limits:
         if self.spool < 2 * self.picture_bytes:
             raise ValueError(f"spool must take two pictures of {self.picture_bytes} bytes, or one waits for ever")
+        return self
+
+    @model_validator(mode="after")
+    def _who_turns_away_does_not_block(self) -> Limits:
+        """A spool that is full of bytes before it is full of pictures would stop acknowledging all the same."""
+        if self.overflow != "block" and self.spool < self.waiting_pictures * self.picture_bytes:
+            raise ValueError(
+                f"with overflow {self.overflow} the spool must take waiting_pictures x picture_bytes, here "
+                f"{self.waiting_pictures * self.picture_bytes} bytes, or it blocks before anything is turned away"
+            )
         return self
 
 
@@ -165,7 +192,13 @@ class Config(Settings):
     experts: Experts = Experts()
     executors: Executors = Executors()
     scheduler: Scheduler = Scheduler()
+    lines: Mapping[Level, Line] = Field(default_factory=dict)
     limits: Limits = Limits()
+
+    @property
+    def priorities(self) -> dict[str, int]:
+        """Of the lines that have one."""
+        return {name: line.priority for name, line in self.lines.items()}
 
     @property
     def receive_window(self) -> int:

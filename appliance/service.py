@@ -32,6 +32,7 @@ from appliance.core.types import (
     Finished,
     Load,
     Outcome,
+    Overflow,
     Publish,
     Quarantine,
     Refusal,
@@ -67,6 +68,7 @@ TRIM_SECONDS = 10.0
 DRAIN_SECONDS = 10.0
 LONGEST_WAIT_SECONDS = 3600.0
 RECENT_MOVES = 64
+FED_AT_ONCE = 1000
 
 
 def serve(config: Config, *, stopping: threading.Event | None = None) -> None:
@@ -139,6 +141,7 @@ class Service:
         self._underway = Underway()
         self._moves: deque[dict[str, object]] = deque(maxlen=RECENT_MOVES)
         self._outcomes: Counter[str] = Counter()
+        self._reasons: Counter[str] = Counter()
         self._next_stats = self._next_trim = 0.0
         self._memory = devices.MemoryWatch()
         self._drift = Drift()
@@ -287,9 +290,9 @@ class Service:
                 self._moves.append({"move": "evict", "expert": expert})
 
     def _feed(self) -> None:
-        """Pictures from the spool to the controller in order of acceptance, as many as may wait at once."""
-        while self._more_spooled and (room := self._config.limits.waiting_pictures - len(self._open)) > 0:
-            spooled = self._records.waiting(self._fed_through, min(room, 1000))
+        """Pictures from the spool to the controller in order of acceptance, as many as it has room for."""
+        while self._more_spooled and (room := self._controller.room(FED_AT_ONCE)) > 0:
+            spooled = self._records.waiting(self._fed_through, room)
             self._more_spooled = bool(spooled)
             for one in spooled:
                 self._fed_through = one.arrival
@@ -332,6 +335,8 @@ class Service:
         asked = self._open.pop(verdict.request)
         picture, topic = asked.spooled.picture, asked.address.result_topic(self._config)
         self._outcomes[verdict.outcome] += 1
+        if verdict.refusal is not None:
+            self._reasons[verdict.refusal.reason] += 1
         body = contract.verdict_body(
             verdict,
             address=asked.address,
@@ -430,6 +435,7 @@ class Service:
             "schema_version": 1,
             "arrived": counts["arrived"],
             "verdicts": dict(self._outcomes),
+            "verdicts_by_reason": dict(self._reasons),
             "loads": counts["loads"],
             "evictions": counts["evictions"],
             "evictions_by_rule": dict(self._controller.evictions),
@@ -598,6 +604,9 @@ class Service:
             self._config.experts.pin,
             self._config.experts.preload,
             self._config.scheduler.policy,
+            self._config.priorities,
+            self._config.limits.waiting_pictures,
+            Overflow(self._config.limits.overflow),
         )
         return Journal(path, opening)
 

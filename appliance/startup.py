@@ -20,7 +20,7 @@ from appliance.core.graph import draw
 from appliance.core.memory import Ledger
 from appliance.core.policies import POLICIES
 from appliance.core.slab import SLACK
-from appliance.core.types import Device, Executor, Expert, Footprint, Refusal
+from appliance.core.types import Device, Executor, Expert, Footprint, Overflow, Refusal
 from appliance.drivers import devices
 from appliance.engine import cuda
 from appliance.errors import ApplianceError, ConfigError
@@ -146,6 +146,9 @@ class Installation:
             pinned=self.config.experts.pin,
             preload=self.config.experts.preload,
             policy=POLICIES[self.config.scheduler.policy],
+            priorities=self.config.priorities,
+            most_waiting=self.config.limits.waiting_pictures,
+            overflow=Overflow(self.config.limits.overflow),
         )
 
     def unpinned(self, ledgers: Mapping[str, Ledger]) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ tests/test_docs.py fails when the page is not what this would write.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -36,10 +36,12 @@ def configuration_page() -> str:
 
 def _sections(config: type[BaseModel]) -> Iterator[str]:
     for name, field in config.model_fields.items():
-        section = field.annotation
+        section, title = field.annotation, name
+        if get_origin(section) is Mapping:
+            section, title = get_args(section)[1], f"{name}.<name>"
         assert isinstance(section, type)
         assert issubclass(section, BaseModel)
-        yield f"## [{name}]\n\n{section.__doc__}\n"
+        yield f"## [{title}]\n\n{section.__doc__}\n"
         yield "| key | type | default | meaning |\n|---|---|---|---|"
         yield from (_row(key, inner) for key, inner in section.model_fields.items())
         yield ""

@@ -42,6 +42,12 @@ def test_a_pin_that_points_nowhere_is_an_error(tmp_path: Path, pin: str) -> None
         catalogs.load(tmp_path)
 
 
+def test_a_step_may_have_a_limit(tmp_path: Path) -> None:
+    write_catalog(tmp_path, 2, [("e0", "e1")])
+    _append(tmp_path / "graph.toml", "[limits]\ne1 = 64\n")
+    assert catalogs.load(tmp_path).graph.limits == {"e1": 64}
+
+
 def test_a_pattern_stands_for_every_expert_it_matches_but_its_target(tmp_path: Path) -> None:
     catalog = catalogs.load(write_catalog(tmp_path, 3, [("e*", "e2")]))
     assert catalog.graph.before["e2"] == ("e0", "e1")

@@ -53,6 +53,12 @@ def test_an_expert_that_leads_to_itself_is_a_cycle() -> None:
         compile_graph({}, [Edge("a", "a")], ["a"])
 
 
+def test_only_who_is_asked_after_others_has_a_limit() -> None:
+    assert compile_graph({}, [Edge("a", "b")], ["a", "b"], limits={"b": 3}).limits == {"b": 3}
+    with pytest.raises(GraphError, match="names a, to which no edge leads"):
+        compile_graph({}, [Edge("a", "b")], ["a", "b"], limits={"a": 3})
+
+
 def test_unknown_experts_are_named() -> None:
     with pytest.raises(GraphError, match="component R1 asks ghost"):
         compile_graph({"R1": "ghost"}, [], ["a"])

@@ -420,6 +420,31 @@ def test_a_live_journal_replayed_makes_the_same_loads_and_evictions(tmp_path: Pa
     assert simulated(box.folder / "journal.jsonl", predict=True)["requests"] == 60
 
 
+@pytest.mark.parametrize("overflow", ["reject", "oldest"])
+def test_pictures_beyond_the_limit_are_told_so_once_and_the_others_are_inspected(tmp_path: Path, overflow: str) -> None:
+    """Loading 45 MB takes longer than taking in a few small pictures: the first four fill the queue meanwhile."""
+    catalog = write_catalog(tmp_path / "catalog", {"big": conv_net(width=3350)})
+    settings = f"[limits]\npicture_bytes = 100000\nwaiting_pictures = 4\noverflow = '{overflow}'\n"
+    with (
+        Box(tmp_path / "box", catalog, settings=settings) as box,
+        Camera(box.port, RESULT, STATS) as camera,
+        Camera(box.port, ERROR, name="listener") as listener,
+    ):
+        for number in range(40):
+            camera.publish(INFER + "c-big", picture(number))
+        verdicts = hear_verdicts(camera, 40)
+        stats = until(lambda: _stats_of(camera, 40))
+        turned_away = {name for name, body in verdicts.items() if body["outcome"] == "rejected"}
+        errors = [json.loads(listener.hear().payload) for _ in turned_away]
+        assert camera.heard.empty() or camera.hear().topic == STATS
+    assert {verdicts[name]["reason"] for name in turned_away} == {"queue-full"}
+    assert sorted(body["request_id"] for body in errors) == sorted(turned_away)
+    assert all(body["has_verdict"] for body in errors)
+    assert stats["verdicts_by_reason"] == {"queue-full": len(turned_away)}
+    found = simulated(box.folder / "journal.jsonl", predict=False)
+    assert found["outcomes"]["rejected"] == len(turned_away)
+
+
 def _stats_of(camera: Camera, verdicts: int) -> dict[str, Any]:
     """The next message if it is statistics that count so many verdicts, else nothing."""
     heard = camera.hear()

@@ -12,7 +12,7 @@ run is tried once more, then on another device, and then its requests are told.
 from __future__ import annotations
 
 import heapq
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from math import inf
 from types import MappingProxyType
@@ -23,12 +23,14 @@ from appliance.core.memory import Freed, Ledger, Residency
 from appliance.core.policies import APPLIANCE, ROOM_PATIENCE_SECONDS, Policy, Resident
 from appliance.core.ranking import Ranking
 from appliance.core.scheduler import Group, Queue, Scheduler, Task
+from appliance.core.steps import Steps
 from appliance.core.types import (
     CANCELLED,
     DEVICE,
     FRAGMENTED,
     GOLDEN_MISMATCH,
     OUT_OF_MEMORY,
+    QUEUE_FULL,
     Action,
     Arrived,
     Batch,
@@ -46,6 +48,7 @@ from appliance.core.types import (
     Loaded,
     LoadFailed,
     Outcome,
+    Overflow,
     Publish,
     Quarantine,
     Refusal,
@@ -68,7 +71,8 @@ class Controller:
 
     `pinned` experts are loaded at the start and stay, each on the first device that has room for it; those of `preload`
     are loaded at the start as far as memory is free. `residents` are (device, expert) of those that are in memory
-    before the first event, in the order in which they came.
+    before the first event, in the order in which they came. `priorities` are those of lines that have one, 0 to 9.
+    At most `most_waiting` pictures are open at once: `overflow` says what becomes of more.
     """
 
     def __init__(
@@ -83,19 +87,27 @@ class Controller:
         preload: Sequence[str] = (),
         policy: Policy = APPLIANCE,
         residents: Sequence[tuple[str, str]] = (),
+        priorities: Mapping[str, int] = MappingProxyType({}),
+        most_waiting: int | None = None,
+        overflow: Overflow = Overflow.BLOCK,
     ) -> None:
         self._graph = graph
         self._experts = experts
         self.unavailable = dict(unavailable)
         self.ledgers = _ledgers(experts, devices, pinned)
         self._coming = deque([*pinned, *preload])
-        self.scheduler = Scheduler(tuple(executors), experts, policy)
+        # Where queues are worked off in order, a step may stand behind the very experts that it would hold back.
+        steps = Steps({} if policy.in_order else graph.limits, graph.before)
+        self.scheduler = Scheduler(tuple(executors), experts, policy, steps)
         self._policy = policy
+        self._head_starts = {line: policy.head_start_seconds(priority) for line, priority in priorities.items()}
         self.counts: Counter[str] = Counter()
         self.evictions: Counter[Rule] = Counter()
         self.asked: Counter[Residency] = Counter()
         """Tasks, by where their expert was when they were queued: ready is a hit, absent a miss."""
         self.progress: dict[str, Progress] = {}
+        self._most_waiting, self._overflow = most_waiting, overflow
+        self._untouched: OrderedDict[str, None] = OrderedDict()  # of `progress`, those for which no run has begun
         self._claimed: set[tuple[str, str]] = set()
         self._failed_loads: Counter[tuple[str, str]] = Counter()
         self._ahead: set[tuple[str, str]] = set()  # loads in work that began ahead
@@ -136,12 +148,21 @@ class Controller:
             case _:
                 assert_never(event)
         self._expire(now, actions)
+        self._mind_steps(now)
         begun = self._start_runs(now, actions)
+        while self._mind_steps(now):  # a step took a batch, and is full no more
+            begun += self._start_runs(now, actions)
         self._start_loads(now, actions)
         if not self._policy.in_order:
             self._load_ahead(begun, now, actions)
         self._preload(now, actions)
         return actions
+
+    def room(self, wanted: int) -> int:
+        """How many of so many more pictures may come now; the others have to wait outside, or are turned away here."""
+        if self._most_waiting is None or self._overflow is not Overflow.BLOCK:
+            return wanted
+        return min(wanted, self._most_waiting - len(self.progress))
 
     def next_wakeup(self, now: float) -> float | None:
         """When to send a Tick if nothing else happens: a deadline, or when a load may displace more. None: never."""
@@ -162,14 +183,30 @@ class Controller:
             return
         self.counts["arrived"] += 1
         begun = start(request, self._graph)
+        if isinstance(begun, Progress) and not self._has_place(now, actions):
+            begun = self._queue_full()
         if isinstance(begun, Refusal):
             self.counts[Outcome.REJECTED] += 1
             actions.append(Publish(Verdict(request.id, Outcome.REJECTED, (), now - request.arrived_seconds, begun)))
             return
         self.progress[request.id] = begun
+        self._untouched[request.id] = None
         if request.deadline_seconds is not None:
             heapq.heappush(self._deadlines, (request.deadline_seconds, request.id))
         self._ask(begun, tuple(begun.waiting_for), now, actions)
+
+    def _has_place(self, now: float, actions: list[Action]) -> bool:
+        """Whether one more picture may be open, if need be instead of the oldest for which no run has begun."""
+        if self._most_waiting is None or len(self.progress) < self._most_waiting:
+            return True
+        if self._overflow is Overflow.OLDEST and self._untouched:
+            self._conclude(next(iter(self._untouched)), Outcome.REJECTED, now, actions, self._queue_full())
+            return True
+        return self._overflow is Overflow.BLOCK  # then whoever feeds us asks for room first
+
+    def _queue_full(self) -> Refusal:
+        detail = f"{self._most_waiting} pictures were open (limits.waiting_pictures)"
+        return Refusal(QUEUE_FULL, f"{detail}: send it again later, under another request-id")
 
     def _loaded(self, device: str, expert: str, now: float) -> None:
         ledger = self.ledgers[device]
@@ -177,7 +214,8 @@ class Controller:
         self._loaded_seconds[device, expert] = self._used_seconds[device, expert] = now
         self._failed_loads.pop((device, expert), None)
         self._forget_ahead(device, expert)
-        if self.scheduler.demand(device, expert) and not self._policy.in_order:
+        is_held = self.scheduler.steps.is_held(expert)
+        if self.scheduler.demand(device, expert) and not is_held and not self._policy.in_order:
             ledger.pin(expert)
             self._claimed.add((device, expert))
         self._moved(ledger, expert, now)
@@ -255,7 +293,7 @@ class Controller:
         for request in open_requests:
             if (request, batch.expert) not in self._retried:
                 self._retried[request, batch.expert] = frozenset()
-                self._put(Task(request, batch.expert, now, True, frozenset(), self._deadline(request)), now)
+                self._put(self._task(request, batch.expert, now, alone=True), now)
             elif refusal.reason not in ELSEWHERE or not self._ask_elsewhere(request, batch.expert, batch.device, now):
                 self._conclude(request, Outcome.ERROR, now, actions, refusal)
 
@@ -283,7 +321,7 @@ class Controller:
         self._drop(request, expert, now)
         self._retried[request, expert] = barred
         self.counts["fallbacks"] += 1
-        self._put(Task(request, expert, now, True, barred, self._deadline(request)), now)
+        self._put(self._task(request, expert, now, alone=True, barred=barred), now)
         return True
 
     def _make_do_with_less(self, ledger: Ledger, less_bytes: int, now: float, actions: list[Action]) -> None:
@@ -318,8 +356,7 @@ class Controller:
             if refusal is not None:
                 self._conclude(progress.request.id, Outcome.ERROR, now, actions, refusal)
                 return
-            deadline = progress.request.deadline_seconds
-            self._put(Task(progress.request.id, expert, now, False, frozenset(), deadline), now)
+            self._put(self._task(progress.request.id, expert, now), now)
 
     def _put(self, task: Task, now: float) -> None:
         device = self.scheduler.put(task, self.ledgers)
@@ -335,8 +372,13 @@ class Controller:
                 self._release_claim(device, expert)
             self._rank(ledger, expert, now)
 
-    def _deadline(self, request: str) -> float | None:
-        return self.progress[request].request.deadline_seconds
+    def _task(
+        self, name: str, expert: str, now: float, *, alone: bool = False, barred: frozenset[str] = frozenset()
+    ) -> Task:
+        """The request's question to the expert; a prior line's counts as having come earlier, and as due earlier."""
+        request = self.progress[name].request
+        head_start, deadline = self._head_starts.get(request.line, 0.0), request.deadline_seconds
+        return Task(name, expert, now - head_start, alone, barred, None if deadline is None else deadline - head_start)
 
     def _too_large(self, expert: str) -> Refusal | None:
         if self.scheduler.able(expert, self.ledgers):
@@ -352,6 +394,7 @@ class Controller:
     ) -> None:
         """The request's one verdict. Whatever is still queued for it is dropped."""
         progress = self.progress.pop(request)
+        self._untouched.pop(request, None)
         for expert in progress.waiting_for:
             self._drop(request, expert, now)
             self._retried.pop((request, expert), None)
@@ -379,6 +422,18 @@ class Controller:
             self._cancelled_runs.add(batch.id)
             actions.append(CancelRun(batch))
 
+    def _mind_steps(self, now: float) -> bool:
+        """When a step became full, or is so no more: whom it holds back may leave, were it loaded a moment ago, so that
+        there is room for the step. Returns whether others may begin than before."""
+        if not self.scheduler.mind_steps(self.ledgers):
+            return False
+        self._blocked.clear()
+        for device, expert in sorted(self._claimed):
+            if self.scheduler.steps.is_held(expert):
+                self._release_claim(device, expert)
+                self._rank(self.ledgers[device], expert, now)
+        return True
+
     def _start_runs(self, now: float, actions: list[Action]) -> list[Batch]:
         """Executors take work, who has what waits longest first. Where that finds no room beside what runs and has no
         patience left, nobody else on its device begins: else small batches would keep a large one waiting for ever."""
@@ -396,6 +451,8 @@ class Controller:
                 self._used_seconds[batch.device, batch.expert] = now
                 self._rank(ledger, batch.expert, now)
                 self.counts["runs"] += 1
+                for request in batch.requests:
+                    self._untouched.pop(request, None)
                 actions.append(Run(batch))
                 begun.append(batch)
         return begun
@@ -434,7 +491,7 @@ class Controller:
     def _load(self, group: Group, ledger: Ledger, now: float, actions: list[Action]) -> bool:
         """Make room for the group's expert and load it; False when it has to wait for its turn."""
         device, expert = ledger.device.name, group.expert
-        is_overdue = self._policy.spares_queued and now >= group.due_seconds
+        is_overdue = self._policy.spares_queued and now >= self.scheduler.group_due_seconds(group)
         is_held = not is_overdue and now < self.scheduler.held_until(device, group)
         attempt = (expert, is_overdue, is_held, self._changes[device], ledger.withheld_bytes)
         if self._blocked.get(device) == attempt:
@@ -542,7 +599,7 @@ class Controller:
         """
         if not self._policy.spares_queued:
             return -inf
-        due = group.due_seconds
+        due = self.scheduler.group_due_seconds(group)
         return min(now, due + self._policy.patience_seconds) if now >= due else None
 
     def _leavers(self, ledger: Ledger, needed_after: float | None) -> Iterator[str]:
@@ -555,7 +612,7 @@ class Controller:
                 if needed_after is None or -worth <= needed_after:
                     return
                 due = self.scheduler.due_seconds(device, expert)
-                if due is not None and due <= needed_after:
+                if self.scheduler.steps.is_pressing(expert) or (due is not None and due <= needed_after):
                     continue
             if not self._policy.orphans_first or not self._is_orphan(ledger, expert):
                 yield expert

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import networkx
 
@@ -63,12 +64,14 @@ class Table:
 @dataclass(frozen=True, slots=True)
 class ExpertGraph:
     """`entries`: component → expert asked first. `edges` and `tables`: expert → ways on. `before`: expert → who may
-    lead to it."""
+    lead to it. `limits`: expert → how many pictures may wait for it before those who lead to it are held back.
+    """
 
     entries: Mapping[str, str]
     edges: Mapping[str, tuple[Edge, ...]]
     before: Mapping[str, tuple[str, ...]]
     tables: Mapping[str, Table] = field(default_factory=dict)
+    limits: Mapping[str, int] = field(default_factory=dict)
 
     def next_experts(self, expert: str, findings: Sequence[Finding]) -> tuple[str, ...]:
         """Who is asked after `expert` found this, each once."""
@@ -88,7 +91,11 @@ class ExpertGraph:
 
 
 def compile_graph(
-    entries: Mapping[str, str], edges: Sequence[Edge], experts: Sequence[str], tables: Sequence[Table] = ()
+    entries: Mapping[str, str],
+    edges: Sequence[Edge],
+    experts: Sequence[str],
+    tables: Sequence[Table] = (),
+    limits: Mapping[str, int] = MappingProxyType({}),
 ) -> ExpertGraph:
     """Check the graph and turn it into dictionaries. Raises GraphError that names the expert or the cycle."""
     known = set(experts)
@@ -106,6 +113,8 @@ def compile_graph(
     for source, count in Counter(table.source for table in tables).items():
         if count > 1:
             raise GraphError(f"{source} has {count} tables", "make one of them")
+    for expert in limits.keys() - {to for _, to in ways}:
+        raise GraphError(f"[limits] names {expert}, to which no edge leads", "correct it, or limit who is asked next")
     drawn = networkx.DiGraph(ways)
     if not networkx.is_directed_acyclic_graph(drawn):
         cycle = [source for source, _ in networkx.find_cycle(drawn)]
@@ -120,6 +129,7 @@ def compile_graph(
         {source: tuple(edges) for source, edges in after.items()},
         {to: tuple(sources) for to, sources in before.items()},
         {table.source: table for table in tables},
+        dict(limits),
     )
 
 

@@ -18,6 +18,9 @@ PATIENCE_SECONDS = 20.0
 starvation; shorter means more switches."""
 ROOM_PATIENCE_SECONDS = 2.0
 """A batch that has waited so long for room for its activations is passed by nobody."""
+HEAD_START_SECONDS = 2.0
+"""A task counts as having come so much earlier for each step of its line's priority. Nine steps stay below patience: a
+task that has just come is not overdue, or a busy line of the highest priority would have an expert leave for each."""
 SLACK_SHARE = 4.0
 """A task is overdue so many times its load and run before its deadline: others may be in the way."""
 SECOND_COPY = 64.0
@@ -80,6 +83,16 @@ class Policy:
         if deadline_seconds is None:
             return since_seconds + self.patience_seconds
         return deadline_seconds - SLACK_SHARE * work_seconds
+
+    def turn_seconds(self, since_seconds: float, due_seconds: float) -> float:
+        """When it is the turn of a task among others: by patience, or sooner when it is due sooner. As they came where
+        queues are worked off in order."""
+        return since_seconds if self.in_order else min(due_seconds, since_seconds + self.patience_seconds)
+
+    def head_start_seconds(self, priority: int) -> float:
+        """How much earlier a task of a line of this priority, 0 to 9, counts as having come: who comes later than
+        that has no advantage over a task of another line. Where queues are worked off in order, all are equal."""
+        return 0.0 if self.in_order else priority * HEAD_START_SECONDS
 
 
 def first(offers: Sequence[Offer], turn: int) -> Offer:

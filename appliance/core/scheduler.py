@@ -15,6 +15,7 @@ from math import inf
 from appliance.core.memory import Ledger
 from appliance.core.policies import APPLIANCE, ROOM_PATIENCE_SECONDS, SECOND_COPY, Offer, Policy
 from appliance.core.ranking import Ranking
+from appliance.core.steps import Steps
 from appliance.core.types import Batch, Executor, Expert
 
 
@@ -22,7 +23,8 @@ from appliance.core.types import Batch, Executor, Expert
 class Task:
     """One request's question to one expert. `alone`: run it in a batch of its own, after a failed run.
 
-    `barred` are devices that it has failed on for good.
+    `barred` are devices that it has failed on for good. The seconds are those by which it is ranked: both are earlier
+    by its line's head start.
     """
 
     request: str
@@ -35,28 +37,44 @@ class Task:
 
 @dataclass(slots=True)
 class Group:
-    """Tasks for one expert on one executor by request, oldest first. `load_seconds` is booked until it is ready.
+    """Tasks for one expert on one executor by request; `turns` has these in the order in which they run.
 
-    `is_fresh` from when its expert was loaded for it until its first batch.
+    `load_seconds` is booked until the expert is ready. `is_fresh` from when it was loaded for them until its first
+    batch.
     """
 
     expert: str
     number: int
-    tasks: OrderedDict[str, Task] = field(default_factory=OrderedDict)
+    tasks: dict[str, Task] = field(default_factory=dict)
+    turns: Ranking[str, tuple[float, int]] = field(default_factory=Ranking)
     load_seconds: float = 0.0
     is_fresh: bool = False
     _dues: list[tuple[float, str]] = field(default_factory=list)
 
-    def put(self, task: Task, due_seconds: float) -> bool:
-        """Whether the task is the one due first."""
-        is_first = not self.tasks or due_seconds < self.due_seconds
+    def put(self, task: Task, due_seconds: float, turn: tuple[float, int]) -> bool:
+        """Whether the task is the first by its turn, or the one due first."""
+        is_first = not self.tasks or due_seconds < self.due_seconds or turn[0] < self.turn_seconds
         self.tasks[task.request] = task
+        self.turns.put(task.request, turn)
         heappush(self._dues, (due_seconds, task.request))
         return is_first
 
+    def pop(self, request: str) -> Task:
+        self.turns.drop(request)
+        return self.tasks.pop(request)
+
     @property
     def first(self) -> Task:
-        return next(iter(self.tasks.values()))
+        first = self.turns.first()
+        assert first is not None, f"nobody waits for {self.expert}"
+        return self.tasks[first]
+
+    @property
+    def turn_seconds(self) -> float:
+        """When it is the turn of its first task."""
+        least = self.turns.least()
+        assert least is not None, f"nobody waits for {self.expert}"
+        return least[0]
 
     @property
     def due_seconds(self) -> float:
@@ -85,10 +103,15 @@ class Queue:
 
 class Scheduler:
     def __init__(
-        self, executors: tuple[Executor, ...], experts: Mapping[str, Expert], policy: Policy = APPLIANCE
+        self,
+        executors: tuple[Executor, ...],
+        experts: Mapping[str, Expert],
+        policy: Policy = APPLIANCE,
+        steps: Steps | None = None,
     ) -> None:
         self.queues = {executor.name: Queue(executor) for executor in executors}
         self.policy = policy
+        self.steps = steps or Steps({}, {})
         self.cold: dict[str, Ranking[tuple[str, str], tuple[float, int]]] = {e.device: Ranking() for e in executors}
         """By device: (expert, executor) of the groups whose expert is absent, by when it is their turn to be loaded."""
         self._rare: dict[str, Ranking[tuple[str, str], tuple[float, int]]] = {e.device: Ranking() for e in executors}
@@ -108,6 +131,10 @@ class Scheduler:
         """When the first of the tasks that need the expert on the device is overdue; None if there is none."""
         return min((q.groups[expert].due_seconds for q in self._on[device] if expert in q.groups), default=None)
 
+    def group_due_seconds(self, group: Group) -> float:
+        """The same of the group's own tasks; if its step is pressing, since ever."""
+        return -inf if self.steps.is_pressing(group.expert) else group.due_seconds
+
     def put(self, task: Task, ledgers: Mapping[str, Ledger]) -> str:
         """Give the task to an executor whose device can hold the expert; returns the device. One such must exist."""
         able = self.able(task.expert, ledgers)
@@ -126,9 +153,11 @@ class Scheduler:
             self._book(queue, group.load_seconds)
             queue.total_seconds += cost.fixed_seconds
         work_seconds = cost.load_seconds + cost.run_seconds(1)
-        is_first = group.put(task, self.policy.due_seconds(task.since_seconds, task.deadline_seconds, work_seconds))
+        due = self.policy.due_seconds(task.since_seconds, task.deadline_seconds, work_seconds)
+        is_first = group.put(task, due, (self.policy.turn_seconds(task.since_seconds, due), self._turn))
         queue.total_seconds += cost.item_seconds
         self._demand[device][task.expert] += 1
+        self.steps.add(task.expert, 1)
         if not self.policy.groups:
             queue.line[task.request, task.expert] = None
         if is_first:
@@ -218,7 +247,7 @@ class Scheduler:
         )
         if turn is None or group is None or following is None:
             return None
-        times = (turn[0], group.due_seconds, self.held_until(device, following))
+        times = (turn[0], self.group_due_seconds(group), self.held_until(device, following))
         return min((when for when in times if when > now), default=None)
 
     def held_until(self, device: str, group: Group) -> float:
@@ -250,19 +279,26 @@ class Scheduler:
                 group.is_fresh = True
             self._rank(queue, group, ledger)
 
+    def mind_steps(self, ledgers: Mapping[str, Ledger]) -> bool:
+        """Rank whom full steps hold back or press on, and whom they do so no more; returns whether there may be any."""
+        turned = self.steps.turned()
+        for queue in self.queues.values() if turned else ():
+            for expert in turned & queue.groups.keys():
+                self._rank(queue, queue.groups[expert], ledgers[queue.executor.device])
+        return bool(turned)
+
     def drop(self, request: str, expert: str, ledgers: Mapping[str, Ledger]) -> None:
         """Take a request's task out of whichever queue holds it."""
         for queue in self.queues.values():
             group = queue.groups.get(expert)
             if group is not None and request in group.tasks:
-                task = group.tasks.pop(request)
-                self._forget(queue, group, [task], ledgers[queue.executor.device])
+                self._forget(queue, group, [group.pop(request)], ledgers[queue.executor.device])
                 self._settle(queue)
 
     def waiting(self, device: str, expert: str) -> tuple[str, ...]:
         """The requests queued for the expert on the device, in order."""
         return tuple(
-            request for queue in self._on[device] if expert in queue.groups for request in queue.groups[expert].tasks
+            request for queue in self._on[device] if expert in queue.groups for request in queue.groups[expert].turns
         )
 
     def queue_of(self, request: str, expert: str) -> Queue | None:
@@ -324,13 +360,13 @@ class Scheduler:
         return any(not ledger.is_absent(expert) or self._demand[name][expert] for name, ledger in ledgers.items())
 
     def _split(self, queue: Queue, group: Group, most: int) -> list[Task]:
-        """As many of the oldest tasks as one run takes; a task that must run alone does."""
+        """As many of the tasks as one run takes, by their turns; a task that must run alone does."""
         limit = 1 if group.first.alone else most
         if not self.policy.groups:
             limit = min(limit, _in_a_row(queue, group.expert, limit))
         tasks: list[Task] = []
         while group.tasks and len(tasks) < limit and not (tasks and group.first.alone):
-            tasks.append(group.tasks.popitem(last=False)[1])
+            tasks.append(group.pop(group.first.request))
         return tasks
 
     def _forget(self, queue: Queue, group: Group, tasks: list[Task], ledger: Ledger) -> None:
@@ -338,6 +374,7 @@ class Scheduler:
         cost = self._experts[group.expert].costs[queue.executor.device]
         queue.total_seconds -= cost.item_seconds * len(tasks)
         self._demand[queue.executor.device][group.expert] -= len(tasks)
+        self.steps.add(group.expert, -len(tasks))
         for task in tasks:
             queue.line.pop((task.request, task.expert), None)
         if not group.tasks:
@@ -350,15 +387,15 @@ class Scheduler:
         """Where the group stands among those that can run, or that wait for a load."""
         expert, device = group.expert, queue.executor.device
         cold, rare = self.cold[device], self._rare[device]
-        key = (group.due_seconds, group.number) if group.tasks else None
+        waits = bool(group.tasks) and not self.steps.is_held(expert)
+        key = (self.group_due_seconds(group), group.number) if waits else None
         if key is not None and ledger.is_ready(expert):
             # Who was loaded for waiting tasks goes before others who wait as long: then it may leave for the next.
             queue.ready.put(expert, (key[0] - self.policy.patience_seconds, key[1]) if group.is_fresh else key)
         else:
             queue.ready.drop(expert)
         if key is not None and ledger.is_absent(expert):
-            turn_seconds = min(key[0], group.first.since_seconds + self.policy.patience_seconds)
-            cold.put((expert, queue.executor.name), (turn_seconds, group.number))
+            cold.put((expert, queue.executor.name), (min(key[0], group.turn_seconds), group.number))
             rare.put((expert, queue.executor.name), (self._experts[expert].probability, group.number))
         else:
             cold.drop((expert, queue.executor.name))

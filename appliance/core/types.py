@@ -66,8 +66,20 @@ OUT_OF_MEMORY = "out-of-memory"
 FRAGMENTED = "fragmented"
 DEVICE = "device"
 CANCELLED = "cancelled"
+QUEUE_FULL = "queue-full"
 GOLDEN_MISMATCH = "golden-mismatch"
-"""Reasons of refusals that decide what happens next."""
+"""Reasons of refusals that we give ourselves, or that decide what happens next."""
+
+
+class Overflow(StrEnum):
+    """What becomes of a picture that comes while as many are open as may be."""
+
+    BLOCK = "block"
+    """It waits outside, on the disk."""
+    REJECT = "reject"
+    """It is turned away."""
+    OLDEST = "oldest"
+    """It is taken, and the oldest that nobody has begun to look at is turned away."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -368,6 +368,9 @@ def controller_of(opening: journal.Opening, policy: str) -> Controller:
         pinned=opening.pinned,
         preload=opening.preload,
         policy=policy_of(policy),
+        priorities=opening.priorities,
+        most_waiting=opening.most_waiting,
+        overflow=opening.overflow,
     )
 
 
