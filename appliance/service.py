@@ -55,7 +55,7 @@ from appliance.engine.weights import Weights
 from appliance.errors import ApplianceError, BrokerError, DeviceError, MessageError, OutOfMemory
 from appliance.health import PROCESS, STUCK_SECONDS, Drift, Passing, Underway, process_balance, weights_balance
 from appliance.promise import promised_bytes
-from appliance.startup import CPU, Installation, footprint, install
+from appliance.startup import CPU, Installation, demands, footprint, install
 from appliance.store.store import Compiled
 from appliance.store.storecheck import StoreCheck
 
@@ -598,6 +598,7 @@ class Service:
             self._config.experts.pin,
             self._config.experts.preload,
             self._config.scheduler.policy,
+            demands(made.catalog),
         )
         return Journal(path, opening)
 

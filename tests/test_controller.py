@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from hypothesis import given
@@ -460,7 +461,7 @@ def test_a_load_that_finds_no_memory_evicts_and_is_tried_once_more() -> None:
     moves = controller.handle(LoadFailed("cpu", "b", NO_MEMORY), 0.5)
     assert [(type(move), move.expert) for move in moves if isinstance(move, Evict | Load)] == [
         (Evict, "b"),
-        (Evict, "a"),
+        (Evict, "detector"),
         (Load, "b"),
     ]
     assert controller.ledgers["cpu"].used_bytes == 60
@@ -509,7 +510,7 @@ def test_a_device_whose_free_memory_is_in_pieces_lets_one_leave_and_is_not_short
     controller.handle(Loaded("cpu", "detector"), 0.2)
     controller.handle(Finished(run.batch, ((SOUND,),), 0.1), 0.3)
     controller.handle(Arrived(request("b", "c-b")), 0.4)
-    for left in ("a", "detector"):
+    for left in ("detector", "a"):
         moves = controller.handle(LoadFailed("cpu", "b", IN_PIECES), 0.5)
         assert [(m.expert, m.rule if isinstance(m, Evict) else None) for m in moves if isinstance(m, Evict | Load)] == [
             ("b", Rule.NOT_LOADED),
@@ -577,6 +578,34 @@ def test_an_expert_that_fails_its_golden_samples_serves_no_more() -> None:
     assert isinstance(publish, Publish)
     assert publish.verdict.refusal == why
     assert controller.ledgers["cpu"].is_absent("a")
+
+
+def test_who_is_asked_more_than_was_declared_stays_and_another_leaves() -> None:
+    """`a` was declared to be asked twice as often as `b`; the lines ask only `b`, and then `c` has to be loaded."""
+    experts = [*(expert(name, 40, probability=p) for name, p in (("a", 0.2), ("b", 0.1), ("c", 0.1)))]
+    for policy, pictures, leaves in ((APPLIANCE, 10, "b"), (APPLIANCE, 1000, "a"), (COSERVE, 1000, "b")):
+        graph = compile_graph({f"c-{e.name}": e.name for e in experts}, [], [e.name for e in experts])
+        controller, devices = box(experts, graph, 80, executors=1, policy=policy)
+        asked = ["c-a", *(["c-b"] * pictures), "c-c"]
+        requests = [request(str(n), component, n * 0.5) for n, component in enumerate(asked)]
+        report = simulate(controller, pretend(experts, devices), requests)
+        assert [move.expert for move in report.actions if isinstance(move, Evict)] == [leaves]
+
+
+def test_at_a_product_change_the_former_products_experts_leave_first() -> None:
+    """`old` is asked for 2,000 pictures; after one picture of the other product it is worth less than whoever that
+    will ask, although none of these was asked before."""
+    experts = [expert(name, 40) for name in ("new", "new-too", "old", "other")]
+    graph = compile_graph({f"c-{e.name}": e.name for e in experts}, [], [e.name for e in experts])
+    products = {"former": {"c-old": 8}, "next": {"c-new": 1, "c-new-too": 1, "c-other": 1}}
+    devices, executors = (Device("cpu", 120),), (Executor("cpu-0", "cpu"),)
+    here = [("cpu", name) for name in ("new", "new-too", "old")]
+    controller = Controller(graph, {e.name: e for e in experts}, devices, executors, residents=here, products=products)
+    made = [("old", "former")] * 2000 + [("new", "next"), ("other", "next")]
+    requests = [Request(str(n), f"c-{name}", n * 0.5, None, "line1", product) for n, (name, product) in enumerate(made)]
+    world = World(experts, devices, lambda request, expert: (SOUND,), residents=here)
+    report = simulate(controller, world, requests)
+    assert [move.expert for move in report.actions if isinstance(move, Evict)] == ["old"]
 
 
 def test_load_and_run_overlap() -> None:
@@ -725,15 +754,17 @@ def test_the_same_events_make_the_same_actions(
     """Run twice; then the events that were noted are replayed."""
     experts, requests, budget, executors, slots, _ = workload
     graph = inspection_graph([e.name for e in experts if e.name != "detector"])
+    requests = [replace(r, line=f"line{n % 2}", product=f"product{n // 7 % 3}") for n, r in enumerate(requests)]
+    products = {f"product{n}": {component: 1} for n, component in enumerate(list(graph.entries)[:2])}
     events: list[tuple[float, Event]] = []
     runs = []
+    devices, names = (Device("cpu", budget, slots),), tuple(Executor(f"cpu-{n}", "cpu") for n in range(executors))
+    made = partial(Controller, graph, {e.name: e for e in experts}, devices, names, policy=policy, products=products)
     for _ in range(2):
-        controller, devices = box(experts, graph, budget, executors, slots, policy=policy)
-        noted = Noting(controller)
+        noted = Noting(made())
         runs.append(simulate(noted, pretend(experts, devices, DOUBTFUL), requests).actions)  # type: ignore[arg-type]
         events = noted.events
-    controller, devices = box(experts, graph, budget, executors, slots, policy=policy)
-    runs.append(replay(controller, pretend(experts, devices, DOUBTFUL), events).actions)
+    runs.append(replay(made(), pretend(experts, devices, DOUBTFUL), events).actions)
     assert runs[0] == runs[1] == runs[2]
 
 
@@ -847,7 +878,7 @@ def test_room_for_a_pinned_expert_is_a_rule_of_its_own() -> None:
 
 
 def test_a_shortage_of_memory_is_a_rule_of_its_own() -> None:
-    experts = [expert("a", 30, activation_item=20), expert("detector", 30)]
+    experts = [expert("a", 30, activation_item=20), expert("detector", 30, probability=0.5)]
     controller, _ = box(experts, inspection_graph(["a"]), 100, executors=1)
     controller.handle(Arrived(request("a", "c-a")), 0.0)
     run = _run(controller.handle(Loaded("cpu", "a"), 0.1))

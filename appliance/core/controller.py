@@ -57,6 +57,7 @@ from appliance.core.types import (
     Tick,
     Verdict,
 )
+from appliance.core.usage import Usage
 from appliance.errors import NoRoom
 
 ELSEWHERE = {OUT_OF_MEMORY, DEVICE}  # what another device may do better
@@ -68,7 +69,7 @@ class Controller:
 
     `pinned` experts are loaded at the start and stay, each on the first device that has room for it; those of `preload`
     are loaded at the start as far as memory is free. `residents` are (device, expert) of those that are in memory
-    before the first event, in the order in which they came.
+    before the first event, in the order in which they came. `products` have how many placements of each component.
     """
 
     def __init__(
@@ -83,13 +84,17 @@ class Controller:
         preload: Sequence[str] = (),
         policy: Policy = APPLIANCE,
         residents: Sequence[tuple[str, str]] = (),
+        products: Mapping[str, Mapping[str, int]] = MappingProxyType({}),
     ) -> None:
         self._graph = graph
         self._experts = experts
         self.unavailable = dict(unavailable)
         self.ledgers = _ledgers(experts, devices, pinned)
         self._coming = deque([*pinned, *preload])
-        self.scheduler = Scheduler(tuple(executors), experts, policy)
+        declared = {name: expert.probability for name, expert in experts.items()}
+        self._usage = Usage(graph, declared, products)
+        self._weight = self._usage.weight if policy.learns else declared.__getitem__
+        self.scheduler = Scheduler(tuple(executors), experts, self._weight, policy)
         self._policy = policy
         self.counts: Counter[str] = Counter()
         self.evictions: Counter[Rule] = Counter()
@@ -169,6 +174,8 @@ class Controller:
         self.progress[request.id] = begun
         if request.deadline_seconds is not None:
             heapq.heappush(self._deadlines, (request.deadline_seconds, request.id))
+        if self._policy.learns and self._usage.changes(request):
+            self._rank_all(now)
         self._ask(begun, tuple(begun.waiting_for), now, actions)
 
     def _loaded(self, device: str, expert: str, now: float) -> None:
@@ -230,6 +237,7 @@ class Controller:
                 self._conclude(request, Outcome.ERROR, now, actions, answer)
                 continue
             following = progress.answered(Step(batch.expert, answer, batch.executor, seconds), self._graph)
+            self._usage.led(batch.expert, following)
             self._ask(progress, following, now, actions)
             if progress.is_complete and request in self.progress:
                 self._conclude(request, progress.outcome(), now, actions)
@@ -320,6 +328,16 @@ class Controller:
                 return
             deadline = progress.request.deadline_seconds
             self._put(Task(progress.request.id, expert, now, False, frozenset(), deadline), now)
+            if self._policy.learns:
+                self._learn(progress.request, expert, now)
+
+    def _learn(self, request: Request, expert: str, now: float) -> None:
+        """The picture asks the expert: it is worth more now, wherever it is and nobody queues for it."""
+        self._usage.asked(request, expert)
+        self.scheduler.reweigh(expert)
+        for device, ledger in self.ledgers.items():
+            if expert in self._leaving[device]:
+                self._rank(ledger, expert, now)
 
     def _put(self, task: Task, now: float) -> None:
         device = self.scheduler.put(task, self.ledgers)
@@ -585,6 +603,13 @@ class Controller:
             changed = leaving.put(expert, self._reluctance(device, expert, now))
         self._changes[device] += changed
 
+    def _rank_all(self, now: float) -> None:
+        """Whoever may leave or waits to be loaded is worth something else now: rare, as with a line's next product."""
+        self.scheduler.reweigh_all()
+        for device, ledger in self.ledgers.items():
+            for expert in tuple(self._leaving[device]):
+                self._rank(ledger, expert, now)
+
     def _reluctance(self, device: str, expert: str, now: float) -> tuple[bool, float]:
         """Whether the expert is spared for queued tasks, whoever has to wait for them longest first; and its worth."""
         if expert in self.unavailable:
@@ -598,7 +623,7 @@ class Controller:
             name,
             expert.footprints[device].weights_bytes,
             expert.costs[device].load_seconds,
-            expert.probability,
+            self._weight(name),
             self._loaded_seconds[device, name],
             self._used_seconds[device, name],
         )

@@ -7,7 +7,7 @@ the same expert, else to the tail: the queue is then its groups in order. Not ar
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from math import inf
@@ -84,15 +84,21 @@ class Queue:
 
 
 class Scheduler:
+    """`weight` of an expert is in proportion to the probability of its use."""
+
     def __init__(
-        self, executors: tuple[Executor, ...], experts: Mapping[str, Expert], policy: Policy = APPLIANCE
+        self,
+        executors: tuple[Executor, ...],
+        experts: Mapping[str, Expert],
+        weight: Callable[[str], float],
+        policy: Policy = APPLIANCE,
     ) -> None:
         self.queues = {executor.name: Queue(executor) for executor in executors}
         self.policy = policy
         self.cold: dict[str, Ranking[tuple[str, str], tuple[float, int]]] = {e.device: Ranking() for e in executors}
         """By device: (expert, executor) of the groups whose expert is absent, by when it is their turn to be loaded."""
         self._rare: dict[str, Ranking[tuple[str, str], tuple[float, int]]] = {e.device: Ranking() for e in executors}
-        self._experts = experts
+        self._experts, self._weight = experts, weight
         self._demand: dict[str, Counter[str]] = {e.device: Counter() for e in executors}
         self._loading = dict.fromkeys(self._demand, 0.0)
         self._on = {device: [q for q in self.queues.values() if q.executor.device == device] for device in self._demand}
@@ -134,6 +140,18 @@ class Scheduler:
         if is_first:
             self._rank(queue, group, ledgers[device])
         return device
+
+    def reweigh(self, expert: str) -> None:
+        """Its weight changed: groups that wait for its load may be sooner or later the rarest."""
+        for queue in self.queues.values():
+            group = queue.groups.get(expert)
+            if group is not None and (expert, queue.executor.name) in self._rare[queue.executor.device]:
+                self._rank_rare(queue, group)
+
+    def reweigh_all(self) -> None:
+        """All weights changed."""
+        for expert in {expert for rare in self._rare.values() for expert, _ in rare}:
+            self.reweigh(expert)
 
     def able(self, expert: str, ledgers: Mapping[str, Ledger]) -> list[Queue]:
         """The executors whose device can hold the expert."""
@@ -349,7 +367,7 @@ class Scheduler:
     def _rank(self, queue: Queue, group: Group, ledger: Ledger) -> None:
         """Where the group stands among those that can run, or that wait for a load."""
         expert, device = group.expert, queue.executor.device
-        cold, rare = self.cold[device], self._rare[device]
+        cold = self.cold[device]
         key = (group.due_seconds, group.number) if group.tasks else None
         if key is not None and ledger.is_ready(expert):
             # Who was loaded for waiting tasks goes before others who wait as long: then it may leave for the next.
@@ -359,10 +377,14 @@ class Scheduler:
         if key is not None and ledger.is_absent(expert):
             turn_seconds = min(key[0], group.first.since_seconds + self.policy.patience_seconds)
             cold.put((expert, queue.executor.name), (turn_seconds, group.number))
-            rare.put((expert, queue.executor.name), (self._experts[expert].probability, group.number))
+            self._rank_rare(queue, group)
         else:
             cold.drop((expert, queue.executor.name))
-            rare.drop((expert, queue.executor.name))
+            self._rare[device].drop((expert, queue.executor.name))
+
+    def _rank_rare(self, queue: Queue, group: Group) -> None:
+        key = (self._weight(group.expert), group.number)
+        self._rare[queue.executor.device].put((group.expert, queue.executor.name), key)
 
     def _settle(self, queue: Queue) -> None:
         """Nothing left means zero, whatever rounding says."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -52,6 +52,7 @@ class Opening:
     pinned: tuple[str, ...] = ()
     preload: tuple[str, ...] = ()
     policy: str = "appliance"
+    products: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 class Journal:

@@ -368,6 +368,7 @@ def controller_of(opening: journal.Opening, policy: str) -> Controller:
         pinned=opening.pinned,
         preload=opening.preload,
         policy=policy_of(policy),
+        products=opening.products,
     )
 
 
