@@ -608,6 +608,22 @@ def test_at_a_product_change_the_former_products_experts_leave_first() -> None:
     assert [move.expert for move in report.actions if isinstance(move, Evict)] == ["old"]
 
 
+def test_a_quick_load_goes_before_rarer_experts_that_take_long() -> None:
+    """The likeliest of all, but its load takes no longer than one of its pictures."""
+    experts = [
+        expert("first", 90),
+        expert("rare", 90, probability=0.01),
+        expert("detector", 90, load=0.02, probability=0.5),
+    ]
+    graph = compile_graph({f"c-{e.name}": e.name for e in experts}, [], [e.name for e in experts])
+    controller, _ = box(experts, graph, 100, executors=1, load_slots=1)
+    for name in ("first", "rare", "detector"):
+        controller.handle(Arrived(request(name, f"c-{name}")), 0.0)
+    run = _run(controller.handle(Loaded("cpu", "first"), 0.1))
+    moves = controller.handle(Finished(run.batch, ((SOUND,),), 0.1), 0.2)
+    assert [move.expert for move in moves if isinstance(move, Load)] == ["detector"]
+
+
 def test_load_and_run_overlap() -> None:
     controller, _ = box(_experts("a", "b"), inspection_graph(["a", "b"]), 100, executors=1)
     controller.handle(Arrived(request("a1", "c-a")), 0.0)

