@@ -14,7 +14,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -412,6 +412,7 @@ class Service:
     def _publish_stats(self) -> None:
         self._memory.look()
         self._look_at_memory()
+        self._look_for_thrash()
         self._say.status(self._status())
         if self._door.state is not DoorState.READY:
             return
@@ -419,6 +420,10 @@ class Service:
             "schema_version": 1,
             "resident": list(self._controller.ledgers[CPU].resident),
             "moves": list(self._moves),
+            "switches": self._controller.counts["switches"],
+            "came_back": self._controller.counts["came_back"],
+            "idle_seconds": self._controller.idle_seconds,
+            "load_waits": asdict(self._controller.load_waits),
         }
         self._tell("stats", self._stats())
         if self._tell("cache", cache):
@@ -499,6 +504,16 @@ class Service:
             self._alarms.set(Alarm.OUT_OF_MEMORY, None)
         elif Alarm.OUT_OF_MEMORY not in self._alarms.raised:
             self._alarms.set(Alarm.OUT_OF_MEMORY, {"withheld_bytes": short})
+
+    def _look_for_thrash(self) -> None:
+        """Told with the numbers of when it began: they change every second."""
+        found = self._controller.thrashing(time.monotonic())
+        if not found:
+            self._alarms.set(Alarm.THRASHING, None)
+        elif Alarm.THRASHING not in self._alarms.raised:
+            numbers = {device: asdict(thrashing) for device, thrashing in found.items()}
+            remedy = "raise memory.weights, or see `appliance check`"
+            self._alarms.set(Alarm.THRASHING, {"devices": numbers, "remedy": remedy})
 
     def _balances(self) -> dict[str, Balance]:
         passing = Passing(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from math import inf
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from appliance.core import thrash
 from appliance.core.controller import Controller
 from appliance.core.graph import Edge, compile_graph
 from appliance.core.memory import RECOVERY_SECONDS, Residency
@@ -622,6 +625,39 @@ def test_a_quick_load_goes_before_rarer_experts_that_take_long() -> None:
     run = _run(controller.handle(Loaded("cpu", "first"), 0.1))
     moves = controller.handle(Finished(run.batch, ((SOUND,),), 0.1), 0.2)
     assert [move.expert for move in moves if isinstance(move, Load)] == ["detector"]
+
+
+def test_while_it_thrashes_each_load_serves_more_and_everybody_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """300 experts in memory for 60, and twice as many pictures as the executors can run."""
+    chance = random.Random(1)
+    names = [f"e{number:03}" for number in range(300)]
+    experts = [expert(name, load=0.6, item=0.04, fixed=0.01, probability=1 / 300) for name in names]
+    graph = compile_graph({f"c-{name}": name for name in names}, [], names)
+    requests = [request(str(n), f"c-{chance.choice(names)}", n * 0.01) for n in range(9000)]
+    loads = []
+    for share in (inf, thrash.BEGIN_SHARE):  # without protection, and with it
+        monkeypatch.setattr(thrash, "BEGIN_SHARE", share)
+        controller, devices = box(experts, graph, 600, executors=2, load_slots=4)
+        report = simulate(controller, pretend(experts, devices), requests)
+        assert len(report.verdicts) == len(requests)
+        assert max(verdict.waited_seconds for verdict in report.verdicts) < 200
+        assert controller.counts["came_back"] > 0
+        assert controller.thrashing(report.seconds + 3600) == {}, "it is over by itself"
+        loads.append(report.loads)
+    assert loads[1] < 0.9 * loads[0]
+
+
+def test_who_waits_for_a_load_is_counted_by_what_it_waits_for() -> None:
+    experts = [expert(name, 60, load=0.4) for name in ("a", "b")]
+    graph = compile_graph({"c-a": "a", "c-b": "b"}, [], ["a", "b"])
+    controller, devices = box(experts, graph, 100, executors=1)
+    report = simulate(controller, pretend(experts, devices), [request("0", "c-a"), request("1", "c-b", 2.0)])
+    assert (report.loads, controller.counts["switches"]) == (2, 1)
+    waits = controller.load_waits
+    assert waits.tasks == 2
+    assert waits.load_seconds == pytest.approx(0.8)
+    assert waits.turn_seconds == pytest.approx(APPLIANCE.hold_share * 0.4), "b was held before a left for it"
+    assert controller.idle_seconds == pytest.approx(2.1 - 0.4), "a was used last when its run began"
 
 
 def test_load_and_run_overlap() -> None:

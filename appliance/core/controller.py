@@ -14,6 +14,7 @@ from __future__ import annotations
 import heapq
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from math import inf
 from types import MappingProxyType
 from typing import assert_never
@@ -23,6 +24,7 @@ from appliance.core.memory import Freed, Ledger, Residency
 from appliance.core.policies import APPLIANCE, ROOM_PATIENCE_SECONDS, Policy, Resident
 from appliance.core.ranking import Ranking
 from appliance.core.scheduler import Group, Queue, Scheduler, Task
+from appliance.core.thrash import WINDOW_SECONDS, Sliding, Thrash, Thrashing
 from appliance.core.types import (
     CANCELLED,
     DEVICE,
@@ -64,6 +66,16 @@ ELSEWHERE = {OUT_OF_MEMORY, DEVICE}  # what another device may do better
 LOAD_ATTEMPTS = 2  # a load that failed twice in a row fails everyone who waits for it
 
 
+@dataclass(slots=True)
+class LoadWaits:
+    """Of so many tasks whose expert was not ready: seconds for their turn to be loaded, a slot and room, together; and
+    seconds while it was loaded. A task waits once more when its expert leaves before it has run."""
+
+    tasks: int = 0
+    turn_seconds: float = 0.0
+    load_seconds: float = 0.0
+
+
 class Controller:
     """`experts` can serve; a request that needs one of `unavailable` gets its refusal as verdict.
 
@@ -100,6 +112,12 @@ class Controller:
         self.evictions: Counter[Rule] = Counter()
         self.asked: Counter[Residency] = Counter()
         """Tasks, by where their expert was when they were queued: ready is a hit, absent a miss."""
+        self.load_waits = LoadWaits()
+        self.idle_seconds = 0.0
+        """How long those who were evicted had not been used by then, together."""
+        self._thrash = {device.name: Thrash(device.load_slots) for device in devices}
+        self._answered = Sliding()
+        self._began_seconds: dict[tuple[str, str], float] = {}  # loads in work
         self.progress: dict[str, Progress] = {}
         self._claimed: set[tuple[str, str]] = set()
         self._failed_loads: Counter[tuple[str, str]] = Counter()
@@ -118,13 +136,15 @@ class Controller:
         self._used_seconds: dict[tuple[str, str], float] = {}
         for number, (device, name) in enumerate(residents):
             self.ledgers[device].begin_load(name)
-            self._loaded(device, name, float(number - len(residents)))
+            came = self._began_seconds[device, name] = float(number - len(residents))
+            self._loaded(device, name, came)
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """Decide what follows from `event`, at monotonic second `now`."""
         actions: list[Action] = []
         for ledger in self.ledgers.values():
             ledger.recover(now)
+        self._look_for_thrash(now)
         match event:
             case Arrived(request):
                 self._arrived(request, now, actions)
@@ -152,13 +172,32 @@ class Controller:
         """When to send a Tick if nothing else happens: a deadline, or when a load may displace more. None: never."""
         times = [self._deadlines[0][0]] if self._deadlines else []
         for name, ledger in self.ledgers.items():
-            if ledger.recovers_at is not None:
-                times.append(ledger.recovers_at)
+            times += [at for at in (ledger.recovers_at, self._thrash[name].ends_at) if at is not None]
             if self._policy.spares_queued and ledger.loading_count < ledger.device.load_slots:
                 turn = self.scheduler.next_turn_seconds(name, now)
                 if turn is not None:
                     times.append(turn)
         return min(times) if times else None
+
+    def thrashing(self, now: float) -> dict[str, Thrashing]:
+        """Of each device that spends its loading on experts that it has just evicted, what that comes to."""
+        return {name: self._thrashing(name, now) for name, thrash in self._thrash.items() if thrash.is_thrashing}
+
+    def _thrashing(self, device: str, now: float) -> Thrashing:
+        thrash, pictures = self._thrash[device], max(self._answered.sum(now), 1.0)
+        footprints = [
+            expert.footprints[device]
+            for name, expert in self._experts.items()
+            if self._used_seconds.get((device, name), -inf) > now - WINDOW_SECONDS
+            or self.scheduler.demand(device, name)
+        ]
+        segments = {segment.id: segment.bytes for footprint in footprints for segment in footprint.segments}
+        return Thrashing(
+            thrash.loads.sum(now) / pictures,
+            thrash.came_back.sum(now) / pictures,
+            sum(segments.values()) + sum(footprint.private_bytes for footprint in footprints),
+            self.ledgers[device].device.budget_bytes,
+        )
 
     # Events
 
@@ -181,6 +220,7 @@ class Controller:
     def _loaded(self, device: str, expert: str, now: float) -> None:
         ledger = self.ledgers[device]
         ledger.finish_load(expert)
+        self._count_load(device, expert, now)
         self._loaded_seconds[device, expert] = self._used_seconds[device, expert] = now
         self._failed_loads.pop((device, expert), None)
         self._forget_ahead(device, expert)
@@ -189,10 +229,26 @@ class Controller:
             self._claimed.add((device, expert))
         self._moved(ledger, expert, now)
 
+    def _count_load(self, device: str, expert: str, now: float) -> None:
+        """How long who waits for this load has done so: since it asked, or since the expert left in spite of that."""
+        began = self._began_seconds.pop((device, expert))
+        asked = self.scheduler.since_seconds(device, expert)
+        if not asked:
+            return
+        thrash = self._thrash[device]
+        left = thrash.left_seconds(expert)
+        for since in asked:
+            since = since if left is None else max(since, left)
+            self.load_waits.tasks += 1
+            self.load_waits.turn_seconds += max(began - since, 0.0)
+            self.load_waits.load_seconds += now - max(since, began)
+        self.counts["came_back"] += thrash.loaded(expert, began, now)
+
     def _load_failed(self, device: str, expert: str, refusal: Refusal, now: float, actions: list[Action]) -> None:
         ledger = self.ledgers[device]
         actions.append(Evict(device, expert, ledger.abort_load(expert), Rule.NOT_LOADED))
         self._forget_ahead(device, expert)
+        del self._began_seconds[device, expert]
         self._moved(ledger, expert, now)
         if refusal.reason == CANCELLED:
             self.counts["cancelled_loads"] += 1
@@ -294,6 +350,12 @@ class Controller:
         self._put(Task(request, expert, now, True, barred, self._deadline(request)), now)
         return True
 
+    def _look_for_thrash(self, now: float) -> None:
+        """Where a device thrashes, who was loaded stays for all who waited for it: each load serves more."""
+        for device, thrash in self._thrash.items():
+            if thrash.look(now) and not self._policy.in_order:
+                self.scheduler.thrashing ^= {device}
+
     def _make_do_with_less(self, ledger: Ledger, less_bytes: int, now: float, actions: list[Action]) -> None:
         """The device ran out of memory: it gets less from now on, and what is too much leaves, idle experts first."""
         self.counts["out_of_memory"] += 1
@@ -315,6 +377,8 @@ class Controller:
     def _left(self, ledger: Ledger, freed: Freed, rule: Rule, now: float, actions: list[Action]) -> None:
         self.counts["evictions"] += 1
         self.evictions[rule] += 1
+        self.idle_seconds += now - self._used_seconds[ledger.device.name, freed.expert]
+        self._thrash[ledger.device.name].left(freed.expert, rule is Rule.OVERDUE, now)
         actions.append(Evict(ledger.device.name, freed.expert, freed.segments, rule))
         self._moved(ledger, freed.expert, now)
 
@@ -374,6 +438,7 @@ class Controller:
             self._drop(request, expert, now)
             self._retried.pop((request, expert), None)
         self.counts[outcome] += 1
+        self._answered.add(1, now)
         waited = now - progress.request.arrived_seconds
         actions.append(Publish(Verdict(request, outcome, tuple(progress.steps), waited, refusal)))
 
@@ -410,7 +475,8 @@ class Controller:
                 held.add(queue.executor.device)
             if batch is not None:
                 ledger.begin_run(batch.expert, len(batch.requests), self._experts[batch.expert].max_batch)
-                self._release_claim(batch.device, batch.expert)
+                if not self.scheduler.is_fresh(batch.device, batch.expert):
+                    self._release_claim(batch.device, batch.expert)
                 self._used_seconds[batch.device, batch.expert] = now
                 self._rank(ledger, batch.expert, now)
                 self.counts["runs"] += 1
@@ -487,6 +553,8 @@ class Controller:
         device = ledger.device.name
         freed, missing = ledger.begin_load(expert, tuple(leaving))
         self.counts["loads"] += 1
+        self.counts["switches"] += bool(leaving)
+        self._began_seconds[device, expert] = now
         for left in freed:
             self._left(ledger, left, leaving[left.expert], now, actions)
         actions.append(Load(device, expert, missing, ahead))

@@ -37,14 +37,15 @@ class Task:
 class Group:
     """Tasks for one expert on one executor by request, oldest first. `load_seconds` is booked until it is ready.
 
-    `is_fresh` from when its expert was loaded for it until its first batch.
+    `fresh` are how many of them the expert was loaded for and has not run yet; none after its first batch, except where
+    the device thrashes.
     """
 
     expert: str
     number: int
     tasks: OrderedDict[str, Task] = field(default_factory=OrderedDict)
     load_seconds: float = 0.0
-    is_fresh: bool = False
+    fresh: int = 0
     _dues: list[tuple[float, str]] = field(default_factory=list)
 
     def put(self, task: Task, due_seconds: float) -> bool:
@@ -95,6 +96,8 @@ class Scheduler:
     ) -> None:
         self.queues = {executor.name: Queue(executor) for executor in executors}
         self.policy = policy
+        self.thrashing: set[str] = set()
+        """Devices where who was loaded for waiting tasks stays for all of them, not just for the first batch."""
         self.cold: dict[str, Ranking[tuple[str, str], tuple[float, int]]] = {e.device: Ranking() for e in executors}
         """By device: (expert, executor) of the groups whose expert is absent, by when it is their turn to be loaded."""
         self._rare: dict[str, Ranking[tuple[str, str], tuple[float, int]]] = {e.device: Ranking() for e in executors}
@@ -205,9 +208,9 @@ class Scheduler:
 
     def _batch(self, queue: Queue, group: Group, most: int, ledger: Ledger) -> Batch:
         tasks = self._split(queue, group, most)
-        group.is_fresh = False
-        self._forget(queue, group, tasks, ledger)
         device = queue.executor.device
+        group.fresh = max(group.fresh - len(tasks), 0) if device in self.thrashing else 0
+        self._forget(queue, group, tasks, ledger)
         batch = Batch(self._next_batch, queue.executor.name, device, group.expert, tuple(t.request for t in tasks))
         self._next_batch += 1
         queue.running = batch
@@ -218,8 +221,8 @@ class Scheduler:
         """Whose expert to load next: the first whose turn has come; else whom it costs least to load again.
 
         Likely more tasks will come for the others: while somebody waits for a load anyway, they can, and spend their
-        slack, so that one load serves more of them. Measured, 2026-11: the first to come or the most to wait instead
-        take up to 5 % more loads and time (numa A1 to B2), a quick detector behind the likely ones half a second.
+        slack, so that one load serves more of them. Dividing this by who waits would answer half of the pictures
+        sooner on some boxes, and took up to 5 % more loads and 4 % of the throughput at CoServe's tasks (2026-11).
         """
         turn = self.cold[device].least()
         ranking = self.cold[device] if turn is not None and turn[0] <= now else self._rare[device]
@@ -266,7 +269,7 @@ class Scheduler:
             if is_ready:
                 self._book(queue, -group.load_seconds)
                 group.load_seconds = 0.0
-                group.is_fresh = True
+                group.fresh = len(group.tasks)
             self._rank(queue, group, ledger)
 
     def drop(self, request: str, expert: str, ledgers: Mapping[str, Ledger]) -> None:
@@ -283,6 +286,15 @@ class Scheduler:
         return tuple(
             request for queue in self._on[device] if expert in queue.groups for request in queue.groups[expert].tasks
         )
+
+    def is_fresh(self, device: str, expert: str) -> bool:
+        """Whether tasks that the expert was loaded for are still to be run."""
+        return any(queue.groups[expert].fresh for queue in self._on[device] if expert in queue.groups)
+
+    def since_seconds(self, device: str, expert: str) -> list[float]:
+        """Since when each of the tasks queued for the expert on the device is."""
+        groups = (queue.groups[expert] for queue in self._on[device] if expert in queue.groups)
+        return [task.since_seconds for group in groups for task in group.tasks.values()]
 
     def queue_of(self, request: str, expert: str) -> Queue | None:
         """Whose queue holds the request's task; None when nobody's does."""
@@ -372,7 +384,7 @@ class Scheduler:
         key = (group.due_seconds, group.number) if group.tasks else None
         if key is not None and ledger.is_ready(expert):
             # Who was loaded for waiting tasks goes before others who wait as long: then it may leave for the next.
-            queue.ready.put(expert, (key[0] - self.policy.patience_seconds, key[1]) if group.is_fresh else key)
+            queue.ready.put(expert, (key[0] - self.policy.patience_seconds, key[1]) if group.fresh else key)
         else:
             queue.ready.drop(expert)
         if key is not None and ledger.is_absent(expert):
