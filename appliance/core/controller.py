@@ -144,7 +144,9 @@ class Controller:
         actions: list[Action] = []
         for ledger in self.ledgers.values():
             ledger.recover(now)
-        self._look_for_thrash(now)
+        for device, thrash in self._thrash.items():
+            if thrash.is_thrashing:
+                self._look_for_thrash(device, now)
         match event:
             case Arrived(request):
                 self._arrived(request, now, actions)
@@ -243,6 +245,7 @@ class Controller:
             self.load_waits.turn_seconds += max(began - since, 0.0)
             self.load_waits.load_seconds += now - max(since, began)
         self.counts["came_back"] += thrash.loaded(expert, began, now)
+        self._look_for_thrash(device, now)
 
     def _load_failed(self, device: str, expert: str, refusal: Refusal, now: float, actions: list[Action]) -> None:
         ledger = self.ledgers[device]
@@ -350,11 +353,10 @@ class Controller:
         self._put(Task(request, expert, now, True, barred, self._deadline(request)), now)
         return True
 
-    def _look_for_thrash(self, now: float) -> None:
+    def _look_for_thrash(self, device: str, now: float) -> None:
         """Where a device thrashes, who was loaded stays for all who waited for it: each load serves more."""
-        for device, thrash in self._thrash.items():
-            if thrash.look(now) and not self._policy.in_order:
-                self.scheduler.thrashing ^= {device}
+        if self._thrash[device].look(now) and not self._policy.in_order:
+            self.scheduler.thrashing ^= {device}
 
     def _make_do_with_less(self, ledger: Ledger, less_bytes: int, now: float, actions: list[Action]) -> None:
         """The device ran out of memory: it gets less from now on, and what is too much leaves, idle experts first."""
