@@ -14,7 +14,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -56,7 +56,7 @@ from appliance.engine.weights import Weights
 from appliance.errors import ApplianceError, BrokerError, DeviceError, MessageError, OutOfMemory
 from appliance.health import PROCESS, STUCK_SECONDS, Drift, Passing, Underway, process_balance, weights_balance
 from appliance.promise import promised_bytes
-from appliance.startup import CPU, Installation, footprint, install
+from appliance.startup import CPU, Installation, demands, footprint, install
 from appliance.store.store import Compiled
 from appliance.store.storecheck import StoreCheck
 
@@ -417,6 +417,7 @@ class Service:
     def _publish_stats(self) -> None:
         self._memory.look()
         self._look_at_memory()
+        self._look_for_thrash()
         self._say.status(self._status())
         if self._door.state is not DoorState.READY:
             return
@@ -424,6 +425,10 @@ class Service:
             "schema_version": 1,
             "resident": list(self._controller.ledgers[CPU].resident),
             "moves": list(self._moves),
+            "switches": self._controller.counts["switches"],
+            "came_back": self._controller.counts["came_back"],
+            "idle_seconds": self._controller.idle_seconds,
+            "load_waits": asdict(self._controller.load_waits),
         }
         self._tell("stats", self._stats())
         if self._tell("cache", cache):
@@ -505,6 +510,16 @@ class Service:
             self._alarms.set(Alarm.OUT_OF_MEMORY, None)
         elif Alarm.OUT_OF_MEMORY not in self._alarms.raised:
             self._alarms.set(Alarm.OUT_OF_MEMORY, {"withheld_bytes": short})
+
+    def _look_for_thrash(self) -> None:
+        """Told with the numbers of when it began: they change every second."""
+        found = self._controller.thrashing(time.monotonic())
+        if not found:
+            self._alarms.set(Alarm.THRASHING, None)
+        elif Alarm.THRASHING not in self._alarms.raised:
+            numbers = {device: asdict(thrashing) for device, thrashing in found.items()}
+            remedy = "raise memory.weights, or see `appliance check`"
+            self._alarms.set(Alarm.THRASHING, {"devices": numbers, "remedy": remedy})
 
     def _balances(self) -> dict[str, Balance]:
         passing = Passing(
@@ -607,6 +622,7 @@ class Service:
             self._config.priorities,
             self._config.limits.waiting_pictures,
             Overflow(self._config.limits.overflow),
+            demands(made.catalog),
         )
         return Journal(path, opening)
 

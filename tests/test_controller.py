@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from math import inf
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from appliance.core import thrash
 from appliance.core.controller import Controller
 from appliance.core.graph import Edge, compile_graph
 from appliance.core.memory import RECOVERY_SECONDS, Residency
@@ -463,7 +467,7 @@ def test_a_load_that_finds_no_memory_evicts_and_is_tried_once_more() -> None:
     moves = controller.handle(LoadFailed("cpu", "b", NO_MEMORY), 0.5)
     assert [(type(move), move.expert) for move in moves if isinstance(move, Evict | Load)] == [
         (Evict, "b"),
-        (Evict, "a"),
+        (Evict, "detector"),
         (Load, "b"),
     ]
     assert controller.ledgers["cpu"].used_bytes == 60
@@ -512,7 +516,7 @@ def test_a_device_whose_free_memory_is_in_pieces_lets_one_leave_and_is_not_short
     controller.handle(Loaded("cpu", "detector"), 0.2)
     controller.handle(Finished(run.batch, ((SOUND,),), 0.1), 0.3)
     controller.handle(Arrived(request("b", "c-b")), 0.4)
-    for left in ("a", "detector"):
+    for left in ("detector", "a"):
         moves = controller.handle(LoadFailed("cpu", "b", IN_PIECES), 0.5)
         assert [(m.expert, m.rule if isinstance(m, Evict) else None) for m in moves if isinstance(m, Evict | Load)] == [
             ("b", Rule.NOT_LOADED),
@@ -580,6 +584,83 @@ def test_an_expert_that_fails_its_golden_samples_serves_no_more() -> None:
     assert isinstance(publish, Publish)
     assert publish.verdict.refusal == why
     assert controller.ledgers["cpu"].is_absent("a")
+
+
+def test_who_is_asked_more_than_was_declared_stays_and_another_leaves() -> None:
+    """`a` was declared to be asked twice as often as `b`; the lines ask only `b`, and then `c` has to be loaded."""
+    experts = [*(expert(name, 40, probability=p) for name, p in (("a", 0.2), ("b", 0.1), ("c", 0.1)))]
+    for policy, pictures, leaves in ((APPLIANCE, 10, "b"), (APPLIANCE, 1000, "a"), (COSERVE, 1000, "b")):
+        graph = compile_graph({f"c-{e.name}": e.name for e in experts}, [], [e.name for e in experts])
+        controller, devices = box(experts, graph, 80, executors=1, policy=policy)
+        asked = ["c-a", *(["c-b"] * pictures), "c-c"]
+        requests = [request(str(n), component, n * 0.5) for n, component in enumerate(asked)]
+        report = simulate(controller, pretend(experts, devices), requests)
+        assert [move.expert for move in report.actions if isinstance(move, Evict)] == [leaves]
+
+
+def test_at_a_product_change_the_former_products_experts_leave_first() -> None:
+    """`old` is asked for 2,000 pictures; after one picture of the other product it is worth less than whoever that
+    will ask, although none of these was asked before."""
+    experts = [expert(name, 40) for name in ("new", "new-too", "old", "other")]
+    graph = compile_graph({f"c-{e.name}": e.name for e in experts}, [], [e.name for e in experts])
+    products = {"former": {"c-old": 8}, "next": {"c-new": 1, "c-new-too": 1, "c-other": 1}}
+    devices, executors = (Device("cpu", 120),), (Executor("cpu-0", "cpu"),)
+    here = [("cpu", name) for name in ("new", "new-too", "old")]
+    controller = Controller(graph, {e.name: e for e in experts}, devices, executors, residents=here, products=products)
+    made = [("old", "former")] * 2000 + [("new", "next"), ("other", "next")]
+    requests = [Request(str(n), f"c-{name}", n * 0.5, None, "line1", product) for n, (name, product) in enumerate(made)]
+    world = World(experts, devices, lambda request, expert: (SOUND,), residents=here)
+    report = simulate(controller, world, requests)
+    assert [move.expert for move in report.actions if isinstance(move, Evict)] == ["old"]
+
+
+def test_a_quick_load_goes_before_rarer_experts_that_take_long() -> None:
+    """The likeliest of all, but its load takes no longer than one of its pictures."""
+    experts = [
+        expert("first", 90),
+        expert("rare", 90, probability=0.01),
+        expert("detector", 90, load=0.02, probability=0.5),
+    ]
+    graph = compile_graph({f"c-{e.name}": e.name for e in experts}, [], [e.name for e in experts])
+    controller, _ = box(experts, graph, 100, executors=1, load_slots=1)
+    for name in ("first", "rare", "detector"):
+        controller.handle(Arrived(request(name, f"c-{name}")), 0.0)
+    run = _run(controller.handle(Loaded("cpu", "first"), 0.1))
+    moves = controller.handle(Finished(run.batch, ((SOUND,),), 0.1), 0.2)
+    assert [move.expert for move in moves if isinstance(move, Load)] == ["detector"]
+
+
+def test_while_it_thrashes_each_load_serves_more_and_everybody_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """300 experts in memory for 60, and twice as many pictures as the executors can run."""
+    chance = random.Random(1)
+    names = [f"e{number:03}" for number in range(300)]
+    experts = [expert(name, load=0.6, item=0.04, fixed=0.01, probability=1 / 300) for name in names]
+    graph = compile_graph({f"c-{name}": name for name in names}, [], names)
+    requests = [request(str(n), f"c-{chance.choice(names)}", n * 0.01) for n in range(9000)]
+    loads = []
+    for share in (inf, thrash.BEGIN_SHARE):  # without protection, and with it
+        monkeypatch.setattr(thrash, "BEGIN_SHARE", share)
+        controller, devices = box(experts, graph, 600, executors=2, load_slots=4)
+        report = simulate(controller, pretend(experts, devices), requests)
+        assert len(report.verdicts) == len(requests)
+        assert max(verdict.waited_seconds for verdict in report.verdicts) < 200
+        assert controller.counts["came_back"] > 0
+        assert controller.thrashing(report.seconds + 3600) == {}, "it is over by itself"
+        loads.append(report.loads)
+    assert loads[1] < 0.9 * loads[0]
+
+
+def test_who_waits_for_a_load_is_counted_by_what_it_waits_for() -> None:
+    experts = [expert(name, 60, load=0.4) for name in ("a", "b")]
+    graph = compile_graph({"c-a": "a", "c-b": "b"}, [], ["a", "b"])
+    controller, devices = box(experts, graph, 100, executors=1)
+    report = simulate(controller, pretend(experts, devices), [request("0", "c-a"), request("1", "c-b", 2.0)])
+    assert (report.loads, controller.counts["switches"]) == (2, 1)
+    waits = controller.load_waits
+    assert waits.tasks == 2
+    assert waits.load_seconds == pytest.approx(0.8)
+    assert waits.turn_seconds == pytest.approx(APPLIANCE.hold_share * 0.4), "b was held before a left for it"
+    assert controller.idle_seconds == pytest.approx(2.1 - 0.4), "a was used last when its run began"
 
 
 def test_load_and_run_overlap() -> None:
@@ -807,15 +888,26 @@ def test_the_same_events_make_the_same_actions(
     """Run twice; then the events that were noted are replayed."""
     experts, requests, budget, executors, slots, _ = workload
     graph = replace(inspection_graph([e.name for e in experts if e.name != "detector"]), limits={"detector": 2})
+    requests = [replace(r, line=f"line{n % 2}", product=f"product{n // 7 % 3}") for n, r in enumerate(requests)]
+    products = {f"product{n}": {component: 1} for n, component in enumerate(list(graph.entries)[:2])}
     events: list[tuple[float, Event]] = []
     runs = []
+    devices, names = (Device("cpu", budget, slots),), tuple(Executor(f"cpu-{n}", "cpu") for n in range(executors))
+    made = partial(
+        Controller,
+        graph,
+        {e.name: e for e in experts},
+        devices,
+        names,
+        policy=policy,
+        priorities=PRIORITIES,
+        products=products,
+    )
     for _ in range(2):
-        controller, devices = box(experts, graph, budget, executors, slots, policy=policy, priorities=PRIORITIES)
-        noted = Noting(controller)
+        noted = Noting(made())
         runs.append(simulate(noted, pretend(experts, devices, DOUBTFUL), requests).actions)  # type: ignore[arg-type]
         events = noted.events
-    controller, devices = box(experts, graph, budget, executors, slots, policy=policy, priorities=PRIORITIES)
-    runs.append(replay(controller, pretend(experts, devices, DOUBTFUL), events).actions)
+    runs.append(replay(made(), pretend(experts, devices, DOUBTFUL), events).actions)
     assert runs[0] == runs[1] == runs[2]
 
 
@@ -929,7 +1021,7 @@ def test_room_for_a_pinned_expert_is_a_rule_of_its_own() -> None:
 
 
 def test_a_shortage_of_memory_is_a_rule_of_its_own() -> None:
-    experts = [expert("a", 30, activation_item=20), expert("detector", 30)]
+    experts = [expert("a", 30, activation_item=20), expert("detector", 30, probability=0.5)]
     controller, _ = box(experts, inspection_graph(["a"]), 100, executors=1)
     controller.handle(Arrived(request("a", "c-a")), 0.0)
     run = _run(controller.handle(Loaded("cpu", "a"), 0.1))

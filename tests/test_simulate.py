@@ -173,6 +173,16 @@ def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path: Path) -> None:
     assert len(list(journal.read(path)[1])) == 2
 
 
+def test_a_journal_from_before_products_were_noted_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    with Journal(path, _opening()) as written:
+        written.note(EVENTS[0], 0.0)
+    opening, event = path.read_text().splitlines()
+    older = {key: value for key, value in json.loads(opening).items() if key != "products"}
+    path.write_text(f"{json.dumps(older)}\n{event}\n")
+    assert journal.read(path)[0] == replace(_opening(), products={})
+
+
 def test_a_foreign_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     with Journal(path, _opening()) as written:
@@ -206,4 +216,5 @@ def _opening() -> Opening:
     experts = (expert("a"), expert("detector"))
     graph = inspection_graph(["a"])
     controller, devices = box(experts, graph, 100)
-    return Opening("0", graph, experts, devices, tuple(q.executor for q in controller.scheduler.queues.values()), {})
+    executors = tuple(queue.executor for queue in controller.scheduler.queues.values())
+    return Opening("0", graph, experts, devices, executors, {}, products={"boards": {"c-a": 3}})

@@ -14,6 +14,7 @@ from __future__ import annotations
 import heapq
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from math import inf
 from types import MappingProxyType
 from typing import assert_never
@@ -24,6 +25,7 @@ from appliance.core.policies import APPLIANCE, ROOM_PATIENCE_SECONDS, Policy, Re
 from appliance.core.ranking import Ranking
 from appliance.core.scheduler import Group, Queue, Scheduler, Task
 from appliance.core.steps import Steps
+from appliance.core.thrash import WINDOW_SECONDS, Sliding, Thrash, Thrashing
 from appliance.core.types import (
     CANCELLED,
     DEVICE,
@@ -60,10 +62,21 @@ from appliance.core.types import (
     Tick,
     Verdict,
 )
+from appliance.core.usage import Usage
 from appliance.errors import NoRoom
 
 ELSEWHERE = {OUT_OF_MEMORY, DEVICE}  # what another device may do better
 LOAD_ATTEMPTS = 2  # a load that failed twice in a row fails everyone who waits for it
+
+
+@dataclass(slots=True)
+class LoadWaits:
+    """Of so many tasks whose expert was not ready: seconds for their turn to be loaded, a slot and room, together; and
+    seconds while it was loaded. A task waits once more when its expert leaves before it has run."""
+
+    tasks: int = 0
+    turn_seconds: float = 0.0
+    load_seconds: float = 0.0
 
 
 class Controller:
@@ -72,7 +85,8 @@ class Controller:
     `pinned` experts are loaded at the start and stay, each on the first device that has room for it; those of `preload`
     are loaded at the start as far as memory is free. `residents` are (device, expert) of those that are in memory
     before the first event, in the order in which they came. `priorities` are those of lines that have one, 0 to 9.
-    At most `most_waiting` pictures are open at once: `overflow` says what becomes of more.
+    At most `most_waiting` pictures are open at once: `overflow` says what becomes of more. `products` have how many
+    placements of each component.
     """
 
     def __init__(
@@ -90,21 +104,31 @@ class Controller:
         priorities: Mapping[str, int] = MappingProxyType({}),
         most_waiting: int | None = None,
         overflow: Overflow = Overflow.BLOCK,
+        products: Mapping[str, Mapping[str, int]] = MappingProxyType({}),
     ) -> None:
         self._graph = graph
         self._experts = experts
         self.unavailable = dict(unavailable)
         self.ledgers = _ledgers(experts, devices, pinned)
         self._coming = deque([*pinned, *preload])
+        declared = {name: expert.probability for name, expert in experts.items()}
+        self._usage = Usage(graph, declared, products)
+        self._weight = self._usage.weight if policy.learns else declared.__getitem__
         # Where queues are worked off in order, a step may stand behind the very experts that it would hold back.
         steps = Steps({} if policy.in_order else graph.limits, graph.before)
-        self.scheduler = Scheduler(tuple(executors), experts, policy, steps)
+        self.scheduler = Scheduler(tuple(executors), experts, self._weight, policy, steps)
         self._policy = policy
         self._head_starts = {line: policy.head_start_seconds(priority) for line, priority in priorities.items()}
         self.counts: Counter[str] = Counter()
         self.evictions: Counter[Rule] = Counter()
         self.asked: Counter[Residency] = Counter()
         """Tasks, by where their expert was when they were queued: ready is a hit, absent a miss."""
+        self.load_waits = LoadWaits()
+        self.idle_seconds = 0.0
+        """How long those who were evicted had not been used by then, together."""
+        self._thrash = {device.name: Thrash(device.load_slots) for device in devices}
+        self._answered = Sliding()
+        self._began_seconds: dict[tuple[str, str], float] = {}  # loads in work
         self.progress: dict[str, Progress] = {}
         self._most_waiting, self._overflow = most_waiting, overflow
         self._untouched: OrderedDict[str, None] = OrderedDict()  # of `progress`, those for which no run has begun
@@ -125,13 +149,17 @@ class Controller:
         self._used_seconds: dict[tuple[str, str], float] = {}
         for number, (device, name) in enumerate(residents):
             self.ledgers[device].begin_load(name)
-            self._loaded(device, name, float(number - len(residents)))
+            came = self._began_seconds[device, name] = float(number - len(residents))
+            self._loaded(device, name, came)
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """Decide what follows from `event`, at monotonic second `now`."""
         actions: list[Action] = []
         for ledger in self.ledgers.values():
             ledger.recover(now)
+        for device, thrash in self._thrash.items():
+            if thrash.is_thrashing:
+                self._look_for_thrash(device, now)
         match event:
             case Arrived(request):
                 self._arrived(request, now, actions)
@@ -168,13 +196,32 @@ class Controller:
         """When to send a Tick if nothing else happens: a deadline, or when a load may displace more. None: never."""
         times = [self._deadlines[0][0]] if self._deadlines else []
         for name, ledger in self.ledgers.items():
-            if ledger.recovers_at is not None:
-                times.append(ledger.recovers_at)
+            times += [at for at in (ledger.recovers_at, self._thrash[name].ends_at) if at is not None]
             if self._policy.spares_queued and ledger.loading_count < ledger.device.load_slots:
                 turn = self.scheduler.next_turn_seconds(name, now)
                 if turn is not None:
                     times.append(turn)
         return min(times) if times else None
+
+    def thrashing(self, now: float) -> dict[str, Thrashing]:
+        """Of each device that spends its loading on experts that it has just evicted, what that comes to."""
+        return {name: self._thrashing(name, now) for name, thrash in self._thrash.items() if thrash.is_thrashing}
+
+    def _thrashing(self, device: str, now: float) -> Thrashing:
+        thrash, pictures = self._thrash[device], max(self._answered.sum(now), 1.0)
+        footprints = [
+            expert.footprints[device]
+            for name, expert in self._experts.items()
+            if self._used_seconds.get((device, name), -inf) > now - WINDOW_SECONDS
+            or self.scheduler.demand(device, name)
+        ]
+        segments = {segment.id: segment.bytes for footprint in footprints for segment in footprint.segments}
+        return Thrashing(
+            thrash.loads.sum(now) / pictures,
+            thrash.came_back.sum(now) / pictures,
+            sum(segments.values()) + sum(footprint.private_bytes for footprint in footprints),
+            self.ledgers[device].device.budget_bytes,
+        )
 
     # Events
 
@@ -193,6 +240,8 @@ class Controller:
         self._untouched[request.id] = None
         if request.deadline_seconds is not None:
             heapq.heappush(self._deadlines, (request.deadline_seconds, request.id))
+        if self._policy.learns and self._usage.changes(request):
+            self._rank_all(now)
         self._ask(begun, tuple(begun.waiting_for), now, actions)
 
     def _has_place(self, now: float, actions: list[Action]) -> bool:
@@ -211,6 +260,7 @@ class Controller:
     def _loaded(self, device: str, expert: str, now: float) -> None:
         ledger = self.ledgers[device]
         ledger.finish_load(expert)
+        self._count_load(device, expert, now)
         self._loaded_seconds[device, expert] = self._used_seconds[device, expert] = now
         self._failed_loads.pop((device, expert), None)
         self._forget_ahead(device, expert)
@@ -220,10 +270,27 @@ class Controller:
             self._claimed.add((device, expert))
         self._moved(ledger, expert, now)
 
+    def _count_load(self, device: str, expert: str, now: float) -> None:
+        """How long who waits for this load has done so: since it asked, or since the expert left in spite of that."""
+        began = self._began_seconds.pop((device, expert))
+        asked = self.scheduler.since_seconds(device, expert)
+        if not asked:
+            return
+        thrash = self._thrash[device]
+        left = thrash.left_seconds(expert)
+        for since in asked:
+            since = since if left is None else max(since, left)
+            self.load_waits.tasks += 1
+            self.load_waits.turn_seconds += max(began - since, 0.0)
+            self.load_waits.load_seconds += now - max(since, began)
+        self.counts["came_back"] += thrash.loaded(expert, began, now)
+        self._look_for_thrash(device, now)
+
     def _load_failed(self, device: str, expert: str, refusal: Refusal, now: float, actions: list[Action]) -> None:
         ledger = self.ledgers[device]
         actions.append(Evict(device, expert, ledger.abort_load(expert), Rule.NOT_LOADED))
         self._forget_ahead(device, expert)
+        del self._began_seconds[device, expert]
         self._moved(ledger, expert, now)
         if refusal.reason == CANCELLED:
             self.counts["cancelled_loads"] += 1
@@ -268,6 +335,7 @@ class Controller:
                 self._conclude(request, Outcome.ERROR, now, actions, answer)
                 continue
             following = progress.answered(Step(batch.expert, answer, batch.executor, seconds), self._graph)
+            self._usage.led(batch.expert, following)
             self._ask(progress, following, now, actions)
             if progress.is_complete and request in self.progress:
                 self._conclude(request, progress.outcome(), now, actions)
@@ -324,6 +392,11 @@ class Controller:
         self._put(self._task(request, expert, now, alone=True, barred=barred), now)
         return True
 
+    def _look_for_thrash(self, device: str, now: float) -> None:
+        """Where a device thrashes, who was loaded stays for all who waited for it: each load serves more."""
+        if self._thrash[device].look(now) and not self._policy.in_order:
+            self.scheduler.thrashing ^= {device}
+
     def _make_do_with_less(self, ledger: Ledger, less_bytes: int, now: float, actions: list[Action]) -> None:
         """The device ran out of memory: it gets less from now on, and what is too much leaves, idle experts first."""
         self.counts["out_of_memory"] += 1
@@ -345,6 +418,8 @@ class Controller:
     def _left(self, ledger: Ledger, freed: Freed, rule: Rule, now: float, actions: list[Action]) -> None:
         self.counts["evictions"] += 1
         self.evictions[rule] += 1
+        self.idle_seconds += now - self._used_seconds[ledger.device.name, freed.expert]
+        self._thrash[ledger.device.name].left(freed.expert, rule is Rule.OVERDUE, now)
         actions.append(Evict(ledger.device.name, freed.expert, freed.segments, rule))
         self._moved(ledger, freed.expert, now)
 
@@ -357,6 +432,16 @@ class Controller:
                 self._conclude(progress.request.id, Outcome.ERROR, now, actions, refusal)
                 return
             self._put(self._task(progress.request.id, expert, now), now)
+            if self._policy.learns:
+                self._learn(progress.request, expert, now)
+
+    def _learn(self, request: Request, expert: str, now: float) -> None:
+        """The picture asks the expert: it is worth more now, wherever it is and nobody queues for it."""
+        self._usage.asked(request, expert)
+        self.scheduler.reweigh(expert)
+        for device, ledger in self.ledgers.items():
+            if expert in self._leaving[device]:
+                self._rank(ledger, expert, now)
 
     def _put(self, task: Task, now: float) -> None:
         device = self.scheduler.put(task, self.ledgers)
@@ -399,6 +484,7 @@ class Controller:
             self._drop(request, expert, now)
             self._retried.pop((request, expert), None)
         self.counts[outcome] += 1
+        self._answered.add(1, now)
         waited = now - progress.request.arrived_seconds
         actions.append(Publish(Verdict(request, outcome, tuple(progress.steps), waited, refusal)))
 
@@ -447,7 +533,8 @@ class Controller:
                 held.add(queue.executor.device)
             if batch is not None:
                 ledger.begin_run(batch.expert, len(batch.requests), self._experts[batch.expert].max_batch)
-                self._release_claim(batch.device, batch.expert)
+                if not self.scheduler.is_fresh(batch.device, batch.expert):
+                    self._release_claim(batch.device, batch.expert)
                 self._used_seconds[batch.device, batch.expert] = now
                 self._rank(ledger, batch.expert, now)
                 self.counts["runs"] += 1
@@ -526,6 +613,8 @@ class Controller:
         device = ledger.device.name
         freed, missing = ledger.begin_load(expert, tuple(leaving))
         self.counts["loads"] += 1
+        self.counts["switches"] += bool(leaving)
+        self._began_seconds[device, expert] = now
         for left in freed:
             self._left(ledger, left, leaving[left.expert], now, actions)
         actions.append(Load(device, expert, missing, ahead))
@@ -642,6 +731,13 @@ class Controller:
             changed = leaving.put(expert, self._reluctance(device, expert, now))
         self._changes[device] += changed
 
+    def _rank_all(self, now: float) -> None:
+        """Whoever may leave or waits to be loaded is worth something else now: rare, as with a line's next product."""
+        self.scheduler.reweigh_all()
+        for device, ledger in self.ledgers.items():
+            for expert in tuple(self._leaving[device]):
+                self._rank(ledger, expert, now)
+
     def _reluctance(self, device: str, expert: str, now: float) -> tuple[bool, float]:
         """Whether the expert is spared for queued tasks, whoever has to wait for them longest first; and its worth."""
         if expert in self.unavailable:
@@ -655,7 +751,7 @@ class Controller:
             name,
             expert.footprints[device].weights_bytes,
             expert.costs[device].load_seconds,
-            expert.probability,
+            self._weight(name),
             self._loaded_seconds[device, name],
             self._used_seconds[device, name],
         )

@@ -43,7 +43,10 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class Resident:
-    """What is known of an expert that may leave. Times are monotonic seconds; never used counts as used when loaded."""
+    """What is known of an expert that may leave. Times are monotonic seconds; never used counts as used when loaded.
+
+    `probability` of use, as declared; where the policy learns, in proportion to what it is by now.
+    """
 
     expert: str
     bytes: int
@@ -65,6 +68,7 @@ class Policy:
     whose preliminary experts is resident, largest first (CoServe §4.4). `spares_queued`: what a queued task needs
     leaves only for one that is overdue by its deadline or by `patience_seconds`, and that came before it. A load for
     which somebody has to leave is held for `hold_share` of its seconds: others may ask for the same, or a rarer one.
+    `learns`: probabilities are what the lines ask, not what is declared for good.
     """
 
     name: str
@@ -77,6 +81,7 @@ class Policy:
     spares_queued: bool = False
     patience_seconds: float = PATIENCE_SECONDS
     hold_share: float = 0.0
+    learns: bool = False
 
     def due_seconds(self, since_seconds: float, deadline_seconds: float | None, work_seconds: float) -> float:
         """From when a task is overdue that needs so many seconds of loading and running."""
@@ -184,7 +189,15 @@ EM = replace(NONE, name="em", worth=least_probable, orphans_first=True)
 EM_RA = replace(EM, name="em+ra", groups=True)
 COSERVE = replace(EM_RA, name="coserve", assign=soonest)
 APPLIANCE = Policy(
-    "appliance", soonest, least_loss, filled, groups=True, in_order=False, spares_queued=True, hold_share=0.25
+    "appliance",
+    soonest,
+    least_loss,
+    filled,
+    groups=True,
+    in_order=False,
+    spares_queued=True,
+    hold_share=0.25,
+    learns=True,
 )
 ALL_RESIDENT = replace(APPLIANCE, name="all-resident")
 """The bound: ours, on a box whose memory holds everything. Whoever makes the box sees to that."""

@@ -56,6 +56,7 @@ class Opening:
     priorities: Mapping[str, int] = field(default_factory=dict)
     most_waiting: int | None = None
     overflow: Overflow = Overflow.BLOCK
+    products: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 class Journal:

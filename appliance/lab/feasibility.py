@@ -23,6 +23,7 @@ COUNTED_BOARDS = 3
 REST_SECONDS = 600.0
 """From one board to the next, so that loads ahead have ended; they count for the board that they began at."""
 UNLIKELY = 1e-9
+LINE = "line1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ def products(made: Installation) -> list[dict[str, Any]]:
         asked = [expert for expert in needed if expert in experts]
         components = tuple(placement.component for placement in product.recipe.placements)
         if components not in known:
-            known[components] = _rates(made, experts, components) if asked else None
+            known[components] = _rates(made, experts, name, components) if asked else None
         rates = known[components]
         found.append(
             {
@@ -90,7 +91,7 @@ def _fits(made: Installation, experts: Mapping[str, Expert], names: Sequence[str
     return True
 
 
-def _rates(made: Installation, experts: Mapping[str, Expert], components: Sequence[str]) -> Rates:
+def _rates(made: Installation, experts: Mapping[str, Expert], product: str, components: Sequence[str]) -> Rates:
     """By boards whose pictures come at once, each when the one before has been answered."""
     controller, graph = made.lenient_controller(), made.catalog.graph
     answers = {name: tuple(leading_on(graph, name)) for name in experts}
@@ -98,7 +99,9 @@ def _rates(made: Installation, experts: Mapping[str, Expert], components: Sequen
     world = World(experts.values(), made.devices, lambda request, expert: answers[expert], disk=disk)
     start, loads, seconds = 0.0, 0, 0.0
     for board in range(WARM_BOARDS + COUNTED_BOARDS):
-        requests = [Request(f"{board}-{number}", name, start) for number, name in enumerate(components)]
+        requests = [
+            Request(f"{board}-{number}", name, start, None, LINE, product) for number, name in enumerate(components)
+        ]
         report = simulate(controller, world, requests)
         start += report.seconds + REST_SECONDS
         if board >= WARM_BOARDS:

@@ -371,6 +371,7 @@ def controller_of(opening: journal.Opening, policy: str) -> Controller:
         priorities=opening.priorities,
         most_waiting=opening.most_waiting,
         overflow=opening.overflow,
+        products=opening.products,
     )
 
 
