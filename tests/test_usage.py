@@ -27,7 +27,7 @@ def test_at_first_probabilities_are_the_declared_ones() -> None:
 
 def test_the_order_follows_the_traffic() -> None:
     usage = _usage()
-    for number in range(2 * MEMORY_PICTURES):
+    for number in range(4 * MEMORY_PICTURES):
         _ask(usage, _picture("ddddddccba"[number % 10]))
     assert sorted(NAMES, key=usage.weight, reverse=True) == ["d", "c", "a", "b"]
     assert usage.probability("d") == pytest.approx(0.6, abs=0.05)
@@ -77,7 +77,7 @@ def test_a_product_without_a_recipe_just_counts() -> None:
 
 def test_lines_are_mixed_by_what_they_send() -> None:
     usage = _usage()
-    for number in range(2 * MEMORY_PICTURES):
+    for number in range(4 * MEMORY_PICTURES):
         _ask(usage, _picture("a", "line1", "plates") if number % 4 else _picture("d", "line2", "boards"))
     assert usage.probability("a") == pytest.approx(0.75, abs=0.1)
     before = usage.probability("c")
