@@ -521,7 +521,7 @@ class Controller:
         return True
 
     def _start_runs(self, now: float, actions: list[Action]) -> list[Batch]:
-        """Executors take work, who has what waits longest first. Where that finds no room beside what runs and has no
+        """Executors take work, who has what is due first in front. Where that finds no room beside what runs and has no
         patience left, nobody else on its device begins: else small batches would keep a large one waiting for ever."""
         begun, held = list[Batch](), set[str]()
         for queue in self._free_queues():
@@ -545,16 +545,19 @@ class Controller:
         return begun
 
     def _free_queues(self) -> list[Queue]:
-        """Those without a batch and with work, whose oldest ready work waits longest first."""
+        """Those without a batch and with work, whose ready work is due first in front."""
         free = [queue for queue in self.scheduler.queues.values() if queue.running is None and queue.groups]
         if len(free) < 2 or len(self.ledgers) >= len(self.scheduler.queues):  # nobody shares a device
             return free
-        oldest = self.scheduler.oldest_ready_seconds
-        return sorted(free, key=lambda queue: oldest(queue, self.ledgers[queue.executor.device]))
+        urgency = self.scheduler.urgency_seconds
+        return sorted(free, key=lambda queue: urgency(queue, self.ledgers[queue.executor.device]))
 
     def _start_loads(self, now: float, actions: list[Action]) -> None:
-        self._hurry(actions)
+        if self._ahead:
+            self._hurry(actions)
         for ledger in self.ledgers.values():
+            if ledger.loading_count >= ledger.device.load_slots and not self._ahead:
+                continue
             for group in self._wanted(ledger, now):
                 has_slot = ledger.loading_count < ledger.device.load_slots
                 if not has_slot or not self._load(group, ledger, now, actions):

@@ -193,6 +193,13 @@ class Scheduler:
         """An expert that was pinned is so no more: others may fit where they did not."""
         self._able.clear()
 
+    def urgency_seconds(self, queue: Queue, ledger: Ledger) -> float:
+        """When the work is due that a free executor would take, in order of which several take theirs."""
+        if self.policy.in_order:
+            return self.oldest_ready_seconds(queue, ledger)
+        first = queue.ready.least()
+        return inf if first is None else first[0]
+
     def oldest_ready_seconds(self, queue: Queue, ledger: Ledger) -> float:
         """Since when the first task of a ready expert waits, where its turn can come; infinity if there is none."""
         if self.policy.in_order:

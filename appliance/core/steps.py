@@ -47,5 +47,7 @@ class Steps:
 
     def turned(self) -> frozenset[str]:
         """Who is full, held back or pressing otherwise than when this was asked last, perhaps."""
+        if not self._turned:
+            return frozenset()
         turned, self._turned = frozenset(self._turned), set()
         return turned
