@@ -142,9 +142,8 @@ class Controller:
         self._subsequent = frozenset(name for name in graph.before if graph.is_subsequent(name))
         self._leaving = {device.name: Ranking[str, tuple[bool, float]]() for device in devices}
         self._changes: Counter[str] = Counter()  # by device: of who may leave and of what is held
-        self._blocked: dict[
-            str, tuple[str, bool, bool, int, int]
-        ] = {}  # the load that found no room, and after which change
+        self._blocked: dict[str, tuple[tuple[str, int, int], float]] = {}
+        """By device: the load that found no room and after which changes, and until when trying again is in vain."""
         self._loaded_seconds: dict[tuple[str, str], float] = {}
         self._used_seconds: dict[tuple[str, str], float] = {}
         for number, (device, name) in enumerate(residents):
@@ -440,7 +439,7 @@ class Controller:
         self._usage.asked(request, expert)
         self.scheduler.reweigh(expert)
         for device, ledger in self.ledgers.items():
-            if expert in self._leaving[device]:
+            if expert in self._leaving[device] and not self.scheduler.demand(device, expert):
                 self._rank(ledger, expert, now)
 
     def _put(self, task: Task, now: float) -> None:
@@ -581,18 +580,20 @@ class Controller:
     def _load(self, group: Group, ledger: Ledger, now: float, actions: list[Action]) -> bool:
         """Make room for the group's expert and load it; False when it has to wait for its turn."""
         device, expert = ledger.device.name, group.expert
-        is_overdue = self._policy.spares_queued and now >= self.scheduler.group_due_seconds(group)
-        is_held = not is_overdue and now < self.scheduler.held_until(device, group)
-        attempt = (expert, is_overdue, is_held, self._changes[device], ledger.withheld_bytes)
-        if self._blocked.get(device) == attempt:
+        attempt = (expert, self._changes[device], ledger.withheld_bytes)
+        blocked, until = self._blocked.get(device, (None, inf))
+        if blocked == attempt and now < until:
             return False
+        due = self.scheduler.group_due_seconds(group) if self._policy.spares_queued else inf
+        held_until = min(due, self.scheduler.held_until(device, group))
+        is_held = now < held_until
         leaving: list[str] | None
         try:
             leaving = ledger.victims(self._leavers(ledger, self._may_give_way(group, now)), expert)
         except NoRoom:
             leaving = None
         if leaving is None or (leaving and is_held):
-            self._blocked[device] = attempt
+            self._blocked[device] = attempt, min((at for at in (held_until, due) if at > now), default=inf)
             return False
         self._begin_load(ledger, expert, {name: self._rule(ledger, name) for name in leaving}, now, actions)
         return True

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
+from typing import NamedTuple
 
 PATIENCE_SECONDS = 20.0
 """From then on a task without a deadline is overdue: for it, who is needed by later ones alone may leave. It bounds
@@ -28,11 +29,11 @@ SECOND_COPY = 64.0
 that others need goes to it too."""
 
 
-@dataclass(frozen=True, slots=True)
-class Offer:
+class Offer(NamedTuple):
     """What a task would add to one executor: `total_seconds` is its backlog before, `extra_seconds` the addition.
 
-    `answer_seconds` is when the task itself would be answered, where loads go on beside runs.
+    `answer_seconds` is when the task itself would be answered, where loads go on beside runs. One is made for each
+    executor and task, and a tuple is made in a quarter of the time of a frozen dataclass.
     """
 
     executor: str

@@ -107,7 +107,8 @@ class Usage:
     def led(self, expert: str, following: Iterable[str]) -> None:
         """An answer of the expert led to these."""
         self._answers[expert] += 1
-        self._led.update((expert, to) for to in following)
+        for to in following:
+            self._led[expert, to] += 1
 
     def _line(self, request: Request) -> str:
         """Whose part it is; that of all lines together is nobody's."""
