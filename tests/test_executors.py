@@ -596,7 +596,7 @@ def test_the_seconds_of_a_batch_are_without_the_proof(tmp_path: Path) -> None:
     proving = ready_to_prove(tmp_path, kit.conv_net(5), samples=4000)
     begun = time.perf_counter()
     done = proving.run(proving.work())
-    assert done.seconds < (time.perf_counter() - begun) / 10
+    assert done.seconds < (time.perf_counter() - begun) / 2
 
 
 def test_a_batch_can_be_given_up_during_the_proof_which_is_then_done_by_the_next(proving: Proving) -> None:
