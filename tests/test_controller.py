@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from appliance.core.controller import Controller
@@ -656,9 +656,12 @@ class HalfTooLate(World):
 
 
 EVERY = pytest.mark.parametrize("policy", [*POLICIES.values(), oracle({})], ids=lambda policy: policy.name)
+HALF = settings(max_examples=settings().max_examples // 2)
+"""For what is tried with every policy: nine times as many runs in all."""
 
 
 @EVERY
+@HALF
 @given(workload=workloads())
 def test_every_request_gets_exactly_one_verdict_whatever_fails(
     policy: Policy, workload: tuple[list[Expert], list[Request], int, int, int, dict[str, int]]
@@ -692,6 +695,7 @@ def test_every_request_gets_exactly_one_verdict_whatever_fails(
 
 
 @EVERY
+@HALF
 @given(workload=workloads(), budgets=st.lists(st.integers(5, 120), min_size=1, max_size=3))
 def test_no_verdict_is_lost_whatever_the_devices_hold(
     policy: Policy,
@@ -718,6 +722,7 @@ def test_no_verdict_is_lost_whatever_the_devices_hold(
 
 
 @EVERY
+@HALF
 @given(workload=workloads())
 def test_the_same_events_make_the_same_actions(
     policy: Policy, workload: tuple[list[Expert], list[Request], int, int, int, dict[str, int]]
