@@ -266,6 +266,18 @@ def test_the_least_probable_is_loaded_first_until_patience_of_another_ends() -> 
         assert [load.expert for load in loads] == [following]
 
 
+def test_a_hold_that_ends_before_anybody_asks_when_to_wake_up_is_not_forgotten() -> None:
+    """Deciding takes time, and small experts are held for less: what has passed since is due at once."""
+    controller, _ = box(_experts("here", "next", size=60), inspection_graph(["here", "next"]), 100, executors=1)
+    controller.handle(Arrived(request("0", "c-here")), 0.0)
+    run = _run(controller.handle(Loaded("cpu", "here"), 0.1))
+    controller.handle(Finished(run.batch, ((SOUND,),), 0.1), 0.2)
+    assert controller.handle(Arrived(request("1", "c-next")), 1.0) == []
+    held_until = 1.0 + APPLIANCE.hold_share * 0.1
+    assert controller.next_wakeup(held_until + 0.01) == pytest.approx(held_until)
+    assert [type(move) for move in controller.handle(Tick(), held_until + 0.01)] == [Evict, Load]
+
+
 def test_a_load_for_which_somebody_has_to_leave_is_held_for_a_moment_and_a_rarer_one_may_come_first() -> None:
     here, first, rarer = (
         expert(name, 60, load=0.4, probability=p) for name, p in (("here", 0.5), ("first", 0.2), ("rarer", 0.1))
