@@ -42,10 +42,11 @@ from appliance.lab.explain import explained
 from appliance.lab.simulate import simulate
 from appliance.report import print_explanation
 from tests.kit import DOUBTFUL, OPEN, SOUND, box, expert, inspection_graph, request
-from tests.test_controller import FAILURES, HalfTooLate, Noting, workloads
+from tests.test_controller import FAILURES, HALF, HalfTooLate, Noting, workloads
 
 
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=lambda policy: policy.name)
+@HALF
 @given(workload=workloads())
 def test_every_second_from_arrival_to_verdict_is_accounted_for(
     policy: Policy, workload: tuple[list[Expert], list[Request], int, int, int, dict[str, int]]

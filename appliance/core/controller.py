@@ -139,6 +139,7 @@ class Controller:
         self._cancelled_runs: set[int] = set()
         self._retried: dict[tuple[str, str], frozenset[str]] = {}  # request and expert: where it is barred by now
         self._deadlines: list[tuple[float, str]] = []
+        self._decided_seconds = inf
         self._subsequent = frozenset(name for name in graph.before if graph.is_subsequent(name))
         self._leaving = {device.name: Ranking[str, tuple[bool, float]]() for device in devices}
         self._changes: Counter[str] = Counter()  # by device: of who may leave and of what is held
@@ -154,6 +155,7 @@ class Controller:
     def handle(self, event: Event, now: float) -> list[Action]:
         """Decide what follows from `event`, at monotonic second `now`."""
         actions: list[Action] = []
+        self._decided_seconds = now
         for ledger in self.ledgers.values():
             ledger.recover(now)
         for device, thrash in self._thrash.items():
@@ -192,12 +194,15 @@ class Controller:
         return min(wanted, self._most_waiting - len(self.progress))
 
     def next_wakeup(self, now: float) -> float | None:
-        """When to send a Tick if nothing else happens: a deadline, or when a load may displace more. None: never."""
+        """When to send a Tick if nothing else happens: a deadline, or when a load may displace more. None: never.
+
+        It has passed already when it came after the last decision and before `now`.
+        """
         times = [self._deadlines[0][0]] if self._deadlines else []
         for name, ledger in self.ledgers.items():
             times += [at for at in (ledger.recovers_at, self._thrash[name].ends_at) if at is not None]
             if self._policy.spares_queued and ledger.loading_count < ledger.device.load_slots:
-                turn = self.scheduler.next_turn_seconds(name, now)
+                turn = self.scheduler.next_turn_seconds(name, min(now, self._decided_seconds))
                 if turn is not None:
                     times.append(turn)
         return min(times) if times else None
