@@ -24,8 +24,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from appliance.drivers.records import (
-    PRAGMAS,
-    QUEUED_BYTES,
     Acceptance,
     Answered,
     Conclusion,
@@ -41,6 +39,8 @@ from appliance.drivers.records import (
     Unowed,
     Waiting,
 )
+from appliance.drivers.records.schema import PRAGMAS
+from appliance.drivers.records.writer import QUEUED_BYTES
 from appliance.errors import NotSpooled, RecordsError
 from tests.kit_brokers import until
 
@@ -141,7 +141,7 @@ def test_a_full_spool_still_knows_its_pictures_and_verdicts(tmp_path: Path) -> N
 def test_more_pictures_than_the_disk_can_take_are_not_held_in_memory(
     records: Records, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("appliance.drivers.records.QUEUED_BYTES", 10)
+    monkeypatch.setattr("appliance.drivers.records.writer.QUEUED_BYTES", 10)
     gate, answers = threading.Event(), queue.Queue[Acceptance]()
 
     def block(_: Acceptance) -> None:
@@ -357,7 +357,7 @@ def test_the_outbox_is_read_in_steps(records: Records) -> None:
 def test_old_verdicts_are_forgotten_unless_they_wait_in_the_outbox(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("appliance.drivers.records.CLEAN_ROWS", 2)
+    monkeypatch.setattr("appliance.drivers.records.writer.CLEAN_ROWS", 2)
     now = 1000.0
     with opened(tmp_path, clock=lambda: now) as records:
         for n in range(7):
@@ -558,8 +558,8 @@ def small_disk() -> Iterator[Path]:
 def test_a_full_disk_takes_verdicts_until_there_is_room_for_pictures(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("appliance.drivers.records.BALLAST_BYTES", 800_000)
-    monkeypatch.setattr("appliance.drivers.records.PRAGMAS", (*PRAGMAS, "wal_autocheckpoint = 8"))
+    monkeypatch.setattr("appliance.drivers.records.writer.BALLAST_BYTES", 800_000)
+    monkeypatch.setattr("appliance.drivers.records.schema.PRAGMAS", (*PRAGMAS, "wal_autocheckpoint = 8"))
     with opened(small_disk, spool_bytes=10**9) as records:
         taken = 0
         while isinstance(accept(records, f"p{taken}", b"x" * 50_000), New):
@@ -580,7 +580,7 @@ def test_a_full_disk_takes_verdicts_until_there_is_room_for_pictures(
 def test_a_disk_without_room_to_spare_is_full_from_the_start(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("appliance.drivers.records.BALLAST_BYTES", 1_048_576)
+    monkeypatch.setattr("appliance.drivers.records.writer.BALLAST_BYTES", 1_048_576)
     (small_disk / "other").write_bytes(b"x" * 3_500_000)
     with opened(small_disk) as records:
         assert accept(records, "a") == Full("less than 1 MiB are free: No space left on device")
