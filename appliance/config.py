@@ -145,6 +145,9 @@ class Limits(Settings):
     spool: ByteSize = Field(
         ByteSize(2_000_000_000), description="Accepted pictures on disk; a full spool stops acknowledging."
     )
+    quarantine: ByteSize = Field(
+        ByteSize(256_000_000), description="Pictures that ended the service are kept up to this; the oldest leave."
+    )
     verdict_days: Annotated[float, Field(gt=0)] = Field(30.0, description="Verdicts are kept this long.")
 
     @model_validator(mode="after")

@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,10 +22,12 @@ from appliance import __version__, contract
 from appliance import config as settings
 from appliance.config import Config
 from appliance.contract import Address
+from appliance.core import suspects
 from appliance.core.drift import Balance
 from appliance.core.types import (
     Action,
     Arrived,
+    Batch,
     Device,
     Event,
     Evict,
@@ -36,6 +38,7 @@ from appliance.core.types import (
     Quarantine,
     Refusal,
     Request,
+    Run,
     RunFailed,
     Tick,
     Verdict,
@@ -44,6 +47,7 @@ from appliance.drivers import devices, runtime, systemd
 from appliance.drivers.alarms import Alarm, Alarms
 from appliance.drivers.album import Album, Subject
 from appliance.drivers.broker import Broker
+from appliance.drivers.deadletters import DeadLetters
 from appliance.drivers.inbox import Inbox
 from appliance.drivers.intake import Intake, component_of
 from appliance.drivers.journal import Journal, Opening
@@ -137,6 +141,8 @@ class Service:
         self._more_spooled = True
         self._has_drained = False
         self._underway = Underway()
+        self._gate = suspects.Gate()
+        self._dead_letters = DeadLetters(records.folder / "quarantine", int(self._config.limits.quarantine))
         self._moves: deque[dict[str, object]] = deque(maxlen=RECENT_MOVES)
         self._outcomes: Counter[str] = Counter()
         self._next_stats = self._next_trim = 0.0
@@ -261,12 +267,21 @@ class Service:
         return event
 
     def _decide(self, event: Event) -> None:
+        actions = self._handled(event)
+        if isinstance(event, Finished | RunFailed):
+            self._begin_runs(self._gate.ended(event.batch))
+        for action in actions:
+            self._obey(action)
+
+    def _handled(self, event: Event) -> list[Action]:
+        """What the controller wants done now. A batch that has ended is in nobody's hand any more."""
         now = time.monotonic()
         self._underway.ended(event)
+        if isinstance(event, Finished | RunFailed):
+            self._records.put_back(event.batch.id)
         if self._journal is not None:
             self._journal.note(event, now)
-        for action in self._controller.handle(event, now):
-            self._obey(action)
+        return self._controller.handle(event, now)
 
     def _obey(self, action: Action) -> None:
         match action:
@@ -274,10 +289,24 @@ class Service:
                 self._conclude(verdict)
             case Quarantine():
                 self._alarm_of_experts()
+            case Run(batch):
+                is_suspect = any(suspects.is_suspect(asked.spooled.attempts) for asked in self._asked(batch))
+                self._begin_runs(self._gate.offer(batch, suspect=is_suspect))
             case _:
                 self._note(action)
                 self._underway.begun(action, time.monotonic())
                 self._engines.obey(action)
+
+    def _begin_runs(self, batches: Iterable[Batch]) -> None:
+        """Noted first, and then begun: what ends this process is found in hand by the next."""
+        for batch in batches:
+            self._records.take(batch.id, [asked.spooled.arrival for asked in self._asked(batch)])
+            self._underway.begun(Run(batch), time.monotonic())
+            self._engines.obey(Run(batch))
+
+    def _asked(self, batch: Batch) -> list[_Open]:
+        """Of the batch's requests those that have no verdict yet."""
+        return [self._open[request] for request in batch.requests if request in self._open]
 
     def _note(self, order: Order) -> None:
         match order:
@@ -296,7 +325,7 @@ class Service:
                 self._begin(one)
 
     def _begin(self, spooled: Spooled) -> None:
-        """Hand a picture to the controller. One that the catalogue no longer knows is rejected here."""
+        """Hand a picture to the controller. One that the catalogue no longer knows, or that is poison, ends here."""
         picture = spooled.picture
         address = Address(picture.line, picture.product, picture.board, picture.part)
         arrived = self._arrived_seconds(spooled)
@@ -308,8 +337,19 @@ class Service:
             self._conclude(Verdict(picture.id, Outcome.REJECTED, (), time.monotonic() - arrived, refusal))
             return
         self._open[picture.id] = _Open(spooled, address, component)
+        if (why := suspects.poisoned(spooled.attempts)) is not None:
+            self._bury(spooled, Verdict(picture.id, Outcome.ERROR, (), time.monotonic() - arrived, why))
+            return
         deadline = None if picture.deadline_seconds is None else arrived + picture.deadline_seconds
-        self._decide(Arrived(Request(picture.id, component, arrived, deadline, picture.line, picture.product)))
+        alone = suspects.is_suspect(spooled.attempts)
+        self._decide(Arrived(Request(picture.id, component, arrived, deadline, picture.line, picture.product, alone)))
+
+    def _bury(self, spooled: Spooled, verdict: Verdict) -> None:
+        """A dead letter: nobody opens the picture any more, and its bytes are kept for whoever wants to know why."""
+        picture = spooled.picture
+        log.error("dead_letter request=%s attempts=%d sha256=%s", picture.id, spooled.attempts, picture.picture_sha256)
+        self._dead_letters.keep(picture, self._records.payload(picture.id), spooled.attempts)
+        self._conclude(verdict)
 
     def _spooled(self, arrival: int) -> None:
         """On the writer's thread: a picture was committed."""
@@ -438,6 +478,8 @@ class Service:
             "waiting": len(self._open),
             "spooled": stored.spooled,
             "unpublished": stored.unpublished,
+            "suspects": sum(suspects.is_suspect(asked.spooled.attempts) for asked in self._open.values()),
+            "quarantine": self._dead_letters.numbers(),
             "resident": len(ledger.resident),
             "weights_bytes": self._engines.memory(CPU).mapped_bytes,
             "weights_peak_bytes": self._engines.memory(CPU).peak_bytes,
@@ -575,11 +617,7 @@ class Service:
 
     def _finish(self, event: Finished | RunFailed) -> None:
         """Publish what this batch completes, and begin nothing new."""
-        now = time.monotonic()
-        self._underway.ended(event)
-        if self._journal is not None:
-            self._journal.note(event, now)
-        for action in self._controller.handle(event, now):
+        for action in self._handled(event):
             if isinstance(action, Publish):
                 self._obey(action)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -599,6 +600,95 @@ def test_a_store_that_fails_in_another_way_is_given_up(records: Records, caplog:
     assert isinstance(records.broken, RecordsError)
     assert isinstance(accept(records, "b"), Full)
     assert "records broken" in caplog.text
+
+
+# Who ended the process.
+
+
+def test_a_crash_counts_for_those_in_hand_alone(tmp_path: Path) -> None:
+    run_child(
+        tmp_path,
+        "records = store(sys.argv[1])\n"
+        "for n in range(6): accept(records, f'p{n}')\n"
+        "records.take(1, [1, 2])\n"
+        "records.take(2, [3])\n"
+        "records.put_back(1)\n"
+        "records.take(3, [5])\n"
+        "os.kill(os.getpid(), signal.SIGKILL)",
+    )
+    with opened(tmp_path) as records:
+        assert attempts(records) == {"p0": 0, "p1": 0, "p2": 1, "p3": 0, "p4": 1, "p5": 0}
+
+
+def test_each_crash_counts_once(tmp_path: Path) -> None:
+    crash = "os.kill(os.getpid(), signal.SIGKILL)"
+    run_child(tmp_path, "records = store(sys.argv[1])\naccept(records, 'p0')\nrecords.take(1, [1])\n" + crash)
+    run_child(tmp_path, "records = store(sys.argv[1])\n" + crash)
+    run_child(tmp_path, "records = store(sys.argv[1])\nrecords.take(1, [1])\n" + crash)
+    with opened(tmp_path) as records:
+        assert attempts(records) == {"p0": 2}
+
+
+def test_a_clean_end_counts_for_nobody(tmp_path: Path) -> None:
+    with opened(tmp_path) as records:
+        accept(records, "a")
+        records.take(1, [1])
+    with opened(tmp_path) as records:
+        assert attempts(records) == {"a": 0}
+
+
+def test_what_was_in_hand_of_a_store_that_was_moved_aside_counts_for_nobody(tmp_path: Path) -> None:
+    run_child(
+        tmp_path,
+        "records = store(sys.argv[1])\n"
+        "accept(records, 'a')\n"
+        "records.take(1, [1])\n"
+        "os.kill(os.getpid(), signal.SIGKILL)",
+    )
+    for path in tmp_path.glob("records.db*"):
+        path.write_bytes(b"hello, I am a text file\n" * 1000)
+    with opened(tmp_path) as records:
+        assert records.moved_aside is not None
+        assert accept(records, "b") == New(1)
+        assert attempts(records) == {"b": 0}
+
+
+@pytest.mark.parametrize("content", [b"", bytes(4096), b"open\n1\n99999999999999999999\n\xff\nend\n7\n", b"open"])
+def test_whatever_a_power_cut_left_of_the_note_is_read(tmp_path: Path, content: bytes) -> None:
+    with opened(tmp_path) as records:
+        accept(records, "a")
+    (tmp_path / "in-hand").write_bytes(content)
+    with opened(tmp_path) as records:
+        assert attempts(records) == {"a": int(b"1" in content)}
+
+
+def test_after_a_crash_pictures_from_before_it_are_noted_on_the_disk_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_child(tmp_path, "accept(store(sys.argv[1]), 'a')\nos.kill(os.getpid(), signal.SIGKILL)")
+    synced = list[int]()
+    monkeypatch.setattr("appliance.drivers.records.inhand.os.fdatasync", synced.append)
+    with opened(tmp_path) as records:
+        assert accept(records, "b") == New(2)
+        before = len(synced)
+        records.take(1, [2])
+        assert len(synced) == before, "the kernel keeps it, however this process ends"
+        records.take(2, [1, 2])
+        assert len(synced) == before + 1, "the machine may have died of it"
+
+
+def test_who_cannot_be_noted_may_not_be_touched(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("appliance.drivers.records.inhand.os.pwrite", refuse)
+        with pytest.raises(RecordsError, match="cannot be noted: Input/output error"):
+            records.take(1, [1])
+
+
+def attempts(records: Records) -> dict[str, int]:
+    return {spooled.picture.id: spooled.attempts for spooled in records.waiting()}
 
 
 # The store against a dictionary.

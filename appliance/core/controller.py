@@ -318,8 +318,8 @@ class Controller:
             if refusal is not None:
                 self._conclude(progress.request.id, Outcome.ERROR, now, actions, refusal)
                 return
-            deadline = progress.request.deadline_seconds
-            self._put(Task(progress.request.id, expert, now, False, frozenset(), deadline), now)
+            asked = progress.request
+            self._put(Task(asked.id, expert, now, asked.alone, frozenset(), asked.deadline_seconds), now)
 
     def _put(self, task: Task, now: float) -> None:
         device = self.scheduler.put(task, self.ledgers)

@@ -4,9 +4,9 @@ A picture is committed here before it is acknowledged to the broker, and leaves 
 its verdict. A verdict waits in the outbox until the broker has confirmed it. So a crash at any moment loses nothing and
 answers nothing differently. The store knows neither MQTT nor experts: ids, bytes and topics are given to it.
 
-`values` is what flows; `schema` the tables; `opening` takes the folder and moves what is damaged aside; `ledger` enters
-requests into a transaction; `writer` is the thread that commits them in groups; `readers` read beside it; `records`
-joins these.
+`values` is what flows; `schema` the tables; `opening` takes the folder, moves what is damaged aside and counts crashes;
+`inhand` knows whose bytes are in work; `ledger` enters requests into a transaction; `writer` is the thread that commits
+them in groups; `readers` read beside it; `records` joins these.
 """
 
 from appliance.drivers.records.records import Records

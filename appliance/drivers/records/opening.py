@@ -7,10 +7,12 @@ import logging
 import os
 import sqlite3
 import time
+from collections.abc import Collection
 from contextlib import closing, suppress
 from pathlib import Path
 
-from appliance.drivers.records.schema import SCHEMA, SCHEMA_VERSION, connect
+from appliance.drivers.records.inhand import InHand, former
+from appliance.drivers.records.schema import BALLAST, SCHEMA, SCHEMA_VERSION, connect, transaction
 from appliance.errors import RecordsError
 
 log = logging.getLogger(__name__)
@@ -50,6 +52,30 @@ def prepare(path: Path) -> Path | None:
     except sqlite3.Error as error:
         raise _unwritable(path.parent, str(error)) from error
     return moved_aside
+
+
+def take_stock(path: Path, *, is_new: bool) -> InHand:
+    """What a former process had in hand when it crashed is counted, and this one has nothing in hand yet.
+
+    In a new store (`is_new`) no arrival means what it meant. Raises RecordsError when the folder cannot be written.
+    """
+    try:
+        last = former(path.with_name("in-hand"))
+        with closing(connect(path)) as db:
+            if last.arrivals and not is_new:
+                _count_crash(db, path, last.arrivals)
+            (newest,) = db.execute("SELECT ifnull(max(arrival), 0) FROM pictures").fetchone()
+        return InHand(path.with_name("in-hand"), 0 if last.was_clean else newest)
+    except (OSError, sqlite3.Error) as error:
+        raise _unwritable(path.parent, str(error)) from error
+
+
+def _count_crash(db: sqlite3.Connection, path: Path, arrivals: Collection[int]) -> None:
+    """On a full disk too: the writer makes the ballast anew."""
+    path.with_name(BALLAST).unlink(missing_ok=True)
+    with transaction(db):
+        db.executemany("UPDATE pictures SET attempts = attempts + 1 WHERE arrival = ?", [(a,) for a in arrivals])
+    log.warning("records crashed in_hand=%d: each of these pictures runs alone", len(arrivals))
 
 
 def _damage(path: Path) -> str | None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
+from appliance.drivers.records.inhand import InHand
 from appliance.drivers.records.ledger import Accept, Conclude, Published
-from appliance.drivers.records.opening import lock, prepare
+from appliance.drivers.records.opening import lock, prepare, take_stock
 from appliance.drivers.records.readers import Readers
 from appliance.drivers.records.schema import PICTURE_COLUMNS
 from appliance.drivers.records.values import Acceptance, Conclusion, Counts, Picture, Publication, Spooled
@@ -29,25 +31,29 @@ class Records:
         A damaged store is moved aside (`moved_aside` says where) and a new one begun. Raises RecordsError: the folder
         cannot be written, another process uses it, or a newer release wrote it.
         """
-        lock_file = lock(folder)
-        try:
-            moved_aside = prepare(folder / "records.db")
-            return cls(folder, lock_file, moved_aside, spool_bytes, verdict_days, clock)
-        except BaseException:
-            os.close(lock_file)
-            raise
+        path = folder / "records.db"
+        with ExitStack() as undo:
+            lock_file = lock(folder)
+            undo.callback(os.close, lock_file)
+            moved_aside = prepare(path)
+            in_hand = take_stock(path, is_new=moved_aside is not None)
+            undo.callback(in_hand.close)
+            records = cls(folder, lock_file, in_hand, moved_aside, spool_bytes, verdict_days, clock)
+            undo.pop_all()
+        return records
 
     def __init__(
         self,
         folder: Path,
         lock_file: int,
+        in_hand: InHand,
         moved_aside: Path | None,
         spool_bytes: int,
         verdict_days: float,
         clock: Callable[[], float],
     ) -> None:
         self.folder, self.moved_aside = folder, moved_aside
-        self._path, self._lock_file = folder / "records.db", lock_file
+        self._path, self._lock_file, self._in_hand = folder / "records.db", lock_file, in_hand
         self._readers = Readers(self._path)
         self._writer = Writer(self._path, spool_bytes, verdict_days * 86_400.0, clock)
         self._writer.start()
@@ -78,10 +84,21 @@ class Records:
         """Pictures without a verdict in order of acceptance, from behind the arrival `after`; payloads stay on disk."""
         columns = ", ".join(PICTURE_COLUMNS)
         rows = self._readers.query(
-            f"SELECT arrival, picture_bytes, {columns} FROM pictures WHERE arrival > ? ORDER BY arrival LIMIT ?",
+            f"SELECT arrival, picture_bytes, attempts, {columns} FROM pictures"
+            " WHERE arrival > ? ORDER BY arrival LIMIT ?",
             (after, limit),
         )
-        return [Spooled(arrival, Picture(*known), size) for arrival, size, *known in rows]
+        return [Spooled(arrival, Picture(*known), size, attempts) for arrival, size, attempts, *known in rows]
+
+    def take(self, batch: int, arrivals: Collection[int]) -> None:
+        """These pictures are about to be decoded and run, as this batch. If the process crashes before it has ended,
+        one attempt is counted for each. Raises RecordsError when that cannot be noted: then nobody may touch them.
+        """
+        self._in_hand.take(batch, arrivals)
+
+    def put_back(self, batch: int) -> None:
+        """The batch has ended. Raises RecordsError when that cannot be noted."""
+        self._in_hand.put_back(batch)
 
     def payload(self, id: str) -> bytes:
         """A spooled picture's bytes. Raises NotSpooled when it is not in the spool."""
@@ -129,10 +146,11 @@ class Records:
         return self._writer.broken
 
     def close(self) -> None:
-        """Write what was asked for, then end the writer and release the folder.
+        """Write what was asked for, then end the writer and release the folder. Nobody runs a picture any more.
 
         What the disk still refuses is given up: unrecorded verdicts are made again from their pictures.
         """
         self._writer.close()
         self._readers.close()
+        self._in_hand.close()
         os.close(self._lock_file)

@@ -11,6 +11,8 @@ from pathlib import Path
 from appliance.drivers.records.values import Counts, Picture
 
 SCHEMA_VERSION = 1
+BALLAST = "ballast"
+"""The file beside the store that the writer sacrifices on a full disk."""
 
 PRAGMAS = (
     "page_size = 16384",

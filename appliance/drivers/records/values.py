@@ -27,11 +27,15 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Spooled:
-    """A picture in the spool; `arrival` is its place in the order of acceptance."""
+    """A picture in the spool; `arrival` is its place in the order of acceptance.
+
+    So many `attempts` to inspect it ended with the process.
+    """
 
     arrival: int
     picture: Picture
     picture_bytes: int
+    attempts: int = 0
 
 
 @dataclass(frozen=True, slots=True)

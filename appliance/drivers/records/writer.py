@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from appliance.drivers.records.ledger import Accept, Conclude, Ledger, Published, Request, Result
-from appliance.drivers.records.schema import connect, count, transaction
+from appliance.drivers.records.schema import BALLAST, connect, count, transaction
 from appliance.drivers.records.values import Answered, Conflict, Full, New, Recorded, Unowed, Waiting
 from appliance.errors import RecordsError
 
@@ -74,7 +74,7 @@ class Writer:
         self.turned_seconds = time.monotonic()
         self.trouble: str | None = None
         self.broken: RecordsError | None = None
-        self._ballast = path.with_name("ballast")
+        self._ballast = path.with_name(BALLAST)
         self._db = connect(path)
         self.counts = count(self._db)
         self._recover()
