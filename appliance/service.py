@@ -21,7 +21,7 @@ from typing import Any
 from appliance import __version__, contract
 from appliance import config as settings
 from appliance.config import Config
-from appliance.contract import Address
+from appliance.contract import Address, Serving
 from appliance.core import suspects
 from appliance.core.drift import Balance
 from appliance.core.types import (
@@ -123,6 +123,17 @@ def _store_checks(installation: Installation) -> Iterator[StoreCheck]:
             yield StoreCheck(store, installation.catalog.bundles, serving)
 
 
+def _serving(installation: Installation) -> Iterator[tuple[tuple[str, str], Serving]]:
+    """By executor and expert."""
+    heads = {name: bundle.manifest.head for name, bundle in installation.catalog.bundles.items()}
+    for executor in installation.executors:
+        for name, compiled in installation.compiled_on(executor.device).items():
+            yield (
+                (executor.name, name),
+                Serving(str(compiled.version), compiled.weights_sha256, heads[name].threshold, executor.device),
+            )
+
+
 class Service:
     """Built in one go, run once. Everything that decides or counts happens on the thread that calls `run`."""
 
@@ -134,7 +145,7 @@ class Service:
         self._config, self._installation, self._records = installation.config, installation, records
         self._say, self._broker = say, broker
         self._controller = installation.controller()
-        self._versions = {name: str(c.version) for name, c in installation.compiled.items()}
+        self._serving = dict(_serving(installation))
         self._open: dict[str, _Open] = {}
         self._accepted_seconds: dict[int, float] = {}
         self._fed_through = 0
@@ -219,7 +230,9 @@ class Service:
         self._alarm_of_gpus()
         self._decide(Tick())  # whoever is loaded before anybody asks
         self._say.status(self._status())
-        log.info("serving experts=%d unavailable=%d", len(self._versions), len(self._installation.unavailable))
+        log.info(
+            "serving experts=%d unavailable=%d", len(self._installation.compiled), len(self._installation.unavailable)
+        )
         while not stop.is_set():
             self._turn()
             self._check_health()
@@ -377,7 +390,7 @@ class Service:
             address=asked.address,
             component=asked.component,
             picture_sha256=picture.picture_sha256,
-            versions=self._versions,
+            serving=self._serving,
             box=self._config.box.name,
             finished_at=datetime.now(UTC),
         )
@@ -419,7 +432,7 @@ class Service:
 
     def _status(self) -> str:
         unavailable = self._controller.unavailable
-        serving = f"serving {len(self._versions.keys() - unavailable.keys())} experts"
+        serving = f"serving {len(self._installation.compiled.keys() - unavailable.keys())} experts"
         broken = f", {len(unavailable)} unavailable" if unavailable else ""
         link = "" if self._door.state is DoorState.READY else f"; broker: {self._door.state} {self._door.detail}"
         disk = f"; the disk refuses to write: {self._records.trouble}" if self._records.trouble else ""
@@ -433,7 +446,7 @@ class Service:
                 "schema_version": 1,
                 "version": __version__,
                 "runtime": self._installation.store.key,
-                "experts": len(self._versions),
+                "experts": len(self._installation.compiled),
                 "unavailable": {name: r.reason for name, r in self._controller.unavailable.items()},
                 "weights_budget_bytes": self._controller.ledgers[CPU].device.budget_bytes,
                 "configured_weights_budget_bytes": int(config.memory.weights),
