@@ -43,7 +43,7 @@ from appliance.core.types import (
     Tick,
     Verdict,
 )
-from appliance.drivers import devices, runtime, systemd
+from appliance.drivers import devices, heads, runtime, systemd
 from appliance.drivers.alarms import Alarm, Alarms
 from appliance.drivers.album import Album, Subject
 from appliance.drivers.broker import Broker
@@ -53,7 +53,7 @@ from appliance.drivers.intake import Intake, component_of
 from appliance.drivers.journal import Journal, Opening
 from appliance.drivers.mqtt import Door, DoorState
 from appliance.drivers.outbox import Note, Outbox
-from appliance.drivers.records import Conclusion, Recorded, Records, Spooled
+from appliance.drivers.records import Conclusion, Quota, Recorded, Records, Sort, Spooled
 from appliance.engine.engine import Engine, Engines, Order
 from appliance.engine.weights import Weights
 from appliance.errors import ApplianceError, BrokerError, DeviceError, MessageError, OutOfMemory
@@ -84,7 +84,10 @@ def serve(config: Config, *, stopping: threading.Event | None = None) -> None:
     with ExitStack() as stack:
         records = stack.enter_context(
             Records.open(
-                config.paths.state, spool_bytes=int(config.limits.spool), verdict_days=config.limits.verdict_days
+                config.paths.state,
+                spool_bytes=int(config.limits.spool),
+                verdict_days=config.limits.verdict_days,
+                quotas=_quotas(config),
             )
         )
         installation = install(config, _note_compiled)
@@ -96,6 +99,15 @@ def serve(config: Config, *, stopping: threading.Event | None = None) -> None:
         service = Service(installation, records, say, broker)
         stack.callback(service.close)
         service.run(stop)
+
+
+def _quotas(config: Config) -> dict[Sort, Quota]:
+    keep = config.keep
+    quotas = {
+        Sort.FAIL: Quota(int(keep.fail), keep.fail_days),
+        Sort.DOUBTFUL: Quota(int(keep.doubtful), keep.doubtful_days),
+    }
+    return {sort: quota for sort, quota in quotas.items() if quota.bytes}
 
 
 def _note_compiled(expert: str, result: Compiled | ApplianceError) -> None:
@@ -395,9 +407,34 @@ class Service:
             finished_at=datetime.now(UTC),
         )
         self._records.conclude(
-            verdict.request, verdict.outcome.value, body, topic, lambda answer: self._recorded(verdict, asked, answer)
+            verdict.request,
+            verdict.outcome.value,
+            body,
+            topic,
+            lambda answer: self._recorded(verdict, asked, answer),
+            keep=self._sort(verdict),
         )
         self._album.forget(verdict.request)
+
+    def _sort(self, verdict: Verdict) -> Sort | None:
+        """As what the picture is kept with its verdict. A dead letter is not: nobody shall open it by accident."""
+        match verdict.outcome:
+            case Outcome.FAIL:
+                return Sort.FAIL
+            case Outcome.ERROR if verdict.refusal is None or verdict.refusal.reason != suspects.POISON:
+                return Sort.DOUBTFUL
+            case Outcome.PASS if self._passed_by_little(verdict):
+                return Sort.DOUBTFUL
+        return None
+
+    def _passed_by_little(self, verdict: Verdict) -> bool:
+        bundles, little = self._installation.catalog.bundles, self._config.keep.margin
+        margins = (
+            heads.margin(bundles[step.expert].manifest.head, finding)
+            for step in verdict.steps
+            for finding in step.findings
+        )
+        return any(margin is not None and margin < little for margin in margins)
 
     def _recorded(self, verdict: Verdict, asked: _Open, answer: Conclusion) -> None:
         """On the writer's thread: the verdict stands, now it may be seen."""

@@ -326,7 +326,7 @@ def test_a_clean_stop_counts_no_attempts(tmp_path: Path, nats: Nats) -> None:
         camera.hear()
         assert box.stop() == 0
         box.start()
-        box.wait_online()
+        until(lambda: box.log_text.count("mqtt state=ready") == 2)
         assert box.stop() == 0
     assert _suspects(box) == []
 

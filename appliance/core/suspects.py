@@ -10,6 +10,7 @@ from collections import deque
 
 from appliance.core.types import Batch, Refusal
 
+POISON = "poison"
 ATTEMPTS = 3
 """So many crashes with a picture in hand make it poison: one in company, and two alone."""
 
@@ -23,7 +24,7 @@ def poisoned(attempts: int) -> Refusal | None:
     """Why a picture that was in hand at so many crashes is given up, None while it may be tried again."""
     if attempts < ATTEMPTS:
         return None
-    return Refusal("poison", f"the service ended {attempts} times while it had this picture in hand")
+    return Refusal(POISON, f"the service ended {attempts} times while it had this picture in hand")
 
 
 class Gate:

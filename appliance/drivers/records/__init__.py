@@ -6,7 +6,8 @@ answers nothing differently. The store knows neither MQTT nor experts: ids, byte
 
 `values` is what flows; `schema` the tables; `opening` takes the folder, moves what is damaged aside and counts crashes;
 `inhand` knows whose bytes are in work; `ledger` enters requests into a transaction; `writer` is the thread that commits
-them in groups; `readers` read beside it; `records` joins these.
+them in groups; `readers` read beside it; `records` joins these. `archive`
+and `export` are for whoever asks later.
 """
 
 from appliance.drivers.records.records import Records
@@ -20,7 +21,9 @@ from appliance.drivers.records.values import (
     New,
     Picture,
     Publication,
+    Quota,
     Recorded,
+    Sort,
     Spooled,
     Unowed,
     Waiting,
@@ -36,8 +39,10 @@ __all__ = [
     "New",
     "Picture",
     "Publication",
+    "Quota",
     "Recorded",
     "Records",
+    "Sort",
     "Spooled",
     "Unowed",
     "Waiting",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, assert_never
 
@@ -18,10 +18,14 @@ from appliance.drivers.records.values import (
     New,
     Picture,
     Publication,
+    Quota,
     Recorded,
+    Sort,
     Unowed,
     Waiting,
 )
+
+LEAVING_ROWS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,7 @@ class Conclude:
     outcome: str
     body: bytes
     topic: str
+    keep: Sort | None
     done: Callable[[Conclusion], None]
 
 
@@ -51,6 +56,14 @@ class Published:
     token: int
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the store holds at most; pictures of a sort without a quota are not kept."""
+
+    spool_bytes: int
+    quotas: Mapping[Sort, Quota]
+
+
 Request = Accept | Conclude | Published
 Result = Acceptance | Conclusion | None
 
@@ -58,9 +71,13 @@ Result = Acceptance | Conclusion | None
 class Ledger:
     """One transaction's view of the store: what is entered, and what the store holds then."""
 
-    def __init__(self, db: sqlite3.Connection, counts: Counts, spool_bytes: int, now: float) -> None:
-        self._db, self._spool_bytes, self._now = db, spool_bytes, now
+    def __init__(
+        self, db: sqlite3.Connection, counts: Counts, kept: Mapping[Sort, int], limits: Limits, now: float
+    ) -> None:
+        self._db, self._limits, self._now = db, limits, now
         self.counts = counts
+        self.kept = dict(kept)
+        """Bytes of pictures."""
 
     def enter(self, request: Request) -> Result:
         match request:
@@ -81,8 +98,8 @@ class Ledger:
         known = self._one("SELECT line, product, board, part, picture_sha256 FROM verdicts WHERE id = ?", picture.id)
         if known is not None:
             return self._repeat(picture) if known == _identity(picture) else Conflict()
-        if self.counts.spooled_bytes + len(payload) > self._spool_bytes:
-            return Full(f"the spool holds {self.counts.spooled_bytes} of {self._spool_bytes} bytes")
+        if self.counts.spooled_bytes + len(payload) > self._limits.spool_bytes:
+            return Full(f"the spool holds {self.counts.spooled_bytes} of {self._limits.spool_bytes} bytes")
         return self._spool(picture, payload)
 
     def _spool(self, picture: Picture, payload: bytes) -> New:
@@ -119,9 +136,32 @@ class Ledger:
             f" SELECT {kept}, ?, ?, ?, ? FROM pictures WHERE id = ?",
             (request.outcome, request.body, request.topic, self._now, request.id),
         )
+        if request.keep is not None and request.keep in self._limits.quotas:
+            self._keep(request.id, request.keep, row[0])
         self._db.execute("DELETE FROM pictures WHERE id = ?", (request.id,))
         self._add(spooled=-1, spooled_bytes=-row[0], verdicts=1)
         return Recorded(self._post(request.id, request.topic, row[1], row[2], request.body))
+
+    def _keep(self, id: str, sort: Sort, size: int) -> None:
+        self._db.execute(
+            "INSERT INTO kept (id, sort, kept_at, bytes, payload)"
+            " SELECT id, ?, ?, picture_bytes, payload FROM pictures WHERE id = ?",
+            (sort, self._now, id),
+        )
+        self.kept[sort] = self.kept.get(sort, 0) + size
+        if self.kept[sort] > self._limits.quotas[sort].bytes:
+            self._let_go(sort)
+
+    def _let_go(self, sort: Sort) -> None:
+        """The oldest, a few at a time: nobody waits long, and more leave than come."""
+        oldest = self._db.execute(
+            "SELECT id, bytes FROM kept WHERE sort = ? ORDER BY kept_at LIMIT ?", (sort, LEAVING_ROWS)
+        ).fetchall()
+        for id, size in oldest:
+            if self.kept[sort] <= self._limits.quotas[sort].bytes:
+                return
+            self._db.execute("DELETE FROM kept WHERE id = ?", (id,))
+            self.kept[sort] -= size
 
     def _post(
         self, id: str, topic: str, response_topic: str | None, correlation: bytes | None, body: bytes

@@ -12,7 +12,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 from appliance.drivers.records.inhand import InHand, former
-from appliance.drivers.records.schema import BALLAST, SCHEMA, SCHEMA_VERSION, connect, transaction
+from appliance.drivers.records.schema import BALLAST, SCHEMA, SCHEMA_VERSION, UPGRADES, connect, transaction
 from appliance.errors import RecordsError
 
 log = logging.getLogger(__name__)
@@ -105,8 +105,9 @@ def _create_or_refuse(db: sqlite3.Connection, path: Path) -> None:
     if version > SCHEMA_VERSION:
         what = f"{path} was written by a newer release (schema {version}, known here: {SCHEMA_VERSION})"
         raise RecordsError(what, "install that release again, or move the file away")
-    if version == 0:
-        db.executescript(f"BEGIN; {SCHEMA}; PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+    steps = [SCHEMA] if version == 0 else [UPGRADES[older] for older in range(version, SCHEMA_VERSION)]
+    if steps:
+        db.executescript(f"BEGIN; {' '.join(steps)} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
 
 
 def _unwritable(folder: Path, why: str) -> RecordsError:

@@ -19,7 +19,7 @@ class Readers:
         self._lock = threading.Lock()
         self._all: list[sqlite3.Connection] = []
 
-    def query(self, text: str, values: tuple[str | int, ...]) -> list[tuple[Any, ...]]:
+    def query(self, text: str, values: tuple[str | float, ...]) -> list[tuple[Any, ...]]:
         try:
             return self._connection().execute(text, values).fetchall()
         except sqlite3.Error as error:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 
 from appliance.drivers.records.inhand import InHand
-from appliance.drivers.records.ledger import Accept, Conclude, Published
+from appliance.drivers.records.ledger import Accept, Conclude, Limits, Published
 from appliance.drivers.records.opening import lock, prepare, take_stock
 from appliance.drivers.records.readers import Readers
 from appliance.drivers.records.schema import PICTURE_COLUMNS
-from appliance.drivers.records.values import Acceptance, Conclusion, Counts, Picture, Publication, Spooled
+from appliance.drivers.records.values import Acceptance, Conclusion, Counts, Picture, Publication, Quota, Sort, Spooled
 from appliance.drivers.records.writer import Writer
 from appliance.errors import NotSpooled, RecordsError
 
@@ -24,9 +24,17 @@ class Records:
 
     @classmethod
     def open(
-        cls, folder: Path, *, spool_bytes: int, verdict_days: float, clock: Callable[[], float] = time.time
+        cls,
+        folder: Path,
+        *,
+        spool_bytes: int,
+        verdict_days: float,
+        quotas: Mapping[Sort, Quota] = MappingProxyType({}),
+        clock: Callable[[], float] = time.time,
     ) -> Records:
         """Open or create the store in `folder`. `clock` is wall time, for labels and the age of verdicts.
+
+        `quotas` bound the pictures that are kept with their verdicts; without one of its sort, a picture is not.
 
         A damaged store is moved aside (`moved_aside` says where) and a new one begun. Raises RecordsError: the folder
         cannot be written, another process uses it, or a newer release wrote it.
@@ -38,7 +46,7 @@ class Records:
             moved_aside = prepare(path)
             in_hand = take_stock(path, is_new=moved_aside is not None)
             undo.callback(in_hand.close)
-            records = cls(folder, lock_file, in_hand, moved_aside, spool_bytes, verdict_days, clock)
+            records = cls(folder, lock_file, in_hand, moved_aside, Limits(spool_bytes, quotas), verdict_days, clock)
             undo.pop_all()
         return records
 
@@ -48,14 +56,14 @@ class Records:
         lock_file: int,
         in_hand: InHand,
         moved_aside: Path | None,
-        spool_bytes: int,
+        limits: Limits,
         verdict_days: float,
         clock: Callable[[], float],
     ) -> None:
         self.folder, self.moved_aside = folder, moved_aside
         self._path, self._lock_file, self._in_hand = folder / "records.db", lock_file, in_hand
         self._readers = Readers(self._path)
-        self._writer = Writer(self._path, spool_bytes, verdict_days * 86_400.0, clock)
+        self._writer = Writer(self._path, limits, verdict_days * 86_400.0, clock)
         self._writer.start()
 
     def __enter__(self) -> Records:
@@ -68,13 +76,24 @@ class Records:
         """Commit a picture to the spool, unless it is known or there is no room; `done` hears which."""
         self._writer.put(Accept(picture, payload, done))
 
-    def conclude(self, id: str, outcome: str, body: bytes, topic: str, done: Callable[[Conclusion], None]) -> None:
+    def conclude(
+        self,
+        id: str,
+        outcome: str,
+        body: bytes,
+        topic: str,
+        done: Callable[[Conclusion], None],
+        *,
+        keep: Sort | None = None,
+    ) -> None:
         """Record a verdict, put it in the outbox and release the picture: all or nothing.
+
+        With `keep` the picture stays with its verdict, as far as its quota and the disk have room.
 
         It goes to `topic`, now and when the picture comes again, and to the picture's response topic. While the disk
         refuses to write, this waits and tries again; `done` is called when it is recorded.
         """
-        self._writer.put(Conclude(id, outcome, body, topic, done))
+        self._writer.put(Conclude(id, outcome, body, topic, keep, done))
 
     def published(self, token: int) -> None:
         """The broker has confirmed this publication."""

@@ -8,9 +8,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 
-from appliance.drivers.records.values import Counts, Picture
+from appliance.drivers.records.values import Counts, Picture, Sort
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 BALLAST = "ballast"
 """The file beside the store that the writer sacrifices on a full disk."""
 
@@ -25,7 +25,18 @@ PRAGMAS = (
     "journal_size_limit = 16777216",
 )
 
-SCHEMA = """
+KEPT = """
+CREATE TABLE kept (
+    id                 TEXT PRIMARY KEY REFERENCES verdicts (id) ON DELETE CASCADE,
+    sort               TEXT NOT NULL,
+    kept_at            REAL NOT NULL,
+    bytes              INTEGER NOT NULL,
+    payload            BLOB NOT NULL
+);
+CREATE INDEX kept_by_age ON kept (sort, kept_at, bytes);
+"""
+
+SCHEMA = f"""
 CREATE TABLE pictures (
     arrival            INTEGER PRIMARY KEY AUTOINCREMENT,
     id                 TEXT NOT NULL UNIQUE,
@@ -65,7 +76,9 @@ CREATE TABLE outbox (
     correlation        BLOB
 );
 CREATE INDEX outbox_by_id ON outbox (id);
-"""
+{KEPT}"""
+UPGRADES = {1: KEPT}
+"""What makes the next version of each."""
 
 PICTURE_COLUMNS = tuple(f.name for f in fields(Picture))
 
@@ -100,3 +113,8 @@ def count(db: sqlite3.Connection) -> Counts:
     (verdicts,) = db.execute("SELECT count(*) FROM verdicts").fetchone()
     (unpublished,) = db.execute("SELECT count(*) FROM outbox").fetchone()
     return Counts(spooled, int(spooled_bytes), verdicts, unpublished)
+
+
+def kept_bytes(db: sqlite3.Connection) -> dict[Sort, int]:
+    """Of the pictures kept beside their verdicts."""
+    return {Sort(sort): size for sort, size in db.execute("SELECT sort, sum(bytes) FROM kept GROUP BY sort")}

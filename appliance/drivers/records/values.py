@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,23 @@ class Publication:
     topic: str
     correlation: bytes | None
     body: bytes
+
+
+class Sort(StrEnum):
+    """Why a picture is kept beside its verdict."""
+
+    FAIL = "fail"
+    """The part failed."""
+    DOUBTFUL = "doubtful"
+    """It could not be inspected, or passed by little."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """How many bytes of pictures are kept, and for how long; the oldest leave."""
+
+    bytes: int
+    days: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from appliance.drivers.records.ledger import Accept, Conclude, Ledger, Published, Request, Result
-from appliance.drivers.records.schema import BALLAST, connect, count, transaction
-from appliance.drivers.records.values import Answered, Conflict, Full, New, Recorded, Unowed, Waiting
+from appliance.drivers.records.ledger import Accept, Conclude, Ledger, Limits, Published, Request, Result
+from appliance.drivers.records.schema import BALLAST, connect, count, kept_bytes, transaction
+from appliance.drivers.records.values import Answered, Conflict, Full, New, Recorded, Sort, Unowed, Waiting
 from appliance.errors import RecordsError
 
 T = TypeVar("T")
@@ -43,6 +43,7 @@ VACUUM_PAGES = 64
 RETRY_SECONDS = 0.5
 CLEAN_SECONDS = 600.0
 CLEAN_ROWS = 1000
+CLEAN_PICTURES = 32
 
 PASSING = (
     "SQLITE_FULL",
@@ -64,8 +65,8 @@ class _Close:
 class Writer:
     """The one thread that writes."""
 
-    def __init__(self, path: Path, spool_bytes: int, verdict_seconds: float, clock: Callable[[], float]) -> None:
-        self._spool_bytes, self._verdict_seconds, self._clock = spool_bytes, verdict_seconds, clock
+    def __init__(self, path: Path, limits: Limits, verdict_seconds: float, clock: Callable[[], float]) -> None:
+        self._limits, self._verdict_seconds, self._clock = limits, verdict_seconds, clock
         self._queue: queue.SimpleQueue[Request | _Close] = queue.SimpleQueue()
         self._queued_lock = threading.Lock()
         self._queued_bytes = self._group_bytes = 0
@@ -77,6 +78,7 @@ class Writer:
         self._ballast = path.with_name(BALLAST)
         self._db = connect(path)
         self.counts = count(self._db)
+        self._kept = kept_bytes(self._db)
         self._recover()
         self._thread = threading.Thread(target=self._live, name="records", daemon=True)
 
@@ -164,10 +166,14 @@ class Writer:
 
     def _commit(self, group: Sequence[Request]) -> list[Result]:
         with transaction(self._db):
-            ledger = Ledger(self._db, self.counts, self._spool_bytes, self._clock())
+            ledger = Ledger(self._db, self.counts, self._kept, self._limits_now(), self._clock())
             results = [ledger.enter(request) for request in group]
-        self.counts = ledger.counts
+        self.counts, self._kept = ledger.counts, ledger.kept
         return results
+
+    def _limits_now(self) -> Limits:
+        """While the disk is full, what room there is belongs to verdicts, and no picture is kept."""
+        return replace(self._limits, quotas={}) if self.trouble else self._limits
 
     def _note(self, error: sqlite3.Error) -> None:
         name = getattr(error, "sqlite_errorname", "")
@@ -214,22 +220,31 @@ class Writer:
         return max(0.0, self._clean_at_seconds - time.monotonic())
 
     def _clean(self) -> None:
-        """Forget verdicts that are older than asked for, a few at a time so that nobody waits long."""
+        """Forget verdicts and pictures that are older than asked for, a few at a time so that nobody waits long."""
         if self._idle_seconds() or self.trouble or self.broken:
             return
         self._clean_at_seconds = time.monotonic() + CLEAN_SECONDS
         try:
             with transaction(self._db):
+                left = sum(self._forget_pictures(sort, quota.days) for sort, quota in self._limits.quotas.items())
                 forgotten = self._db.execute(
                     "DELETE FROM verdicts WHERE id IN (SELECT id FROM verdicts WHERE recorded_at < ?"
                     " AND id NOT IN (SELECT id FROM outbox) LIMIT ?)",
                     (self._clock() - self._verdict_seconds, CLEAN_ROWS),
                 ).rowcount
+            self._kept = kept_bytes(self._db)  # pictures leave with their verdicts
         except sqlite3.Error as error:
             return self._note(error)
         self.counts = replace(self.counts, verdicts=self.counts.verdicts - forgotten)
-        if forgotten == CLEAN_ROWS:
+        if forgotten == CLEAN_ROWS or left:
             self._clean_at_seconds = 0.0
+
+    def _forget_pictures(self, sort: Sort, days: float) -> int:
+        return self._db.execute(
+            "DELETE FROM kept WHERE id IN"
+            " (SELECT id FROM kept WHERE sort = ? AND kept_at < ? ORDER BY kept_at LIMIT ?)",
+            (sort, self._clock() - days * 86_400.0, CLEAN_PICTURES),
+        ).rowcount
 
 
 def _answer(request: Request, result: Result) -> None:
