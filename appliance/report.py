@@ -409,7 +409,7 @@ def verdict_cells(body: Mapping[str, Any]) -> tuple[str, str]:
 
 def print_records(found: Sequence[Mapping[str, Any]], console: Console) -> None:
     table = Table(box=None, pad_edge=False)
-    for title in ("recorded", "request", "line", "product", "board", "part", "outcome", "found"):
+    for title in ("recorded (UTC)", "request", "line", "product", "board", "part", "outcome", "found"):
         table.add_column(title)
     for body in found:
         where = (escape(body[level]) for level in ("line", "product", "board", "part"))

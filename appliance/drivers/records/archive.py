@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from appliance.drivers.records.readers import Readers
+from appliance.drivers.records.schema import SCHEMA_VERSION
 from appliance.errors import RecordsError
 
 PAGE_ROWS = 500
@@ -50,11 +51,18 @@ class Archive:
     """The record of one state directory."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises RecordsError when nothing was ever recorded there."""
+        """Raises RecordsError when nothing that we can read was recorded there."""
         path = folder / "records.db"
-        if not path.is_file():
-            raise RecordsError(f"there are no records in {folder}", "see paths.state; the service makes them")
+        try:
+            path.stat()
+        except OSError as error:
+            what = f"there are no records in {folder}: {error.strerror}"
+            raise RecordsError(what, "see paths.state, and be root or the service's user") from error
         self._readers = Readers(path)
+        ((version,),) = self._readers.query("PRAGMA user_version", ())
+        if version != SCHEMA_VERSION:
+            what = f"{path} is of another release (schema {version}, known here: {SCHEMA_VERSION})"
+            raise RecordsError(what, "use that release, or start the service of this one: it takes over older ones")
 
     def __enter__(self) -> Archive:
         return self

@@ -1,9 +1,9 @@
 """Whose bytes are in work at this moment, in a file that outlives the process: who may have ended it.
 
 It is written before a batch begins and when it has ended, without waiting for the disk: what a process has written
-stays with the kernel, however that process ends (5 µs instead of a commit's 1 ms). Only the machine's own end loses
-it. So after an end that was not clean, pictures that were there then are noted on the disk itself: one that takes the
-whole machine down is found at its second time.
+stays with the kernel, however that process ends (7 µs instead of the 1 ms of a commit). Only the machine's own end
+loses it. So after an end that was not clean, pictures that were there then are noted on the disk itself: one that takes
+the whole machine down is found at its second time.
 """
 
 from __future__ import annotations

@@ -22,22 +22,22 @@ def lock(folder: Path) -> int:
     """An open lock file that says whose folder this is. Two processes on one spool would answer everything twice."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / "records.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        file = os.open(folder / "records.lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise _unwritable(folder, str(error.strerror)) from error
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, str(os.getpid()).encode(), 0)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(file, 0)
+        os.pwrite(file, str(os.getpid()).encode(), 0)
     except BlockingIOError as error:
-        owner = os.pread(lock, 20, 0).decode("ascii", "replace") or "unknown"
-        os.close(lock)
+        owner = os.pread(file, 20, 0).decode("ascii", "replace") or "unknown"
+        os.close(file)
         what = f"{folder} is in use by process {owner}"
         raise RecordsError(what, "stop that one, or give this one its own paths.state") from error
     except OSError as error:
-        os.close(lock)
+        os.close(file)
         raise _unwritable(folder, str(error.strerror)) from error
-    return lock
+    return file
 
 
 def prepare(path: Path) -> Path | None:
