@@ -162,6 +162,9 @@ class Limits(Settings):
     spool: ByteSize = Field(
         ByteSize(2_000_000_000), description="Accepted pictures on disk; a full spool stops acknowledging."
     )
+    quarantine: ByteSize = Field(
+        ByteSize(256_000_000), description="Pictures that ended the service are kept up to this; the oldest leave."
+    )
     verdict_days: Annotated[float, Field(gt=0)] = Field(30.0, description="Verdicts are kept this long.")
 
     @model_validator(mode="after")
@@ -181,6 +184,22 @@ class Limits(Settings):
         return self
 
 
+class Keep(Settings):
+    """Pictures that stay beside their verdicts, for `appliance records`; the oldest leave first."""
+
+    fail: ByteSize = Field(ByteSize(1_000_000_000), description="Pictures of parts that failed; 0 keeps none.")
+    fail_days: Annotated[float, Field(gt=0)] = Field(
+        30.0, description="They are kept this long, and no longer than their verdicts."
+    )
+    doubtful: ByteSize = Field(
+        ByteSize(500_000_000), description="Pictures that could not be inspected, or passed by little; 0 keeps none."
+    )
+    doubtful_days: Annotated[float, Field(gt=0)] = Field(14.0, description="The same for these.")
+    margin: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.1, description="A part passed by little when a score was less than this below the threshold of failing."
+    )
+
+
 class Config(Settings):
     """The whole of appliance.toml."""
 
@@ -194,6 +213,7 @@ class Config(Settings):
     scheduler: Scheduler = Scheduler()
     lines: Mapping[Level, Line] = Field(default_factory=dict)
     limits: Limits = Limits()
+    keep: Keep = Keep()
 
     @property
     def priorities(self) -> dict[str, int]:

@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -21,11 +21,13 @@ from typing import Any
 from appliance import __version__, contract
 from appliance import config as settings
 from appliance.config import Config
-from appliance.contract import Address
+from appliance.contract import Address, Serving
+from appliance.core import suspects
 from appliance.core.drift import Balance
 from appliance.core.types import (
     Action,
     Arrived,
+    Batch,
     Device,
     Event,
     Evict,
@@ -37,20 +39,22 @@ from appliance.core.types import (
     Quarantine,
     Refusal,
     Request,
+    Run,
     RunFailed,
     Tick,
     Verdict,
 )
-from appliance.drivers import devices, runtime, systemd
+from appliance.drivers import devices, heads, runtime, systemd
 from appliance.drivers.alarms import Alarm, Alarms
 from appliance.drivers.album import Album, Subject
 from appliance.drivers.broker import Broker
+from appliance.drivers.deadletters import DeadLetters
 from appliance.drivers.inbox import Inbox
 from appliance.drivers.intake import Intake, component_of
 from appliance.drivers.journal import Journal, Opening
 from appliance.drivers.mqtt import Door, DoorState
 from appliance.drivers.outbox import Note, Outbox
-from appliance.drivers.records import Conclusion, Recorded, Records, Spooled
+from appliance.drivers.records import Conclusion, Quota, Recorded, Records, Sort, Spooled
 from appliance.engine.engine import Engine, Engines, Order
 from appliance.engine.weights import Weights
 from appliance.errors import ApplianceError, BrokerError, DeviceError, MessageError, OutOfMemory
@@ -82,7 +86,10 @@ def serve(config: Config, *, stopping: threading.Event | None = None) -> None:
     with ExitStack() as stack:
         records = stack.enter_context(
             Records.open(
-                config.paths.state, spool_bytes=int(config.limits.spool), verdict_days=config.limits.verdict_days
+                config.paths.state,
+                spool_bytes=int(config.limits.spool),
+                verdict_days=config.limits.verdict_days,
+                quotas=_quotas(config),
             )
         )
         installation = install(config, _note_compiled)
@@ -94,6 +101,15 @@ def serve(config: Config, *, stopping: threading.Event | None = None) -> None:
         service = Service(installation, records, say, broker)
         stack.callback(service.close)
         service.run(stop)
+
+
+def _quotas(config: Config) -> dict[Sort, Quota]:
+    keep = config.keep
+    quotas = {
+        Sort.FAIL: Quota(int(keep.fail), keep.fail_days),
+        Sort.DOUBTFUL: Quota(int(keep.doubtful), keep.doubtful_days),
+    }
+    return {sort: quota for sort, quota in quotas.items() if quota.bytes}
 
 
 def _note_compiled(expert: str, result: Compiled | ApplianceError) -> None:
@@ -121,6 +137,17 @@ def _store_checks(installation: Installation) -> Iterator[StoreCheck]:
             yield StoreCheck(store, installation.catalog.bundles, serving)
 
 
+def _serving(installation: Installation) -> Iterator[tuple[tuple[str, str], Serving]]:
+    """By executor and expert."""
+    heads = {name: bundle.manifest.head for name, bundle in installation.catalog.bundles.items()}
+    for executor in installation.executors:
+        for name, compiled in installation.compiled_on(executor.device).items():
+            yield (
+                (executor.name, name),
+                Serving(str(compiled.version), compiled.weights_sha256, heads[name].threshold, executor.device),
+            )
+
+
 class Service:
     """Built in one go, run once. Everything that decides or counts happens on the thread that calls `run`."""
 
@@ -132,13 +159,15 @@ class Service:
         self._config, self._installation, self._records = installation.config, installation, records
         self._say, self._broker = say, broker
         self._controller = installation.controller()
-        self._versions = {name: str(c.version) for name, c in installation.compiled.items()}
+        self._serving = dict(_serving(installation))
         self._open: dict[str, _Open] = {}
         self._accepted_seconds: dict[int, float] = {}
         self._fed_through = 0
         self._more_spooled = True
         self._has_drained = False
         self._underway = Underway()
+        self._gate = suspects.Gate()
+        self._dead_letters = DeadLetters(records.folder / "quarantine", int(self._config.limits.quarantine))
         self._moves: deque[dict[str, object]] = deque(maxlen=RECENT_MOVES)
         self._outcomes: Counter[str] = Counter()
         self._reasons: Counter[str] = Counter()
@@ -216,7 +245,9 @@ class Service:
         self._alarm_of_gpus()
         self._decide(Tick())  # whoever is loaded before anybody asks
         self._say.status(self._status())
-        log.info("serving experts=%d unavailable=%d", len(self._versions), len(self._installation.unavailable))
+        log.info(
+            "serving experts=%d unavailable=%d", len(self._installation.compiled), len(self._installation.unavailable)
+        )
         while not stop.is_set():
             self._turn()
             self._check_health()
@@ -264,12 +295,21 @@ class Service:
         return event
 
     def _decide(self, event: Event) -> None:
+        actions = self._handled(event)
+        if isinstance(event, Finished | RunFailed):
+            self._begin_runs(self._gate.ended(event.batch))
+        for action in actions:
+            self._obey(action)
+
+    def _handled(self, event: Event) -> list[Action]:
+        """What the controller wants done now. A batch that has ended is in nobody's hand any more."""
         now = time.monotonic()
         self._underway.ended(event)
+        if isinstance(event, Finished | RunFailed):
+            self._records.put_back(event.batch.id)
         if self._journal is not None:
             self._journal.note(event, now)
-        for action in self._controller.handle(event, now):
-            self._obey(action)
+        return self._controller.handle(event, now)
 
     def _obey(self, action: Action) -> None:
         match action:
@@ -277,10 +317,24 @@ class Service:
                 self._conclude(verdict)
             case Quarantine():
                 self._alarm_of_experts()
+            case Run(batch):
+                is_suspect = any(suspects.is_suspect(asked.spooled.attempts) for asked in self._asked(batch))
+                self._begin_runs(self._gate.offer(batch, suspect=is_suspect))
             case _:
                 self._note(action)
                 self._underway.begun(action, time.monotonic())
                 self._engines.obey(action)
+
+    def _begin_runs(self, batches: Iterable[Batch]) -> None:
+        """Noted first, and then begun: what ends this process is found in hand by the next."""
+        for batch in batches:
+            self._records.take(batch.id, [asked.spooled.arrival for asked in self._asked(batch)])
+            self._underway.begun(Run(batch), time.monotonic())
+            self._engines.obey(Run(batch))
+
+    def _asked(self, batch: Batch) -> list[_Open]:
+        """Of the batch's requests those that have no verdict yet."""
+        return [self._open[request] for request in batch.requests if request in self._open]
 
     def _note(self, order: Order) -> None:
         match order:
@@ -299,7 +353,7 @@ class Service:
                 self._begin(one)
 
     def _begin(self, spooled: Spooled) -> None:
-        """Hand a picture to the controller. One that the catalogue no longer knows is rejected here."""
+        """Hand a picture to the controller. One that the catalogue no longer knows, or that is poison, ends here."""
         picture = spooled.picture
         address = Address(picture.line, picture.product, picture.board, picture.part)
         arrived = self._arrived_seconds(spooled)
@@ -311,8 +365,19 @@ class Service:
             self._conclude(Verdict(picture.id, Outcome.REJECTED, (), time.monotonic() - arrived, refusal))
             return
         self._open[picture.id] = _Open(spooled, address, component)
+        if (why := suspects.poisoned(spooled.attempts)) is not None:
+            self._bury(spooled, Verdict(picture.id, Outcome.ERROR, (), time.monotonic() - arrived, why))
+            return
         deadline = None if picture.deadline_seconds is None else arrived + picture.deadline_seconds
-        self._decide(Arrived(Request(picture.id, component, arrived, deadline, picture.line, picture.product)))
+        alone = suspects.is_suspect(spooled.attempts)
+        self._decide(Arrived(Request(picture.id, component, arrived, deadline, picture.line, picture.product, alone)))
+
+    def _bury(self, spooled: Spooled, verdict: Verdict) -> None:
+        """A dead letter: nobody opens the picture any more, and its bytes are kept for whoever wants to know why."""
+        picture = spooled.picture
+        log.error("dead_letter request=%s attempts=%d sha256=%s", picture.id, spooled.attempts, picture.picture_sha256)
+        self._dead_letters.keep(picture, self._records.payload(picture.id), spooled.attempts)
+        self._conclude(verdict)
 
     def _spooled(self, arrival: int) -> None:
         """On the writer's thread: a picture was committed."""
@@ -342,14 +407,39 @@ class Service:
             address=asked.address,
             component=asked.component,
             picture_sha256=picture.picture_sha256,
-            versions=self._versions,
+            serving=self._serving,
             box=self._config.box.name,
             finished_at=datetime.now(UTC),
         )
         self._records.conclude(
-            verdict.request, verdict.outcome.value, body, topic, lambda answer: self._recorded(verdict, asked, answer)
+            verdict.request,
+            verdict.outcome.value,
+            body,
+            topic,
+            lambda answer: self._recorded(verdict, asked, answer),
+            keep=self._sort(verdict),
         )
         self._album.forget(verdict.request)
+
+    def _sort(self, verdict: Verdict) -> Sort | None:
+        """As what the picture is kept with its verdict. A dead letter is not: nobody shall open it by accident."""
+        match verdict.outcome:
+            case Outcome.FAIL:
+                return Sort.FAIL
+            case Outcome.ERROR if verdict.refusal is None or verdict.refusal.reason != suspects.POISON:
+                return Sort.DOUBTFUL
+            case Outcome.PASS if self._passed_by_little(verdict):
+                return Sort.DOUBTFUL
+        return None
+
+    def _passed_by_little(self, verdict: Verdict) -> bool:
+        bundles, little = self._installation.catalog.bundles, self._config.keep.margin
+        margins = (
+            heads.margin(bundles[step.expert].manifest.head, finding)
+            for step in verdict.steps
+            for finding in step.findings
+        )
+        return any(margin is not None and margin < little for margin in margins)
 
     def _recorded(self, verdict: Verdict, asked: _Open, answer: Conclusion) -> None:
         """On the writer's thread: the verdict stands, now it may be seen."""
@@ -384,7 +474,7 @@ class Service:
 
     def _status(self) -> str:
         unavailable = self._controller.unavailable
-        serving = f"serving {len(self._versions.keys() - unavailable.keys())} experts"
+        serving = f"serving {len(self._installation.compiled.keys() - unavailable.keys())} experts"
         broken = f", {len(unavailable)} unavailable" if unavailable else ""
         link = "" if self._door.state is DoorState.READY else f"; broker: {self._door.state} {self._door.detail}"
         disk = f"; the disk refuses to write: {self._records.trouble}" if self._records.trouble else ""
@@ -398,7 +488,7 @@ class Service:
                 "schema_version": 1,
                 "version": __version__,
                 "runtime": self._installation.store.key,
-                "experts": len(self._versions),
+                "experts": len(self._installation.compiled),
                 "unavailable": {name: r.reason for name, r in self._controller.unavailable.items()},
                 "weights_budget_bytes": self._controller.ledgers[CPU].device.budget_bytes,
                 "configured_weights_budget_bytes": int(config.memory.weights),
@@ -449,6 +539,8 @@ class Service:
             "waiting": len(self._open),
             "spooled": stored.spooled,
             "unpublished": stored.unpublished,
+            "suspects": sum(suspects.is_suspect(asked.spooled.attempts) for asked in self._open.values()),
+            "quarantine": self._dead_letters.numbers(),
             "resident": len(ledger.resident),
             "weights_bytes": self._engines.memory(CPU).mapped_bytes,
             "weights_peak_bytes": self._engines.memory(CPU).peak_bytes,
@@ -596,11 +688,7 @@ class Service:
 
     def _finish(self, event: Finished | RunFailed) -> None:
         """Publish what this batch completes, and begin nothing new."""
-        now = time.monotonic()
-        self._underway.ended(event)
-        if self._journal is not None:
-            self._journal.note(event, now)
-        for action in self._controller.handle(event, now):
+        for action in self._handled(event):
             if isinstance(action, Publish):
                 self._obey(action)
 

@@ -110,10 +110,14 @@ def spoil_weights(store: Path, expert: str) -> None:
 class Box:
     """The service of one box as a child process. With `broker` None it runs its own embedded broker.
 
-    `settings` are further lines of appliance.toml, such as `[memory]`. State survives `kill` and `start`.
+    `settings` are further lines of appliance.toml, such as `[memory]`; `program` is Python that prepares the process
+    before it serves. State survives `kill` and `start`.
     """
 
-    def __init__(self, folder: Path, catalog: Path, broker: AnyBroker | None = None, *, settings: str = "") -> None:
+    def __init__(
+        self, folder: Path, catalog: Path, broker: AnyBroker | None = None, *, settings: str = "", program: str = ""
+    ) -> None:
+        self._program = f"{program}\nfrom appliance.cli import main\nmain()"
         self.folder, self.port = folder, broker.port if broker else free_port()
         self.config, self.log = folder / "appliance.toml", folder / "service.log"
         folder.mkdir(parents=True, exist_ok=True)
@@ -131,7 +135,7 @@ class Box:
 
     def start(self, environment: Mapping[str, str] | None = None) -> None:
         """Start the service; returns at once."""
-        command = [sys.executable, "-m", "appliance.cli", "serve", "--config", str(self.config)]
+        command = [sys.executable, "-c", self._program, "serve", "--config", str(self.config)]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **(environment or {})}

@@ -97,6 +97,15 @@ def test_many_pictures_of_a_cold_expert_cause_one_load_and_go_in_batches() -> No
     assert [len(a.batch.requests) for a in report.actions if isinstance(a, Run)] == [4, 4, 2]
 
 
+def test_a_request_that_has_to_be_alone_shares_none_of_its_batches() -> None:
+    experts = _experts("a")
+    controller, devices = box(experts, inspection_graph(["a"]), 100)
+    requests = [replace(request(str(n), "c-a"), alone=n in (2, 3)) for n in range(6)]
+    report = simulate(controller, pretend(experts, devices, DOUBTFUL), requests)
+    batches = [a.batch.requests for a in report.actions if isinstance(a, Run)]
+    assert [batch for batch in batches if set(batch) & {"2", "3"}] == [("2",), ("3",)] * 2
+
+
 def test_a_doubtful_part_is_asked_again_and_keeps_its_place_in_the_verdict() -> None:
     experts = _experts("a")
     controller, devices = box(experts, inspection_graph(["a"]), 100)

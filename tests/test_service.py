@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from threading import Event
@@ -267,6 +268,73 @@ def test_sigterm_ends_cleanly_and_the_next_start_goes_on(tmp_path: Path, catalog
         camera.wait_confirmed(*ids)
         box.start()
         assert len(hear_verdicts(camera, 99)) >= 99
+
+
+DEADLY = b"this picture ends whoever decodes it"
+DEADLY_DECODER = f"""
+import os, signal
+from appliance.drivers import images
+decode = images.decode
+def deadly(payload, **limits):
+    if {DEADLY!r} in payload:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return decode(payload, **limits)
+images.decode = deadly
+"""
+
+
+@pytest.mark.parametrize(("executors", "pictures", "poison"), [(2, 100, {40}), (4, 24, {3, 5})])
+def test_a_picture_that_ends_the_process_becomes_a_dead_letter_and_the_line_goes_on(
+    tmp_path: Path, catalog: Path, executors: int, pictures: int, poison: set[int]
+) -> None:
+    """As when the decoder or a network crashes: the others get their verdicts, whoever was in work beside it too."""
+    settings = f"[executors]\ncpu = {executors}\n"
+    box = Box(tmp_path / "box", catalog, settings=settings, program=DEADLY_DECODER)
+    payloads = [picture(number) + (DEADLY if number in poison else b"") for number in range(pictures)]
+    with box, client.Camera("127.0.0.1", box.port, line="line1", resend_seconds=2.0) as camera:
+        answers: dict[str, client.Answer] = {}
+        camera.on_answer(lambda answer: answers.update({answer.request_id: answer}))
+        ids = [camera.publish(part=f"c-e{number % 4}", picture=content) for number, content in enumerate(payloads)]
+        crashes = _kept_alive(box, camera)
+    assert crashes <= 3 * len(poison)
+    for number, id in enumerate(ids):
+        body, kept = answers[id].body, box.folder / "state" / "quarantine" / f"{id}.picture"
+        if number in poison:
+            assert (body["outcome"], body["reason"]) == ("error", "poison")
+            assert kept.read_bytes() == payloads[number]
+        else:
+            assert body["outcome"] in ("pass", "fail")
+            assert not kept.exists()
+
+
+def _kept_alive(box: Box, camera: client.Camera) -> int:
+    """Start the service again whenever it ended, as systemd does, until the camera has its answers; how often."""
+    crashes, ends = 0, time.monotonic() + 120
+    while not camera.wait(0.1):
+        assert time.monotonic() < ends, box.log_text
+        if not box.is_running:
+            crashes += 1
+            box.start()
+    return crashes
+
+
+def test_a_clean_stop_counts_no_attempts(tmp_path: Path, nats: Nats) -> None:
+    catalog = write_catalog(tmp_path / "catalog", {"big": conv_net(width=3350)})
+    box = Box(tmp_path / "box", catalog, nats)
+    with box, Camera(nats.port, RESULT, name="publisher", clean=False) as camera:
+        for number in range(200):
+            camera.publish(INFER + "c-big", picture(number))
+        camera.hear()
+        assert box.stop() == 0
+        box.start()
+        until(lambda: box.log_text.count("mqtt state=ready") == 2)
+        assert box.stop() == 0
+    assert _suspects(box) == []
+
+
+def _suspects(box: Box) -> list[int]:
+    with closing(sqlite3.connect(box.folder / "state" / "records.db")) as db:
+        return [row[0] for row in db.execute("SELECT attempts FROM pictures WHERE attempts > 0")]
 
 
 @pytest.mark.mosquitto

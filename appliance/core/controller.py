@@ -435,7 +435,7 @@ class Controller:
             if refusal is not None:
                 self._conclude(progress.request.id, Outcome.ERROR, now, actions, refusal)
                 return
-            self._put(self._task(progress.request.id, expert, now), now)
+            self._put(self._task(progress.request.id, expert, now, alone=progress.request.alone), now)
             if self._policy.learns:
                 self._learn(progress.request, expert, now)
 

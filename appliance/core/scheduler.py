@@ -21,7 +21,7 @@ from appliance.core.types import Batch, Executor, Expert
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One request's question to one expert. `alone`: run it in a batch of its own, after a failed run.
+    """One request's question to one expert. `alone`: run it in a batch of its own, after a failed run or a crash.
 
     `barred` are devices that it has failed on for good. The seconds are those by which it is ranked: both are earlier
     by its line's head start.

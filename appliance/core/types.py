@@ -44,7 +44,10 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One picture's journey. `arrived_seconds` and `deadline_seconds` are monotonic; `line` and `product` say whose."""
+    """One picture's journey. `arrived_seconds` and `deadline_seconds` are monotonic; `line` and `product` say whose.
+
+    `alone`: it may be what ended a former process, and shares its batches with nobody.
+    """
 
     id: str
     component: str
@@ -52,6 +55,7 @@ class Request:
     deadline_seconds: float | None = None
     line: str = ""
     product: str = ""
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
