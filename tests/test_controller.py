@@ -619,6 +619,22 @@ def test_who_is_asked_more_than_was_declared_stays_and_another_leaves() -> None:
         assert [move.expert for move in report.actions if isinstance(move, Evict)] == [leaves]
 
 
+def test_whom_a_running_batch_may_lead_to_leaves_after_all_others() -> None:
+    """The detector is the least likely of all; but while `a` runs, which leads to it, `likely` makes room for `b`."""
+    experts = [
+        expert("a", 40, item=1.0),
+        expert("b", 40),
+        expert("detector", 40, probability=0.01),
+        expert("likely", 40, probability=0.9),
+    ]
+    graph = compile_graph({f"c-{e.name}": e.name for e in experts}, [Edge("a", "detector")], [e.name for e in experts])
+    asked = [request("1", "c-detector"), request("2", "c-likely", 1.0), request("3", "c-a", 2.0)]
+    for at, leaves in ((2.5, "likely"), (9.0, "detector")):
+        controller, devices = box(experts, graph, 120)
+        report = simulate(controller, pretend(experts, devices), [*asked, request("4", "c-b", at)])
+        assert [move.expert for move in report.actions if isinstance(move, Evict)][:1] == [leaves]
+
+
 def test_at_a_product_change_the_former_products_experts_leave_first() -> None:
     """`old` is asked for 2,000 pictures; after one picture of the other product it is worth less than whoever that
     will ask, although none of these was asked before."""

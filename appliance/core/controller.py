@@ -132,6 +132,7 @@ class Controller:
         self.progress: dict[str, Progress] = {}
         self._most_waiting, self._overflow = most_waiting, overflow
         self._untouched: OrderedDict[str, None] = OrderedDict()  # of `progress`, those for which no run has begun
+        self._led_to: Counter[str] = Counter()  # by how many batches in work
         self._claimed: set[tuple[str, str]] = set()
         self._failed_loads: Counter[tuple[str, str]] = Counter()
         self._ahead: set[tuple[str, str]] = set()  # loads in work that began ahead
@@ -541,6 +542,7 @@ class Controller:
                     self._release_claim(batch.device, batch.expert)
                 self._used_seconds[batch.device, batch.expert] = now
                 self._rank(ledger, batch.expert, now)
+                self._lead(batch, 1, now)
                 self.counts["runs"] += 1
                 for request in batch.requests:
                     self._untouched.pop(request, None)
@@ -752,7 +754,22 @@ class Controller:
         if expert in self.unavailable:
             return False, -inf
         due = self.scheduler.due_seconds(device, expert) if self._policy.spares_queued else None
-        return (False, self._policy.worth(self._resident(device, expert), now)) if due is None else (True, -due)
+        if due is not None:
+            return True, -due
+        return False, inf if self._led_to[expert] else self._policy.worth(self._resident(device, expert), now)
+
+    def _lead(self, batch: Batch, batches: int, now: float) -> None:
+        """So many more batches run that may lead to the experts behind this one's, or fewer: of those whom no queued
+        task needs, these leave last."""
+        if not self._policy.spares_queued:
+            return
+        for expert in (edge.to for edge in self._graph.edges.get(batch.expert, ())):
+            before = self._led_to[expert]
+            self._led_to[expert] += batches
+            if not before or not self._led_to[expert]:
+                for ledger in self.ledgers.values():
+                    if ledger.is_evictable(expert):
+                        self._rank(ledger, expert, now)
 
     def _resident(self, device: str, name: str) -> Resident:
         expert = self._experts[name]
@@ -770,6 +787,7 @@ class Controller:
         self._cancelled_runs.discard(batch.id)
         ledger = self.ledgers[batch.device]
         ledger.end_run(batch.expert, len(batch.requests), self._experts[batch.expert].max_batch)
+        self._lead(batch, -1, now)
         self._rank(ledger, batch.expert, now)
 
     def _release_claim(self, device: str, expert: str) -> None:
