@@ -183,9 +183,10 @@ class Controller:
         while self._mind_steps(now):  # a step took a batch, and is full no more
             begun += self._start_runs(now, actions)
         self._start_loads(now, actions)
-        if not self._policy.in_order:
+        if begun and not self._policy.in_order:
             self._load_ahead(begun, now, actions)
-        self._preload(now, actions)
+        if self._coming:
+            self._preload(now, actions)
         return actions
 
     def room(self, wanted: int) -> int:
@@ -201,7 +202,9 @@ class Controller:
         """
         times = [self._deadlines[0][0]] if self._deadlines else []
         for name, ledger in self.ledgers.items():
-            times += [at for at in (ledger.recovers_at, self._thrash[name].ends_at) if at is not None]
+            for at in (ledger.recovers_at, self._thrash[name].ends_at):
+                if at is not None:
+                    times.append(at)
             if self._policy.spares_queued and ledger.loading_count < ledger.device.load_slots:
                 turn = self.scheduler.next_turn_seconds(name, min(now, self._decided_seconds))
                 if turn is not None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from math import inf
+from typing import NamedTuple
 
 from appliance.core.memory import Ledger
 from appliance.core.policies import APPLIANCE, ROOM_PATIENCE_SECONDS, SECOND_COPY, Offer, Policy
@@ -19,8 +20,7 @@ from appliance.core.steps import Steps
 from appliance.core.types import Batch, Executor, Expert
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
+class Task(NamedTuple):
     """One request's question to one expert. `alone`: run it in a batch of its own, after a failed run or a crash.
 
     `barred` are devices that it has failed on for good. The seconds are those by which it is ranked: both are earlier
