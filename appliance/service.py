@@ -69,6 +69,8 @@ log = logging.getLogger(__name__)
 TURN_SECONDS = 0.5  # the loop turns at least this often: a watchdog that is fed less often than it turns is honest
 STATS_SECONDS = 1.0
 TRIM_SECONDS = 10.0
+SPARE_SECONDS = 60.0
+"""Memory that experts gave back and nobody has taken for so long goes back to the machine."""
 DRAIN_SECONDS = 10.0
 LONGEST_WAIT_SECONDS = 3600.0
 RECENT_MOVES = 64
@@ -225,7 +227,7 @@ class Service:
     def _engine(self, device: Device, installation: Installation) -> Engine:
         """Raises DeviceError or OutOfMemory when a GPU does not do what it says."""
         if device.name == CPU:
-            memory = Weights(installation.store.segment_path)
+            memory = Weights(installation.store.segment_path, budget_bytes=device.budget_bytes)
             return Engine.on(device, installation.compiled, memory, runtime.CpuPlace(), self._inbox.tell)
         gpus, host_bytes = installation.gpus, int(installation.config.memory.gpu_host_tier)
         assert gpus.store is not None
@@ -592,6 +594,8 @@ class Service:
     def _look_at_memory(self) -> None:
         """Compare what is booked with what is there, and say when the two part, or when a device refused memory."""
         now = time.monotonic()
+        for device in self._controller.ledgers:
+            self._engines.memory(device).trim(idle_seconds=SPARE_SECONDS)
         wrong = self._drift.look(self._balances(), now)
         if self._drift.of(PROCESS) > 0 and now >= self._next_trim:
             self._next_trim = now + TRIM_SECONDS
@@ -627,7 +631,7 @@ class Service:
             self._footprints[CPU],
             passing,
             at_start_bytes=self._memory.at_start_bytes,
-            kept_bytes=int(self._config.memory.activations),
+            kept_bytes=int(self._config.memory.activations) + self._engines.memory(CPU).spare_bytes,
             measured_bytes=self._memory.now_bytes,
             gpus=len(self._installation.gpus.used),
         )

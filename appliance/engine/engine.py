@@ -9,14 +9,28 @@ from pathlib import Path
 from typing import assert_never
 
 from appliance.catalog import Bundle
-from appliance.core.types import CancelLoad, CancelRun, Device, Event, Evict, Executor, HurryLoad, Load, Run
+from appliance.core.types import (
+    Batch,
+    CancelLoad,
+    CancelRun,
+    Device,
+    Event,
+    Evict,
+    Executor,
+    Finished,
+    HurryLoad,
+    Load,
+    Run,
+)
 from appliance.drivers.images import Views
 from appliance.engine import cuda
+from appliance.engine.cancellation import Cancellation
 from appliance.engine.device_weights import DeviceWeights
 from appliance.engine.executors import Executors, Inspection, LoaderLane
 from appliance.engine.place import Place, SegmentMemory
 from appliance.engine.residents import Residents
 from appliance.engine.sessions import Sessions
+from appliance.errors import OutOfMemory
 from appliance.store.store import Compiled
 
 Order = Load | CancelLoad | HurryLoad | Evict | Run | CancelRun
@@ -78,12 +92,12 @@ class Engines:
         batch_cap: int | None = None,
     ) -> None:
         self._engines = engines
-        work = {
+        self._inspections = {
             name: Inspection(engine.device, engine.sessions, bundles, look, batch_cap=batch_cap)
             for name, engine in engines.items()
         }
         names = {executor.name: executor.device for executor in executors}
-        self._executors = Executors(names, lambda batch, given_up: work[batch.device](batch, given_up), report)
+        self._executors = Executors(names, self._inspected, report)
 
     def memory(self, device: str) -> SegmentMemory:
         return self._engines[device].memory
@@ -105,6 +119,13 @@ class Engines:
                 self._executors.cancel(batch.id)
             case _:
                 assert_never(order)
+
+    def _inspected(self, batch: Batch, cancellation: Cancellation) -> Finished:
+        try:
+            return self._inspections[batch.device](batch, cancellation)
+        except OutOfMemory:
+            self.memory(batch.device).trim()  # for when it is tried once more
+            raise
 
     def stop(self) -> None:
         """Give up what runs and loads; returns when nobody does any more."""

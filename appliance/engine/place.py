@@ -25,6 +25,15 @@ class SegmentMemory(Protocol):
     def peak_bytes(self) -> int: ...
 
     @property
+    def spare_bytes(self) -> int:
+        """Memory kept for segments that come, beside what those that are here take."""
+        ...
+
+    def trim(self, *, idle_seconds: float = 0.0) -> None:
+        """Give back what is spare since so many seconds."""
+        ...
+
+    @property
     def hits(self) -> Mapping[str, int]:
         """Segments asked for so far, by the tier where they were found: the nearest first, the disk last."""
         ...

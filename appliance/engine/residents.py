@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from appliance.core.types import Evict, Load, Segment
+from appliance.core.types import Evict, Load, Rule, Segment
 from appliance.engine.cancellation import Cancellation
 from appliance.engine.place import SegmentMemory
 from appliance.engine.sessions import Sessions
+from appliance.errors import OutOfMemory
 from appliance.store.store import Compiled
 
 
@@ -47,7 +48,11 @@ class Residents:
                 cancellation.check(doing)
                 self._weights.load([segment], ahead=coming.is_ahead)
         cancellation.check(doing)
-        self._sessions.activate(compiled)
+        try:
+            self._sessions.activate(compiled)
+        except OutOfMemory:
+            self._weights.trim()
+            raise
         with self._lock:
             self._active.add(load.expert)
 
@@ -69,6 +74,8 @@ class Residents:
         if is_active:
             self._sessions.drop(eviction.expert)
         self._weights.drop([segment for segment in eviction.segments if self._weights.is_mapped(segment)])
+        if eviction.rule is Rule.WITHHELD:  # the device shall have it
+            self._weights.trim()
 
     @contextmanager
     def _announced(self, coming: _Coming) -> Iterator[None]:

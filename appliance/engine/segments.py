@@ -59,6 +59,14 @@ class SegmentTable(ABC, Generic[Room]):
         return self._peak_bytes
 
     @property
+    def spare_bytes(self) -> int:
+        """Beside that, kept for segments that come."""
+        return 0
+
+    def trim(self, *, idle_seconds: float = 0.0) -> None:
+        """Give back what is spare since so many seconds."""
+
+    @property
     def hits(self) -> Mapping[str, int]:
         """Segments asked for and had so far, by where they were; what another thread was bringing was at hand."""
         with self._lock:

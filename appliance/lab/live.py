@@ -145,7 +145,10 @@ class _Served:
         self._box, self._trace, self._album = box, trace, album(pictures)
         self._events: Queue[Event] = Queue()
         self._engines = {
-            d.name: Engine.on(d, box.compiled, Weights(made.segment_path), CpuPlace(), self._told) for d in box.devices
+            d.name: Engine.on(
+                d, box.compiled, Weights(made.segment_path, budget_bytes=d.budget_bytes), CpuPlace(), self._told
+            )
+            for d in box.devices
         }
         self._all = Engines(self._engines, box.executors, made.bundles, self._album.look, self._told)
         self.stays, self.loads, self.verdicts = Stays(), 0, list[Verdict]()
