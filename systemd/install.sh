@@ -129,7 +129,7 @@ install_service() {
     else
         place "$here/appliance.toml" "$etc/appliance.toml"
     fi
-    for file in mosquitto.conf mosquitto.acl; do
+    for file in mosquitto.conf mosquitto.acl credentials.conf; do
         place "$here/$file" "$home/broker/$file"
     done
     for file in "$project"/docs/*.md; do

@@ -13,6 +13,7 @@ import logging
 import random
 import selectors
 import socket
+import ssl
 import threading
 import time
 from collections import Counter, deque
@@ -23,16 +24,17 @@ from enum import StrEnum
 from types import TracebackType
 from typing import Literal, ParamSpec
 
-from paho.mqtt.client import Client, ConnectFlags, DisconnectFlags, MQTTMessage, error_string
+from paho.mqtt.client import MQTT_LOG_ERR, Client, ConnectFlags, DisconnectFlags, MQTTMessage, error_string
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
+from appliance import tls
 from appliance.config import Config
 from appliance.contract import USER_PROPERTIES, Message, check_publishable, status_topic
-from appliance.errors import MessageError
+from appliance.errors import CertificateError, MessageError
 
 P = ParamSpec("P")
 log = logging.getLogger(__name__)
@@ -115,11 +117,13 @@ class Door:
         returned: Callable[[int, str], None],
         state_changed: Callable[[DoorState], None],
     ) -> None:
-        """Raises ConfigError when the password file cannot be read."""
+        """Raises ConfigError when the password file cannot be read, CertificateError for the files of TLS."""
         self._config = config
         self._deliver, self._published, self._returned = deliver, published, returned
         self._state_changed = state_changed
         self._password = config.password()
+        if config.mqtt.certificates is not None:
+            config.mqtt.certificates.context()  # said at the start; later a file that is being replaced is waited for
         self._lock = threading.Lock()  # never held while paho or a callback runs: either would deadlock
         self._orders: deque[_Acknowledge | _Publish] = deque()
         self._is_open = False
@@ -274,6 +278,10 @@ class Door:
         try:
             link.connect(self._password.get_secret_value() if self._password else None)
             self._converse(link)
+        except CertificateError as error:
+            link.why = str(error)
+        except (ssl.SSLError, ConnectionResetError) as error:
+            link.why = str(tls.explained(error, self._config.mqtt.host))
         except OSError as error:
             link.why = link.why or f"{error.strerror or error}"
         except Exception as error:  # the link must outlive any fault of ours or of paho's
@@ -294,11 +302,12 @@ class Door:
                 if wanted != watching:
                     (selector.modify if watching else selector.register)(connection, wanted)
                     watching = wanted
-                ready = {key.fileobj: events for key, events in selector.select(0.5)}
+                has_read_ahead = _has_read_ahead(connection)
+                ready = {key.fileobj: events for key, events in selector.select(0.0 if has_read_ahead else 0.5)}
                 if self._woken in ready:
                     self._drain_wakes()
                 self._obey(link)
-                link.turn(ready.get(connection, 0))
+                link.turn(ready.get(connection, 0) | (selectors.EVENT_READ if has_read_ahead else 0))
                 if self._is_time_to_leave() or link.is_detour_over:
                     return link.leave()
 
@@ -479,11 +488,14 @@ class _Link:
         self.client.on_message = self._on_message
         self.client.on_publish = self._on_publish
         self.client.on_disconnect = self._on_disconnect
+        self.client.on_log = self._on_log
         self.client.will_set(status_topic(config), b"offline", qos=1, retain=True)
 
     def connect(self, password: str | None) -> None:
-        """Open the socket and send CONNECT. Raises OSError."""
+        """Open the socket and send CONNECT. Raises OSError, and CertificateError for the files of TLS."""
         mqtt = self._config.mqtt
+        if mqtt.certificates is not None:
+            self.client.tls_set_context(mqtt.certificates.context())
         if mqtt.username is not None:
             self.client.username_pw_set(mqtt.username, password)
         if not self._is_v5:
@@ -632,6 +644,11 @@ class _Link:
             self._is_taken_over = reason.value == TAKEN_OVER
             self.why = f"broker: {reason}"
 
+    def _on_log(self, client: Client, userdata: object, level: int, text: str) -> None:
+        """What a broker has against our certificate comes after a handshake that passed, and paho logs it only."""
+        if level == MQTT_LOG_ERR and not self._is_accepted and (refused := tls.refused(text, client.socket())):
+            self.why = str(refused)
+
 
 def _properties(packet_type: int) -> Properties:
     return Properties(packet_type)  # type: ignore[no-untyped-call]
@@ -663,6 +680,11 @@ def _hear_out(client: Client, userdata: object, connection: object) -> None:
             connection.settimeout(left)
             if not connection.recv(65_536):
                 return
+
+
+def _has_read_ahead(connection: socket.socket) -> bool:
+    """TLS reads whole records: what it holds of them already no selector tells."""
+    return isinstance(connection, ssl.SSLSocket) and connection.pending() > 0
 
 
 def _no_delay(client: Client, userdata: object, connection: object) -> None:
