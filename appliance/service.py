@@ -21,9 +21,10 @@ from typing import Any
 from appliance import __version__, contract
 from appliance import config as settings
 from appliance.config import Config
-from appliance.contract import Address
+from appliance.contract import Address, Message
 from appliance.core.drift import Balance
 from appliance.core.types import (
+    Acknowledge,
     Action,
     Arrived,
     Device,
@@ -44,6 +45,7 @@ from appliance.drivers import devices, runtime, systemd
 from appliance.drivers.alarms import Alarm, Alarms
 from appliance.drivers.album import Album, Subject
 from appliance.drivers.broker import Broker
+from appliance.drivers.commands import Commands
 from appliance.drivers.inbox import Inbox
 from appliance.drivers.intake import Intake, component_of
 from appliance.drivers.journal import Journal, Opening
@@ -136,6 +138,7 @@ class Service:
         self._fed_through = 0
         self._more_spooled = True
         self._has_drained = False
+        self._drain_wanted = threading.Event()
         self._underway = Underway()
         self._moves: deque[dict[str, object]] = deque(maxlen=RECENT_MOVES)
         self._outcomes: Counter[str] = Counter()
@@ -181,9 +184,10 @@ class Service:
             acknowledge=lambda message: self._door.acknowledge(message),
             spooled=self._spooled,
         )
+        self._commands = Commands(config, tell=self._inbox.tell, drain=self._drain_wanted.set, note=self._outbox.note)
         self._door = Door(
             config,
-            deliver=self._intake.deliver,
+            deliver=self._deliver,
             published=self._outbox.published,
             returned=self._outbox.returned,
             state_changed=self._link_changed,
@@ -200,7 +204,10 @@ class Service:
         return Engine.on_gpu(device, gpus.compiled, gpus.store.segment_path, self._inbox.tell, host_bytes=host_bytes)
 
     def run(self, stop: threading.Event) -> None:
-        """Serve until `stop`, then finish what runs. Raises ApplianceError when going on would lose something."""
+        """Serve until `stop` or the command `drain`, then finish what runs.
+
+        Raises ApplianceError when going on would lose something.
+        """
         self._intake.start()
         self._door.start()
         gc.collect()
@@ -214,7 +221,7 @@ class Service:
         self._decide(Tick())  # whoever is loaded before anybody asks
         self._say.status(self._status())
         log.info("serving experts=%d unavailable=%d", len(self._versions), len(self._installation.unavailable))
-        while not stop.is_set():
+        while not (stop.is_set() or self._drain_wanted.is_set()):
             self._turn()
             self._check_health()
         self._drain()
@@ -274,6 +281,8 @@ class Service:
                 self._conclude(verdict)
             case Quarantine():
                 self._alarm_of_experts()
+            case Acknowledge(command, refusal):
+                self._commands.acknowledge(command, refusal)
             case _:
                 self._note(action)
                 self._underway.begun(action, time.monotonic())
@@ -310,6 +319,11 @@ class Service:
         self._open[picture.id] = _Open(spooled, address, component)
         deadline = None if picture.deadline_seconds is None else arrived + picture.deadline_seconds
         self._decide(Arrived(Request(picture.id, component, arrived, deadline, picture.line, picture.product)))
+
+    def _deliver(self, message: Message) -> None:
+        """On the network thread."""
+        room = self._commands if contract.is_command(message.topic, self._config) else self._intake
+        room.deliver(message)
 
     def _spooled(self, arrival: int) -> None:
         """On the writer's thread: a picture was committed."""
@@ -418,6 +432,7 @@ class Service:
         cache = {
             "schema_version": 1,
             "resident": list(self._controller.ledgers[CPU].resident),
+            "pinned": sorted(self._controller.ledgers[CPU].pinned),
             "moves": list(self._moves),
         }
         self._tell("stats", self._stats())
@@ -560,6 +575,7 @@ class Service:
     def _drain(self) -> None:
         """Finish what runs; what waits stays in the spool for the next start."""
         self._say.stopping()
+        self._commands.stop()
         self._outbox.note(Note(contract.status_topic(self._config), b"draining", retain=True))
         ends = time.monotonic() + DRAIN_SECONDS
         while self._underway.has_runs and time.monotonic() < ends:

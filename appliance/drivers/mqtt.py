@@ -33,7 +33,7 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from appliance import tls
 from appliance.config import Config
-from appliance.contract import USER_PROPERTIES, Message, check_publishable, status_topic
+from appliance.contract import USER_PROPERTIES, Message, check_publishable, command_topic, status_topic
 from appliance.errors import CertificateError, MessageError
 
 P = ParamSpec("P")
@@ -74,12 +74,14 @@ def filters(config: Config) -> list[tuple[str, Literal[0, 1]]]:
     """What the box subscribes to, with the QoS that it asks for.
 
     Pictures come at QoS 1 on exactly four levels. Any other depth is a mistake that deserves an answer; these come at
-    QoS 0, best effort, so that mistakes are never queued for an absent box and take nothing of its window.
+    QoS 0, best effort, so that mistakes are never queued for an absent box and take nothing of its window. So do
+    commands: one that has waited for the box to come back is not what its operator meant.
     """
     wrong_depths = ((), ("+",), ("+", "+"), ("+", "+", "+"), ("+", "+", "+", "+", "+", "#"))
     return [
         (config.topic("infer", "+", "+", "+", "+"), 1),
         *((config.topic("infer", *levels), 0) for levels in wrong_depths),
+        (command_topic(config, "+"), 0),
     ]
 
 
@@ -599,13 +601,13 @@ class _Link:
         reasons: Sequence[ReasonCode],
         properties: Properties | None,
     ) -> None:
-        pictures, *mistakes = reasons
-        if pictures.value != 1:
-            self.why = f"broker refuses our subscription: {pictures}"
+        if reasons[0].value != 1:
+            self.why = f"broker refuses our subscription: {reasons[0]}"
             client.disconnect()
             return
-        if any(reason.is_failure for reason in mistakes):
-            log.warning("mqtt pictures on topics of a wrong depth stay unanswered: broker refuses that subscription")
+        for (topic, _), reason in zip(filters(self._config), reasons, strict=False):
+            if reason.is_failure:
+                log.warning("mqtt unheard topic=%s: broker refuses the subscription", topic)
         self._ready_since = time.monotonic()
         self._door._ready()
 

@@ -37,6 +37,7 @@ class Note:
     topic: str
     payload: bytes
     retain: bool = False
+    correlation: bytes | None = None
 
 
 class Outbox:
@@ -234,7 +235,7 @@ class Outbox:
     def _publish_note(self, note: Note) -> bool:
         assert self._door is not None
         try:
-            return self._door.publish(note.topic, note.payload, retain=note.retain)
+            return self._door.publish(note.topic, note.payload, retain=note.retain, correlation=note.correlation)
         except MessageError as error:
             log.error("outbox unpublishable topic=%s why=%s", note.topic, error)
             return True
