@@ -25,8 +25,8 @@ from appliance import config, contract
 from appliance.client import Answer, Camera
 from appliance.config import Config
 from appliance.contract import Address, Message
-from appliance.drivers import mqtt
 from appliance.drivers.broker import answers, free_port
+from appliance.drivers.link import client_id
 from appliance.drivers.mqtt import Door, DoorState
 from appliance.tls import Certificates
 from tests.conftest import program
@@ -115,7 +115,7 @@ def test_nobody_can_take_the_client_id_of_the_box(site: Site) -> None:
     with _listening(site, "box1", "coe/v1/plant/#") as box:
         for thief in ("line1", "line2", "operator"):
             _says(site, thief, "coe/v1/plant/box/box1/status", client_id="box1")
-            _says(site, thief, "coe/v1/plant/box/box1/status", client_id=mqtt.client_id(Config()))
+            _says(site, thief, "coe/v1/plant/box/box1/status", client_id=client_id(Config()))
         _says(site, "line1", "coe/v1/plant/infer/line1/-/-/resistor-0603", client_id="box1")
         assert box.heard.wait(WAIT_SECONDS)
         assert not box.lost.is_set()

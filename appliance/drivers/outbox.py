@@ -15,7 +15,8 @@ from datetime import UTC, datetime
 
 from appliance import contract
 from appliance.config import Config
-from appliance.drivers.mqtt import LOST, Door
+from appliance.drivers.link import LOST
+from appliance.drivers.mqtt import Door
 from appliance.drivers.records import Publication, Records
 from appliance.errors import MessageError
 
