@@ -106,4 +106,8 @@ def test_a_service_that_stops_says_so_to_who_waits() -> None:
     office = Office()
     office.hear("load", b'{"expert": "a"}')
     office.commands.stop()
-    assert [body["reason"] for _, body in office.said()] == ["stopping"]
+    office.hear("evict", b'{"expert": "a"}')
+    assert [(topic, body["reason"]) for topic, body in office.said()] == [
+        ("load/ack", "stopping"),
+        ("evict/ack", "stopping"),
+    ]

@@ -773,12 +773,16 @@ class Sparing(Noting):
                 assert action.rule is (Rule.LEAST_WORTH if needed is None else Rule.OVERDUE)
 
 
-class Commanding(Noting):
-    """Somebody commands something after every event."""
+WISHES = st.lists(st.tuples(st.sampled_from(Verb), st.integers(0, 9)), max_size=40)
+"""Commands, each about one of at most ten experts."""
 
-    def __init__(self, controller: Controller, commands: Sequence[Command]) -> None:
+
+class Commanding(Noting):
+    """Somebody commands something after every event, as long as there are wishes."""
+
+    def __init__(self, controller: Controller, experts: Sequence[Expert], wishes: Sequence[tuple[Verb, int]]) -> None:
         super().__init__(controller)
-        self.left = list(commands)
+        self.left = [Command(n, verb, experts[e % len(experts)].name) for n, (verb, e) in enumerate(wishes)]
 
     def handle(self, event: Event, now: float) -> list[Action]:
         actions = super().handle(event, now)
@@ -786,21 +790,20 @@ class Commanding(Noting):
 
 
 @EVERY
-@given(workload=workloads(), wanted=st.lists(st.tuples(st.sampled_from(Verb), st.integers(0, 9)), max_size=40))
+@given(workload=workloads(), wishes=WISHES)
 def test_commands_cost_nobody_a_verdict_and_each_is_acknowledged_once(
     policy: Policy,
     workload: tuple[list[Expert], list[Request], int, int, int, dict[str, int]],
-    wanted: list[tuple[Verb, int]],
+    wishes: list[tuple[Verb, int]],
 ) -> None:
     experts, requests, budget, executors, slots, _ = workload
     graph = inspection_graph([e.name for e in experts if e.name != "detector"])
-    commands = [Command(n, verb, experts[e % len(experts)].name) for n, (verb, e) in enumerate(wanted)]
     controller, devices = box(experts, graph, budget, executors, slots, policy=policy)
-    noted = Commanding(controller, commands)
+    noted = Commanding(controller, experts, wishes)
     report = simulate(noted, pretend(experts, devices, DOUBTFUL), requests)  # type: ignore[arg-type]
     assert sorted(v.request for v in report.verdicts) == sorted(r.id for r in requests)
     answered = [action.command for action in report.actions if isinstance(action, Acknowledge)]
-    assert sorted(answered) == [c.number for c in commands[: len(commands) - len(noted.left)]]
+    assert sorted(answered) == list(range(len(wishes) - len(noted.left)))
     fresh, devices = box(experts, graph, budget, executors, slots, policy=policy)
     assert replay(fresh, pretend(experts, devices, DOUBTFUL), noted.events).actions == report.actions
 
@@ -881,6 +884,20 @@ def test_a_pin_that_would_shut_somebody_out_is_refused_with_numbers() -> None:
     assert Acknowledge(1, None) in controller.handle(Command(1, Verb.PIN, "a"), 0.0)
     refusal = _refusals(controller.handle(Command(2, Verb.PIN, "b"), 0.1))[2]
     assert refusal == Refusal("no-room", "c and all that are pinned would need 30 of 25 bytes on cpu")
+
+
+def test_with_two_devices_a_pin_goes_to_the_first_that_has_room_and_an_eviction_is_for_all_or_none() -> None:
+    devices = (Device("gpu", 15), Device("cpu", 40))
+    experts = {name: expert(name, on=("gpu", "cpu")) for name in "ab"}
+    executors = (Executor("gpu-0", "gpu"), Executor("cpu-0", "cpu"))
+    graph = compile_graph({"c-a": "a", "c-b": "b"}, [], ["a", "b"])
+    controller = Controller(graph, experts, devices, executors, residents=[("gpu", "a"), ("cpu", "a")])
+    run = _run(controller.handle(Arrived(request("r", "c-a")), 0.0)).batch
+    assert _refusals(controller.handle(Command(1, Verb.EVICT, "a"), 0.1))[1].reason == "in-use"
+    assert all(ledger.is_ready("a") for ledger in controller.ledgers.values())
+    controller.handle(Finished(run, ((SOUND,),), 0.1), 0.2)
+    assert Acknowledge(2, None) in controller.handle(Command(2, Verb.PIN, "a"), 0.3)
+    assert [name for name, ledger in controller.ledgers.items() if "a" in ledger.pinned] == ["cpu"]
 
 
 def test_a_command_for_nobody_is_refused() -> None:

@@ -124,6 +124,11 @@ def test_a_listener_without_tls_is_recognised(site: Site) -> None:
         assert "is this the port of its TLS listener?" in _failure(door)
 
 
+def test_a_tls_listener_that_hangs_up_on_plain_text_is_suspected(site: Site) -> None:
+    with trying(config_for(Listening(site.ports["good"]))) as door:
+        assert "does this port want TLS, mqtt.ca_file?" in _failure(door)
+
+
 def test_each_refusal_is_logged_once_and_followed_by_a_pause(site: Site, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING), trying(_config(site, port=site.ports["expired"])) as door:
         until(lambda: door.generation >= 4)

@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 WAITING_COMMANDS = 64
 """Not acknowledged yet: loads that go on. More at once is no operator."""
 
+STOPPING = Refusal("stopping", "the box stops")
+
 
 class Commands:
     """Every command gets one acknowledgement, also to its response topic if it names one.
@@ -42,6 +44,7 @@ class Commands:
         self._lock = threading.Lock()  # guards all that follows; never held while others are called
         self._waiting: dict[int, Wish] = {}
         self._last = 0
+        self._is_stopping = False
 
     def deliver(self, message: Message) -> None:
         """On the network thread."""
@@ -66,27 +69,30 @@ class Commands:
             self._answer(wish, refusal)
 
     def stop(self) -> None:
-        """The service ends: what goes on is not waited for."""
+        """The service ends: what goes on is not waited for, and nothing more is begun."""
         with self._lock:
+            self._is_stopping = True
             waiting, self._waiting = self._waiting, {}
         for wish in waiting.values():
-            self._answer(wish, Refusal("stopping", "the box stops"))
+            self._answer(wish, STOPPING)
 
     def _begin(self, wish: Wish) -> None:
         if wish.expert is None or not isinstance(wish.verb, Verb):  # it is DRAIN
             self._answer(wish, None)
             self._drain()
             return
-        number = self._admitted(wish)
-        if number is None:
-            self._answer(wish, Refusal("busy", f"{WAITING_COMMANDS} commands are being obeyed"))
+        admitted = self._admitted(wish)
+        if isinstance(admitted, Refusal):
+            self._answer(wish, admitted)
         else:
-            self._tell(Command(number, wish.verb, wish.expert))
+            self._tell(Command(admitted, wish.verb, wish.expert))
 
-    def _admitted(self, wish: Wish) -> int | None:
+    def _admitted(self, wish: Wish) -> int | Refusal:
         with self._lock:
+            if self._is_stopping:
+                return STOPPING
             if len(self._waiting) >= WAITING_COMMANDS:
-                return None
+                return Refusal("busy", f"{WAITING_COMMANDS} commands are being obeyed")
             self._last += 1
             self._waiting[self._last] = wish
             return self._last

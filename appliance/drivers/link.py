@@ -36,6 +36,7 @@ NEVER_EXPIRES = 0xFFFFFFFF
 """A finite session expiry ends with a jump of the broker's clock, and with it the queued pictures."""
 
 TAKEN_OVER = 0x8E
+NOTHING_SAID = (MQTTErrorCode.MQTT_ERR_SUCCESS, MQTTErrorCode.MQTT_ERR_NO_CONN, MQTTErrorCode.MQTT_ERR_CONN_LOST)
 LOST = "connection-lost"
 """Why a publication came back when the broker had no chance to say anything: publish it again."""
 
@@ -209,7 +210,7 @@ class Link:
 
     def farewell(self) -> Farewell:
         return Farewell(
-            self.why or "connection lost",
+            self.why or self._silence(),
             self._is_version_refused,
             self._is_taken_over,
             self._is_garbled,
@@ -217,13 +218,19 @@ class Link:
             self._ready_seconds(),
         )
 
+    def _silence(self) -> str:
+        """What to make of an end without a word: a TLS listener hangs up on who begins in plain text."""
+        is_plain = self._config.mqtt.certificates is None
+        hint = " (does this port want TLS, mqtt.ca_file?)" if is_plain and not self._is_accepted else ""
+        return f"connection lost{hint}"
+
     def _ready_seconds(self) -> float:
         return 0.0 if self._ready_since is None else time.monotonic() - self._ready_since
 
     def _note(self, code: MQTTErrorCode) -> None:
         if self._is_accepted and code is MQTTErrorCode.MQTT_ERR_PROTOCOL:
             self._is_garbled = True
-        if code not in (MQTTErrorCode.MQTT_ERR_SUCCESS, MQTTErrorCode.MQTT_ERR_NO_CONN):
+        if code not in NOTHING_SAID:
             self.why = self.why or error_string(code)
 
     # What paho calls, on the link's thread.
