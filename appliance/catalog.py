@@ -19,7 +19,7 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from appliance.core.graph import Condition, Edge, ExpertGraph, compile_graph
+from appliance.core.graph import Condition, Edge, ExpertGraph, Table, compile_graph
 from appliance.errors import CatalogError, DigestMismatch, GraphError
 
 MAX_MANIFEST_BYTES = 4 << 20  # a recipe of 10,000 placements has 1.2 MB
@@ -159,6 +159,12 @@ class EdgeSpec(Manifest):
     when: tuple[ConditionSpec, ...] = Field((), description="Taken when any of these holds; always when empty.")
 
 
+class TableSpec(Manifest):
+    from_: Annotated[Name, Field(alias="from")]
+    to: Annotated[Mapping[Label, Name], Field(min_length=1, description="By the label that was found.")]
+    score_at_least: Share = 0.0
+
+
 class GraphManifest(Manifest):
     """graph.toml: which expert a component asks first, and who is asked next."""
 
@@ -166,8 +172,12 @@ class GraphManifest(Manifest):
     name: Name
     components: Mapping[TopicLevel, Name]
     edges: tuple[EdgeSpec, ...] = ()
+    tables: tuple[TableSpec, ...] = ()
     usage: Mapping[TopicLevel, Annotated[float, Field(ge=0)]] = Field(
         default_factory=dict, description="Relative frequency of components, such as their count on a board."
+    )
+    limits: Mapping[Name, Annotated[int, Field(ge=1)]] = Field(
+        default_factory=dict, description="How many pictures may wait for an expert before those who lead to it pause."
     )
     versions: Mapping[Name, int] = Field(default_factory=dict, description="Pins an expert to a version.")
 
@@ -256,7 +266,8 @@ def load(folder: Path) -> Catalog:
     found = {name: versions for name, versions in _expert_versions(folder).items() if versions}
     bundles, broken = _bundles(folder, found, manifest.versions)
     names = tuple(found)
-    graph = compile_graph(manifest.components, _edges(manifest, names), names)
+    tables, limits = _tables(manifest), manifest.limits
+    graph = compile_graph(manifest.components, _edges(manifest, names), names, tables, limits)
     products = _products(folder / "products", graph)
     for component in manifest.usage.keys() - manifest.components.keys():
         raise GraphError(f"[usage] names the unknown component {component}", "correct it, or add it to [components]")
@@ -356,6 +367,10 @@ def _edges(manifest: GraphManifest, experts: tuple[str, ...]) -> list[Edge]:
         conditions = tuple(Condition(c.label, c.not_label, c.score_at_least, c.score_below) for c in spec.when)
         edges += [Edge(source, spec.to, conditions) for source in sources]
     return edges
+
+
+def _tables(manifest: GraphManifest) -> list[Table]:
+    return [Table(spec.from_, dict(spec.to), spec.score_at_least) for spec in manifest.tables]
 
 
 def _products(folder: Path, graph: ExpertGraph) -> dict[str, Product]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import sys
+from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,11 +32,30 @@ bench = typer.Typer(
 )
 app.add_typer(bench, name="bench")
 
+records = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="Look up what the box decided: by line, product, board, part, outcome, reason, time or a request's id.\n\n"
+    "Reads the state directory of the settings, beside the running service or without it.",
+)
+app.add_typer(records, name="records")
+
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="The box's settings; see docs/configuration.md.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines instead of text.")]
 BenchFolder = Annotated[
     Path, typer.Option(help="Where experts and store lie meanwhile: on the disk that is to be measured.")
 ]
+LineName = Annotated[str | None, typer.Option("--line", help="Only of this line.")]
+ProductName = Annotated[str | None, typer.Option("--product", help="Only of this product.")]
+BoardName = Annotated[str | None, typer.Option("--board", help="Only of the board with this serial number.")]
+PartName = Annotated[str | None, typer.Option("--part", help="Only of this designator, or component type.")]
+OutcomeName = Annotated[str | None, typer.Option("--outcome", help="pass, fail, error, late or rejected.")]
+ReasonName = Annotated[str | None, typer.Option("--reason", help="Such as picture-damaged or poison.")]
+Since = Annotated[
+    str | None,
+    typer.Option("--since", help="Recorded since then: 2026-01-31 or 2026-01-31T08:15, here; or with a zone."),
+]
+Until = Annotated[str | None, typer.Option("--until", help="Recorded before then.")]
 DEFAULT_CONFIG = Path("/etc/appliance/appliance.toml")
 
 
@@ -237,6 +258,98 @@ def demo(
     raise typer.Exit(0 if not found["broken"] else 1)
 
 
+@records.command(name="list")
+def list_records(
+    line: LineName = None,
+    product: ProductName = None,
+    board: BoardName = None,
+    part: PartName = None,
+    outcome: OutcomeName = None,
+    reason: ReasonName = None,
+    since: Since = None,
+    until: Until = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 20,
+    config: ConfigFile = DEFAULT_CONFIG,
+    as_json: AsJson = False,
+) -> None:
+    """Show the newest verdicts.
+
+    appliance records list --outcome fail --since 2026-01-31
+    """
+    from appliance import config as settings
+    from appliance.drivers.records.archive import Archive, Wanted
+    from appliance.drivers.records.export import plain
+    from appliance.report import print_records
+
+    wanted = Wanted(None, line, product, board, part, outcome, reason, _wall(since), _wall(until))
+    with Archive(settings.load(config).paths.state) as archive:
+        found = [plain(record) for record in islice(archive.find(wanted), limit)]
+    _print({"records": found}) if as_json else print_records(found, Console())
+
+
+@records.command()
+def show(
+    request: Annotated[str, typer.Argument(help="A request's id, or how it begins.")],
+    image: Annotated[
+        Path | None, typer.Option(help="Write the picture, if it was kept, with the boxes that were found.")
+    ] = None,
+    config: ConfigFile = DEFAULT_CONFIG,
+    as_json: AsJson = False,
+) -> None:
+    """Show all that is known of one verdict: experts with versions and weights, scores, thresholds, times.
+
+    appliance records show 9f3a --image out.png
+    """
+    from appliance import config as settings
+    from appliance.drivers.drawing import write_drawn
+    from appliance.drivers.records.archive import Archive
+    from appliance.drivers.records.export import plain
+    from appliance.report import print_record
+
+    box = settings.load(config)
+    with Archive(box.paths.state) as archive:
+        found = plain(archive.one(request))
+        payload = None if image is None else archive.picture(found["request_id"])
+    if image is not None and payload is not None:
+        write_drawn(payload, found["findings"], image, max_pixels=box.limits.picture_pixels)
+    _print(found) if as_json else print_record(found, Console())
+
+
+@records.command()
+def export(
+    file: Annotated[Path | None, typer.Argument(help="Where to; standard output by default.")] = None,
+    as_csv: Annotated[bool, typer.Option("--csv", help="A table for spreadsheets instead of JSON lines.")] = False,
+    line: LineName = None,
+    product: ProductName = None,
+    board: BoardName = None,
+    part: PartName = None,
+    outcome: OutcomeName = None,
+    reason: ReasonName = None,
+    since: Since = None,
+    until: Until = None,
+    config: ConfigFile = DEFAULT_CONFIG,
+) -> None:
+    """Write verdicts as JSON lines or CSV, the newest first, however many there are.
+
+    appliance records export fails.csv --csv --outcome fail
+    """
+    from appliance import config as settings
+    from appliance.drivers.records.archive import Archive, Wanted
+    from appliance.drivers.records.export import write_csv, write_lines
+
+    wanted = Wanted(None, line, product, board, part, outcome, reason, _wall(since), _wall(until))
+    write = write_csv if as_csv else write_lines
+    with Archive(settings.load(config).paths.state) as archive:
+        if file is None:
+            write(archive.find(wanted), sys.stdout)
+            return
+        try:
+            with file.open("w", encoding="utf-8", newline="") as out:
+                write(archive.find(wanted), out)
+        except OSError as error:
+            raise ConfigError(f"{file} cannot be written: {error.strerror}", "give another place") from error
+
+
 @bench.command()
 def switch(
     shape: Annotated[
@@ -394,6 +507,14 @@ def _seconds(text: str) -> float:
     if not 0 <= seconds < float("inf"):
         raise typer.BadParameter(f"{text} is no time; write it like 4ms", param_hint="--gap")
     return seconds
+
+
+def _wall(text: str | None) -> float | None:
+    """Wall seconds of `2026-01-31T08:15`, in this machine's zone unless it names one."""
+    try:
+        return None if text is None else datetime.fromisoformat(text).timestamp()
+    except ValueError as error:
+        raise typer.BadParameter(f"{text} is no time; write it like 2026-01-31T08:15") from error
 
 
 def _print(value: dict[str, Any]) -> None:

@@ -240,7 +240,9 @@ class Camera:
         if reason.is_failure:
             self._refuse(str(reason))
             return
-        client.subscribe([(self._results, 1), ("/".join((*self._prefix, "error", "+")), 1)])
+        # nats-server gives each subscription the window of the whole session: a burst of both would overrun it, and
+        # what overruns it comes half a minute later. An error that is lost comes again when its picture is sent again.
+        client.subscribe([(self._results, 1), ("/".join((*self._prefix, "error", "+")), 0)])
 
     def _on_disconnect(
         self,

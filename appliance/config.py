@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -156,6 +157,16 @@ class Scheduler(Settings):
     )
 
 
+class Line(Settings):
+    """A line whose pictures go before those of others. `<name>` is the topic level behind `infer`."""
+
+    priority: Annotated[int, Field(ge=0, le=9)] = Field(
+        0,
+        description="Each step counts as having come 2 s earlier, for loads and runs: who comes later than that "
+        "has no advantage over a picture of another line. Only the policy `appliance` minds it.",
+    )
+
+
 class Limits(Settings):
     """What the box accepts."""
 
@@ -164,10 +175,19 @@ class Limits(Settings):
         25_000_000, description="Largest width x height; decoding takes 16 bytes of memory per pixel and executor."
     )
     waiting_pictures: Annotated[int, Field(ge=1)] = Field(
-        10_000, description="Pictures scheduled at once; the rest waits on disk."
+        10_000, description="Pictures scheduled at once; `overflow` says what becomes of the rest."
+    )
+    overflow: Literal["block", "reject", "oldest"] = Field(
+        "block",
+        description="`block`: it waits on disk, and when that is full nothing more is acknowledged. The others answer "
+        "`queue-full` at once: `reject` to the picture that comes, `oldest` to the one that has waited longest and "
+        "that nobody has begun to look at.",
     )
     spool: ByteSize = Field(
         ByteSize(2_000_000_000), description="Accepted pictures on disk; a full spool stops acknowledging."
+    )
+    quarantine: ByteSize = Field(
+        ByteSize(256_000_000), description="Pictures that ended the service are kept up to this; the oldest leave."
     )
     verdict_days: Annotated[float, Field(gt=0)] = Field(30.0, description="Verdicts are kept this long.")
 
@@ -176,6 +196,32 @@ class Limits(Settings):
         if self.spool < 2 * self.picture_bytes:
             raise ValueError(f"spool must take two pictures of {self.picture_bytes} bytes, or one waits for ever")
         return self
+
+    @model_validator(mode="after")
+    def _who_turns_away_does_not_block(self) -> Limits:
+        """A spool that is full of bytes before it is full of pictures would stop acknowledging all the same."""
+        if self.overflow != "block" and self.spool < self.waiting_pictures * self.picture_bytes:
+            raise ValueError(
+                f"with overflow {self.overflow} the spool must take waiting_pictures x picture_bytes, here "
+                f"{self.waiting_pictures * self.picture_bytes} bytes, or it blocks before anything is turned away"
+            )
+        return self
+
+
+class Keep(Settings):
+    """Pictures that stay beside their verdicts, for `appliance records`; the oldest leave first."""
+
+    fail: ByteSize = Field(ByteSize(1_000_000_000), description="Pictures of parts that failed; 0 keeps none.")
+    fail_days: Annotated[float, Field(gt=0)] = Field(
+        30.0, description="They are kept this long, and no longer than their verdicts."
+    )
+    doubtful: ByteSize = Field(
+        ByteSize(500_000_000), description="Pictures that could not be inspected, or passed by little; 0 keeps none."
+    )
+    doubtful_days: Annotated[float, Field(gt=0)] = Field(14.0, description="The same for these.")
+    margin: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.1, description="A part passed by little when a score was less than this below the threshold of failing."
+    )
 
 
 class Config(Settings):
@@ -189,7 +235,14 @@ class Config(Settings):
     experts: Experts = Experts()
     executors: Executors = Executors()
     scheduler: Scheduler = Scheduler()
+    lines: Mapping[Level, Line] = Field(default_factory=dict)
     limits: Limits = Limits()
+    keep: Keep = Keep()
+
+    @property
+    def priorities(self) -> dict[str, int]:
+        """Of the lines that have one."""
+        return {name: line.priority for name, line in self.lines.items()}
 
     @model_validator(mode="after")
     def _the_embedded_broker_is_plain(self) -> Config:

@@ -15,7 +15,7 @@ from typing import Annotated, Final, Literal
 from pydantic import AwareDatetime, BaseModel, ConfigDict, StringConstraints, ValidationError
 
 from appliance.config import Config, Level
-from appliance.core.types import Refusal, Verb, Verdict
+from appliance.core.types import Refusal, Step, Verb, Verdict
 from appliance.errors import MessageError
 
 LEVEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -331,13 +331,16 @@ class FindingBody(BaseModel):
 
 
 class StepBody(BaseModel):
-    """Which expert ran, in which version, where and how long."""
+    """Which expert ran, in which version, with which weights, where, how long, and from which score on it fails."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     expert: str
     version: str
+    weights_sha256: str
+    threshold: float
     executor: str
+    device: str
     milliseconds: float
 
 
@@ -389,6 +392,16 @@ class AcknowledgementBody(Body):
     at: AwareDatetime
 
 
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """An expert as one executor runs it. `weights_sha256` names the weights as they were compiled for its device."""
+
+    version: str
+    weights_sha256: str
+    threshold: float
+    device: str
+
+
 def result_id(request: str) -> str:
     """The verdict's name: made from the request's, so that a repeated answer carries the same."""
     return hashlib.sha256(b"verdict\0" + request.encode()).hexdigest()[:32]
@@ -400,11 +413,11 @@ def verdict_body(
     address: Address,
     component: str,
     picture_sha256: str,
-    versions: Mapping[str, str],
+    serving: Mapping[tuple[str, str], Serving],
     box: str,
     finished_at: datetime,
 ) -> bytes:
-    """A verdict as JSON. `versions` maps expert to version; `finished_at` is wall time with its zone, a label."""
+    """A verdict as JSON. `serving` has (executor, expert); `finished_at` is wall time with its zone, a label."""
     return VerdictBody(
         result_id=result_id(verdict.request),
         request_id=verdict.request,
@@ -428,15 +441,7 @@ def verdict_body(
             for step in verdict.steps
             for finding in step.findings
         ),
-        steps=tuple(
-            StepBody(
-                expert=step.expert,
-                version=versions[step.expert],
-                executor=step.executor,
-                milliseconds=round(step.seconds * 1000, 3),
-            )
-            for step in verdict.steps
-        ),
+        steps=tuple(_step_body(step, serving[step.executor, step.expert]) for step in verdict.steps),
         waited_milliseconds=round(verdict.waited_seconds * 1000, 3),
         box=box,
         finished_at=finished_at,
@@ -457,6 +462,18 @@ def acknowledgement_body(
         box=box,
         at=at,
     ).encoded()
+
+
+def _step_body(step: Step, serving: Serving) -> StepBody:
+    return StepBody(
+        expert=step.expert,
+        version=serving.version,
+        weights_sha256=serving.weights_sha256,
+        threshold=serving.threshold,
+        executor=step.executor,
+        device=serving.device,
+        milliseconds=round(step.seconds * 1000, 3),
+    )
 
 
 def error_body(

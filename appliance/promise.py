@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from appliance.config import INBOX_BYTES, Config
-from appliance.drivers.records import GROUP_BYTES, QUEUED_BYTES
+from appliance.drivers.records.writer import GROUP_BYTES, QUEUED_BYTES
 from appliance.engine.pinned import WINDOW_BYTES, WINDOWS
 
 AT_START_BYTES = 80_000_000

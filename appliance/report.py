@@ -408,6 +408,35 @@ def verdict_cells(body: Mapping[str, Any]) -> tuple[str, str]:
     return f"[{COLOURS[outcome]}]{outcome}[/]", escape(", ".join(words))
 
 
+def print_records(found: Sequence[Mapping[str, Any]], console: Console) -> None:
+    table = Table(box=None, pad_edge=False)
+    for title in ("recorded (UTC)", "request", "line", "product", "board", "part", "outcome", "found"):
+        table.add_column(title)
+    for body in found:
+        where = (escape(body[level]) for level in ("line", "product", "board", "part"))
+        table.add_row(body["recorded_at"][:19], escape(body["request_id"][:12]), *where, *verdict_cells(body))
+    console.print(table)
+
+
+def print_record(body: Mapping[str, Any], console: Console) -> None:
+    """All that is known of one verdict."""
+    table = _facts()
+    outcome, words = verdict_cells(body)
+    table.add_row("outcome", outcome)
+    table.add_row("found", words)
+    for key, value in body.items():
+        if key not in ("outcome", "reason", "detail", "findings", "steps", "schema_version"):
+            table.add_row(key.replace("_", " "), escape(str(value)))
+    console.print(table)
+    steps = Table(box=None, pad_edge=False)
+    for title in ("expert", "version", "weights", "fails from", "executor", "device", "ms"):
+        steps.add_column(title)
+    for step in body["steps"]:
+        keys = ("expert", "version", "weights_sha256", "threshold", "executor", "device", "milliseconds")
+        steps.add_row(*(escape(str(step.get(key, "not recorded"))) for key in keys))
+    console.print(steps)
+
+
 def megabytes(count: float) -> str:
     return f"{count / 1e6:,.1f} MB"
 

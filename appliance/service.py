@@ -12,52 +12,57 @@ import signal
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from appliance import __version__, contract
 from appliance import config as settings
 from appliance.config import Config
-from appliance.contract import Address, Message
+from appliance.contract import Address, Message, Serving
+from appliance.core import suspects
 from appliance.core.drift import Balance
 from appliance.core.types import (
     Acknowledge,
     Action,
     Arrived,
+    Batch,
     Device,
     Event,
     Evict,
     Finished,
     Load,
     Outcome,
+    Overflow,
     Publish,
     Quarantine,
     Refusal,
     Request,
+    Run,
     RunFailed,
     Tick,
     Verdict,
 )
-from appliance.drivers import devices, runtime, systemd
+from appliance.drivers import devices, heads, runtime, systemd
 from appliance.drivers.alarms import Alarm, Alarms
 from appliance.drivers.album import Album, Subject
 from appliance.drivers.broker import Broker
 from appliance.drivers.commands import Commands
+from appliance.drivers.deadletters import DeadLetters
 from appliance.drivers.inbox import Inbox
 from appliance.drivers.intake import Intake, component_of
 from appliance.drivers.journal import Journal, Opening
 from appliance.drivers.mqtt import Door, DoorState
 from appliance.drivers.outbox import Note, Outbox
-from appliance.drivers.records import Conclusion, Recorded, Records, Spooled
+from appliance.drivers.records import Conclusion, Quota, Recorded, Records, Sort, Spooled
 from appliance.engine.engine import Engine, Engines, Order
 from appliance.engine.weights import Weights
 from appliance.errors import ApplianceError, BrokerError, DeviceError, MessageError, OutOfMemory
 from appliance.health import PROCESS, STUCK_SECONDS, Drift, Passing, Underway, process_balance, weights_balance
 from appliance.promise import promised_bytes
-from appliance.startup import CPU, Installation, footprint, install
+from appliance.startup import CPU, Installation, demands, footprint, install
 from appliance.store.store import Compiled
 from appliance.store.storecheck import StoreCheck
 
@@ -69,6 +74,7 @@ TRIM_SECONDS = 10.0
 DRAIN_SECONDS = 10.0
 LONGEST_WAIT_SECONDS = 3600.0
 RECENT_MOVES = 64
+FED_AT_ONCE = 1000
 
 
 def serve(config: Config, *, stopping: threading.Event | None = None) -> None:
@@ -82,7 +88,10 @@ def serve(config: Config, *, stopping: threading.Event | None = None) -> None:
     with ExitStack() as stack:
         records = stack.enter_context(
             Records.open(
-                config.paths.state, spool_bytes=int(config.limits.spool), verdict_days=config.limits.verdict_days
+                config.paths.state,
+                spool_bytes=int(config.limits.spool),
+                verdict_days=config.limits.verdict_days,
+                quotas=_quotas(config),
             )
         )
         installation = install(config, _note_compiled)
@@ -94,6 +103,15 @@ def serve(config: Config, *, stopping: threading.Event | None = None) -> None:
         service = Service(installation, records, say, broker)
         stack.callback(service.close)
         service.run(stop)
+
+
+def _quotas(config: Config) -> dict[Sort, Quota]:
+    keep = config.keep
+    quotas = {
+        Sort.FAIL: Quota(int(keep.fail), keep.fail_days),
+        Sort.DOUBTFUL: Quota(int(keep.doubtful), keep.doubtful_days),
+    }
+    return {sort: quota for sort, quota in quotas.items() if quota.bytes}
 
 
 def _note_compiled(expert: str, result: Compiled | ApplianceError) -> None:
@@ -121,6 +139,17 @@ def _store_checks(installation: Installation) -> Iterator[StoreCheck]:
             yield StoreCheck(store, installation.catalog.bundles, serving)
 
 
+def _serving(installation: Installation) -> Iterator[tuple[tuple[str, str], Serving]]:
+    """By executor and expert."""
+    heads = {name: bundle.manifest.head for name, bundle in installation.catalog.bundles.items()}
+    for executor in installation.executors:
+        for name, compiled in installation.compiled_on(executor.device).items():
+            yield (
+                (executor.name, name),
+                Serving(str(compiled.version), compiled.weights_sha256, heads[name].threshold, executor.device),
+            )
+
+
 class Service:
     """Built in one go, run once. Everything that decides or counts happens on the thread that calls `run`."""
 
@@ -132,7 +161,7 @@ class Service:
         self._config, self._installation, self._records = installation.config, installation, records
         self._say, self._broker = say, broker
         self._controller = installation.controller()
-        self._versions = {name: str(c.version) for name, c in installation.compiled.items()}
+        self._serving = dict(_serving(installation))
         self._open: dict[str, _Open] = {}
         self._accepted_seconds: dict[int, float] = {}
         self._fed_through = 0
@@ -140,8 +169,11 @@ class Service:
         self._has_drained = False
         self._drain_wanted = threading.Event()
         self._underway = Underway()
+        self._gate = suspects.Gate()
+        self._dead_letters = DeadLetters(records.folder / "quarantine", int(self._config.limits.quarantine))
         self._moves: deque[dict[str, object]] = deque(maxlen=RECENT_MOVES)
         self._outcomes: Counter[str] = Counter()
+        self._reasons: Counter[str] = Counter()
         self._next_stats = self._next_trim = 0.0
         self._memory = devices.MemoryWatch()
         self._drift = Drift()
@@ -220,7 +252,9 @@ class Service:
         self._alarm_of_gpus()
         self._decide(Tick())  # whoever is loaded before anybody asks
         self._say.status(self._status())
-        log.info("serving experts=%d unavailable=%d", len(self._versions), len(self._installation.unavailable))
+        log.info(
+            "serving experts=%d unavailable=%d", len(self._installation.compiled), len(self._installation.unavailable)
+        )
         while not (stop.is_set() or self._drain_wanted.is_set()):
             self._turn()
             self._check_health()
@@ -268,12 +302,21 @@ class Service:
         return event
 
     def _decide(self, event: Event) -> None:
+        actions = self._handled(event)
+        if isinstance(event, Finished | RunFailed):
+            self._begin_runs(self._gate.ended(event.batch))
+        for action in actions:
+            self._obey(action)
+
+    def _handled(self, event: Event) -> list[Action]:
+        """What the controller wants done now. A batch that has ended is in nobody's hand any more."""
         now = time.monotonic()
         self._underway.ended(event)
+        if isinstance(event, Finished | RunFailed):
+            self._records.put_back(event.batch.id)
         if self._journal is not None:
             self._journal.note(event, now)
-        for action in self._controller.handle(event, now):
-            self._obey(action)
+        return self._controller.handle(event, now)
 
     def _obey(self, action: Action) -> None:
         match action:
@@ -283,10 +326,24 @@ class Service:
                 self._alarm_of_experts()
             case Acknowledge(command, refusal):
                 self._commands.acknowledge(command, refusal)
+            case Run(batch):
+                is_suspect = any(suspects.is_suspect(asked.spooled.attempts) for asked in self._asked(batch))
+                self._begin_runs(self._gate.offer(batch, suspect=is_suspect))
             case _:
                 self._note(action)
                 self._underway.begun(action, time.monotonic())
                 self._engines.obey(action)
+
+    def _begin_runs(self, batches: Iterable[Batch]) -> None:
+        """Noted first, and then begun: what ends this process is found in hand by the next."""
+        for batch in batches:
+            self._records.take(batch.id, [asked.spooled.arrival for asked in self._asked(batch)])
+            self._underway.begun(Run(batch), time.monotonic())
+            self._engines.obey(Run(batch))
+
+    def _asked(self, batch: Batch) -> list[_Open]:
+        """Of the batch's requests those that have no verdict yet."""
+        return [self._open[request] for request in batch.requests if request in self._open]
 
     def _note(self, order: Order) -> None:
         match order:
@@ -296,16 +353,16 @@ class Service:
                 self._moves.append({"move": "evict", "expert": expert})
 
     def _feed(self) -> None:
-        """Pictures from the spool to the controller in order of acceptance, as many as may wait at once."""
-        while self._more_spooled and (room := self._config.limits.waiting_pictures - len(self._open)) > 0:
-            spooled = self._records.waiting(self._fed_through, min(room, 1000))
+        """Pictures from the spool to the controller in order of acceptance, as many as it has room for."""
+        while self._more_spooled and (room := self._controller.room(FED_AT_ONCE)) > 0:
+            spooled = self._records.waiting(self._fed_through, room)
             self._more_spooled = bool(spooled)
             for one in spooled:
                 self._fed_through = one.arrival
                 self._begin(one)
 
     def _begin(self, spooled: Spooled) -> None:
-        """Hand a picture to the controller. One that the catalogue no longer knows is rejected here."""
+        """Hand a picture to the controller. One that the catalogue no longer knows, or that is poison, ends here."""
         picture = spooled.picture
         address = Address(picture.line, picture.product, picture.board, picture.part)
         arrived = self._arrived_seconds(spooled)
@@ -317,8 +374,19 @@ class Service:
             self._conclude(Verdict(picture.id, Outcome.REJECTED, (), time.monotonic() - arrived, refusal))
             return
         self._open[picture.id] = _Open(spooled, address, component)
+        if (why := suspects.poisoned(spooled.attempts)) is not None:
+            self._bury(spooled, Verdict(picture.id, Outcome.ERROR, (), time.monotonic() - arrived, why))
+            return
         deadline = None if picture.deadline_seconds is None else arrived + picture.deadline_seconds
-        self._decide(Arrived(Request(picture.id, component, arrived, deadline, picture.line, picture.product)))
+        alone = suspects.is_suspect(spooled.attempts)
+        self._decide(Arrived(Request(picture.id, component, arrived, deadline, picture.line, picture.product, alone)))
+
+    def _bury(self, spooled: Spooled, verdict: Verdict) -> None:
+        """A dead letter: nobody opens the picture any more, and its bytes are kept for whoever wants to know why."""
+        picture = spooled.picture
+        log.error("dead_letter request=%s attempts=%d sha256=%s", picture.id, spooled.attempts, picture.picture_sha256)
+        self._dead_letters.keep(picture, self._records.payload(picture.id), spooled.attempts)
+        self._conclude(verdict)
 
     def _deliver(self, message: Message) -> None:
         """On the network thread."""
@@ -346,19 +414,46 @@ class Service:
         asked = self._open.pop(verdict.request)
         picture, topic = asked.spooled.picture, asked.address.result_topic(self._config)
         self._outcomes[verdict.outcome] += 1
+        if verdict.refusal is not None:
+            self._reasons[verdict.refusal.reason] += 1
         body = contract.verdict_body(
             verdict,
             address=asked.address,
             component=asked.component,
             picture_sha256=picture.picture_sha256,
-            versions=self._versions,
+            serving=self._serving,
             box=self._config.box.name,
             finished_at=datetime.now(UTC),
         )
         self._records.conclude(
-            verdict.request, verdict.outcome.value, body, topic, lambda answer: self._recorded(verdict, asked, answer)
+            verdict.request,
+            verdict.outcome.value,
+            body,
+            topic,
+            lambda answer: self._recorded(verdict, asked, answer),
+            keep=self._sort(verdict),
         )
         self._album.forget(verdict.request)
+
+    def _sort(self, verdict: Verdict) -> Sort | None:
+        """As what the picture is kept with its verdict. A dead letter is not: nobody shall open it by accident."""
+        match verdict.outcome:
+            case Outcome.FAIL:
+                return Sort.FAIL
+            case Outcome.ERROR if verdict.refusal is None or verdict.refusal.reason != suspects.POISON:
+                return Sort.DOUBTFUL
+            case Outcome.PASS if self._passed_by_little(verdict):
+                return Sort.DOUBTFUL
+        return None
+
+    def _passed_by_little(self, verdict: Verdict) -> bool:
+        bundles, little = self._installation.catalog.bundles, self._config.keep.margin
+        margins = (
+            heads.margin(bundles[step.expert].manifest.head, finding)
+            for step in verdict.steps
+            for finding in step.findings
+        )
+        return any(margin is not None and margin < little for margin in margins)
 
     def _recorded(self, verdict: Verdict, asked: _Open, answer: Conclusion) -> None:
         """On the writer's thread: the verdict stands, now it may be seen."""
@@ -393,7 +488,7 @@ class Service:
 
     def _status(self) -> str:
         unavailable = self._controller.unavailable
-        serving = f"serving {len(self._versions.keys() - unavailable.keys())} experts"
+        serving = f"serving {len(self._installation.compiled.keys() - unavailable.keys())} experts"
         broken = f", {len(unavailable)} unavailable" if unavailable else ""
         link = "" if self._door.state is DoorState.READY else f"; broker: {self._door.state} {self._door.detail}"
         disk = f"; the disk refuses to write: {self._records.trouble}" if self._records.trouble else ""
@@ -407,7 +502,7 @@ class Service:
                 "schema_version": 1,
                 "version": __version__,
                 "runtime": self._installation.store.key,
-                "experts": len(self._versions),
+                "experts": len(self._installation.compiled),
                 "unavailable": {name: r.reason for name, r in self._controller.unavailable.items()},
                 "weights_budget_bytes": self._controller.ledgers[CPU].device.budget_bytes,
                 "configured_weights_budget_bytes": int(config.memory.weights),
@@ -426,6 +521,7 @@ class Service:
     def _publish_stats(self) -> None:
         self._memory.look()
         self._look_at_memory()
+        self._look_for_thrash()
         self._say.status(self._status())
         if self._door.state is not DoorState.READY:
             return
@@ -434,6 +530,10 @@ class Service:
             "resident": list(self._controller.ledgers[CPU].resident),
             "pinned": sorted(self._controller.ledgers[CPU].pinned),
             "moves": list(self._moves),
+            "switches": self._controller.counts["switches"],
+            "came_back": self._controller.counts["came_back"],
+            "idle_seconds": self._controller.idle_seconds,
+            "load_waits": asdict(self._controller.load_waits),
         }
         self._tell("stats", self._stats())
         if self._tell("cache", cache):
@@ -445,6 +545,7 @@ class Service:
             "schema_version": 1,
             "arrived": counts["arrived"],
             "verdicts": dict(self._outcomes),
+            "verdicts_by_reason": dict(self._reasons),
             "loads": counts["loads"],
             "evictions": counts["evictions"],
             "evictions_by_rule": dict(self._controller.evictions),
@@ -453,6 +554,8 @@ class Service:
             "waiting": len(self._open),
             "spooled": stored.spooled,
             "unpublished": stored.unpublished,
+            "suspects": sum(suspects.is_suspect(asked.spooled.attempts) for asked in self._open.values()),
+            "quarantine": self._dead_letters.numbers(),
             "resident": len(ledger.resident),
             "weights_bytes": self._engines.memory(CPU).mapped_bytes,
             "weights_peak_bytes": self._engines.memory(CPU).peak_bytes,
@@ -514,6 +617,16 @@ class Service:
             self._alarms.set(Alarm.OUT_OF_MEMORY, None)
         elif Alarm.OUT_OF_MEMORY not in self._alarms.raised:
             self._alarms.set(Alarm.OUT_OF_MEMORY, {"withheld_bytes": short})
+
+    def _look_for_thrash(self) -> None:
+        """Told with the numbers of when it began: they change every second."""
+        found = self._controller.thrashing(time.monotonic())
+        if not found:
+            self._alarms.set(Alarm.THRASHING, None)
+        elif Alarm.THRASHING not in self._alarms.raised:
+            numbers = {device: asdict(thrashing) for device, thrashing in found.items()}
+            remedy = "raise memory.weights, or see `appliance check`"
+            self._alarms.set(Alarm.THRASHING, {"devices": numbers, "remedy": remedy})
 
     def _balances(self) -> dict[str, Balance]:
         passing = Passing(
@@ -591,11 +704,7 @@ class Service:
 
     def _finish(self, event: Finished | RunFailed) -> None:
         """Publish what this batch completes, and begin nothing new."""
-        now = time.monotonic()
-        self._underway.ended(event)
-        if self._journal is not None:
-            self._journal.note(event, now)
-        for action in self._controller.handle(event, now):
+        for action in self._handled(event):
             if isinstance(action, Publish):
                 self._obey(action)
 
@@ -614,6 +723,10 @@ class Service:
             self._config.experts.pin,
             self._config.experts.preload,
             self._config.scheduler.policy,
+            self._config.priorities,
+            self._config.limits.waiting_pictures,
+            Overflow(self._config.limits.overflow),
+            demands(made.catalog),
         )
         return Journal(path, opening)
 

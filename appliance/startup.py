@@ -5,6 +5,7 @@ An expert that is broken or cannot be compiled is set aside with its reason; the
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,7 +21,7 @@ from appliance.core.graph import draw
 from appliance.core.memory import Ledger
 from appliance.core.policies import POLICIES
 from appliance.core.slab import SLACK
-from appliance.core.types import Device, Executor, Expert, Footprint, Refusal
+from appliance.core.types import Device, Executor, Expert, Footprint, Overflow, Refusal
 from appliance.drivers import devices
 from appliance.engine import cuda
 from appliance.errors import ApplianceError, ConfigError
@@ -146,6 +147,10 @@ class Installation:
             pinned=self.config.experts.pin,
             preload=self.config.experts.preload,
             policy=POLICIES[self.config.scheduler.policy],
+            priorities=self.config.priorities,
+            most_waiting=self.config.limits.waiting_pictures,
+            overflow=Overflow(self.config.limits.overflow),
+            products=demands(self.catalog),
         )
 
     def unpinned(self, ledgers: Mapping[str, Ledger]) -> tuple[str, ...]:
@@ -267,6 +272,14 @@ def probabilities(catalog: Catalog) -> dict[str, float]:
     for expert, before in catalog.graph.before.items():
         chances[expert] = min(1.0, chances.get(expert, 0.0) + sum(chances.get(name, 0.0) for name in before))
     return chances
+
+
+def demands(catalog: Catalog) -> dict[str, dict[str, int]]:
+    """By product, how many placements of each component it has."""
+    return {
+        name: dict(Counter(placement.component for placement in product.recipe.placements))
+        for name, product in catalog.products.items()
+    }
 
 
 def footprint(compiled: Compiled) -> Footprint:

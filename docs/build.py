@@ -1,7 +1,7 @@
-"""Writes what is made from the code: `make docs`. The page of settings from appliance/config.py; the topics as AsyncAPI,
-and the schemas of message bodies, from appliance/contract.py.
+"""Writes what is made from the code: `make docs`.
 
-tests/test_docs.py fails when a file is not what this would write.
+The page of settings comes from appliance/config.py; the topics as AsyncAPI, and the schemas of message bodies, from
+appliance/contract.py. tests/test_docs.py fails when a file is not what this would write.
 """
 
 from __future__ import annotations
@@ -47,10 +47,12 @@ def configuration_page() -> str:
 
 def _sections(config: type[BaseModel]) -> Iterator[str]:
     for name, field in config.model_fields.items():
-        section = field.annotation
+        section, title = field.annotation, name
+        if get_origin(section) is Mapping:
+            section, title = get_args(section)[1], f"{name}.<name>"
         assert isinstance(section, type)
         assert issubclass(section, BaseModel)
-        yield f"## [{name}]\n\n{section.__doc__}\n"
+        yield f"## [{title}]\n\n{section.__doc__}\n"
         yield "| key | type | default | meaning |\n|---|---|---|---|"
         yield from (_row(key, inner) for key, inner in section.model_fields.items())
         yield ""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from appliance.core.controller import Controller
 from appliance.core.costs import Cost
 from appliance.core.graph import Condition, Edge, ExpertGraph, compile_graph
 from appliance.core.policies import APPLIANCE, Policy
-from appliance.core.types import Box, Device, Executor, Expert, Finding, Footprint, Request, Segment
+from appliance.core.types import Box, Device, Executor, Expert, Finding, Footprint, Overflow, Request, Segment
 from appliance.lab.simulate import World
 
 SOUND = Finding("sound", 0.99, fails=False)
@@ -36,8 +37,8 @@ def expert(name: str, segments: Mapping[str, int] | int = 10, on: Sequence[str] 
     )
 
 
-def request(name: str, component: str, at: float = 0.0, deadline: float | None = None) -> Request:
-    return Request(name, component, at, deadline)
+def request(name: str, component: str, at: float = 0.0, deadline: float | None = None, line: str = "line1") -> Request:
+    return Request(name, component, at, deadline, line)
 
 
 def inspection_graph(classifiers: Sequence[str], detector: str = "detector") -> ExpertGraph:
@@ -55,11 +56,24 @@ def box(
     load_slots: int = 2,
     activation_bytes: int | None = None,
     policy: Policy = APPLIANCE,
+    priorities: Mapping[str, int] = MappingProxyType({}),
+    most_waiting: int | None = None,
+    overflow: Overflow = Overflow.BLOCK,
 ) -> tuple[Controller, tuple[Device, ...]]:
     """A controller of one CPU with so many executors."""
     devices = (Device("cpu", budget_bytes, load_slots, activation_bytes),)
     names = tuple(Executor(f"cpu-{number}", "cpu") for number in range(executors))
-    return Controller(graph, {e.name: e for e in experts}, devices, names, policy=policy), devices
+    controller = Controller(
+        graph,
+        {e.name: e for e in experts},
+        devices,
+        names,
+        policy=policy,
+        priorities=priorities,
+        most_waiting=most_waiting,
+        overflow=overflow,
+    )
+    return controller, devices
 
 
 def pretend(experts: Sequence[Expert], devices: Sequence[Device], finding: Finding = SOUND) -> World:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import queue
+import shutil
 import signal
 import struct
 import subprocess
@@ -23,7 +24,9 @@ from onnx import ModelProto
 from PIL import Image
 
 from appliance.catalog import Bundle
+from appliance.config import Config, Paths
 from appliance.drivers.broker import free_port
+from appliance.startup import install
 from tests.kit_brokers import AnyBroker, Camera, until
 from tests.kit_models import SIDE, conv_net, run_plain, write_bundle
 
@@ -68,6 +71,13 @@ def write_catalog(folder: Path, experts: Mapping[str, ModelProto] | int, edges: 
     return folder
 
 
+def compiled(catalog: Path) -> Path:
+    """The catalogue, its experts now compiled in a store beside it, of which each `Box` gets a copy."""
+    profile, state = Path(__file__).parents[1] / "profiles" / "default.json", catalog.with_name("state")
+    install(Config(paths=Paths(catalog=catalog, state=state, store=catalog.with_name("store"), profile=profile)))
+    return catalog
+
+
 def manifest_text(bundle: Bundle) -> str:
     """expert.toml as `export` would write it. JSON values are TOML values here."""
     plain: dict[str, Any] = json.loads(bundle.manifest.model_dump_json(by_alias=True, exclude_none=True))
@@ -94,19 +104,26 @@ def spoil_weights(store: Path, expert: str) -> None:
     (description,) = store.glob(f"*/experts/{expert}/*.json")
     for segment in json.loads(description.read_text("utf-8"))["content"]["segments"]:
         path = description.parents[2] / "segments" / segment["id"]
+        path.unlink()  # a `Box` may share it with others
         path.write_bytes(np.random.default_rng(1).random(segment["bytes"] // 4, np.float32).tobytes())
 
 
 class Box:
     """The service of one box as a child process. With `broker` None it runs its own embedded broker.
 
-    `settings` are further lines of appliance.toml, such as `[memory]`. State survives `kill` and `start`.
+    `settings` are further lines of appliance.toml, such as `[memory]`; `program` is Python that prepares the process
+    before it serves. State survives `kill` and `start`.
     """
 
-    def __init__(self, folder: Path, catalog: Path, broker: AnyBroker | None = None, *, settings: str = "") -> None:
+    def __init__(
+        self, folder: Path, catalog: Path, broker: AnyBroker | None = None, *, settings: str = "", program: str = ""
+    ) -> None:
+        self._program = f"{program}\nfrom appliance.cli import main\nmain()"
         self.folder, self.port = folder, broker.port if broker else free_port()
         self.config, self.log = folder / "appliance.toml", folder / "service.log"
         folder.mkdir(parents=True, exist_ok=True)
+        if catalog.with_name("store").is_dir():
+            shutil.copytree(catalog.with_name("store"), folder / "store", copy_function=_linked)
         profile = Path(__file__).parents[1] / "profiles" / "default.json"
         self.config.write_text(
             f"[paths]\ncatalog = '{catalog}'\nstate = 'state'\nstore = 'store'\nprofile = '{profile}'\n"
@@ -119,7 +136,7 @@ class Box:
 
     def start(self, environment: Mapping[str, str] | None = None) -> None:
         """Start the service; returns at once."""
-        command = [sys.executable, "-m", "appliance.cli", "serve", "--config", str(self.config)]
+        command = [sys.executable, "-c", self._program, "serve", "--config", str(self.config)]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **(environment or {})}
@@ -173,6 +190,11 @@ class Box:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self.is_running:
             self.kill() if kind else self.stop()
+
+
+def _linked(source: str, to: str) -> None:
+    """A weight segment twice for the room of one: nobody writes into those."""
+    os.link(source, to) if Path(source).parent.name == "segments" else shutil.copy2(source, to)
 
 
 def hear_verdicts(camera: Camera, count: int, seconds: float = 60.0) -> dict[str, dict[str, Any]]:

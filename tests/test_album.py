@@ -69,6 +69,19 @@ def test_a_picture_that_became_late_is_refused_and_an_unreadable_store_is_not() 
             album.look("r")
 
 
+def test_a_picture_that_has_its_verdict_is_not_even_read() -> None:
+    """Nobody has noted it as in work, so nobody may open it."""
+
+    def late(request: str) -> Subject:
+        raise MessageError("deadline", "r has its verdict already", "nothing to do")
+
+    def unread(request: str) -> bytes:
+        raise AssertionError("it was read")
+
+    with pytest.raises(MessageError):
+        Album(unread, late, {}, 1000, 1000).look("r")
+
+
 def test_what_was_looked_at_longest_ago_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(albums, "CACHE_BYTES", 2 * 16 * 16 * 3)
     reads: list[str] = []

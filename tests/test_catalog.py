@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from appliance import catalog as catalogs
 from appliance.catalog import ClassificationHead, Recipe
+from appliance.core.types import Finding
 from appliance.errors import CatalogError, DigestMismatch, GraphError
 from tests.kit_box import manifest_text, write_catalog
 from tests.kit_models import conv_net, write_bundle
@@ -39,6 +40,12 @@ def test_a_pin_that_points_nowhere_is_an_error(tmp_path: Path, pin: str) -> None
     _append(tmp_path / "graph.toml", f"[versions]\n{pin}\n")
     with pytest.raises(CatalogError, match="pins"):
         catalogs.load(tmp_path)
+
+
+def test_a_step_may_have_a_limit(tmp_path: Path) -> None:
+    write_catalog(tmp_path, 2, [("e0", "e1")])
+    _append(tmp_path / "graph.toml", "[limits]\ne1 = 64\n")
+    assert catalogs.load(tmp_path).graph.limits == {"e1": 64}
 
 
 def test_a_pattern_stands_for_every_expert_it_matches_but_its_target(tmp_path: Path) -> None:
@@ -80,6 +87,16 @@ def test_other_bytes_than_the_manifest_names_are_found(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1] + b"\xff")
     with pytest.raises(DigestMismatch, match=r"model\.onnx"):
         catalogs.verify(catalog.bundles["e0"])
+
+
+def test_a_table_leads_from_each_label_to_its_expert(tmp_path: Path) -> None:
+    write_catalog(tmp_path, 3)
+    _append(tmp_path / "graph.toml", "[[tables]]\nfrom = 'e0'\nto = { open = 'e1', short = 'e2' }\n")
+    graph = catalogs.load(tmp_path).graph
+    assert graph.next_experts("e0", [Finding("short", 0.9, fails=True)]) == ("e2",)
+    _append(tmp_path / "graph.toml", "[[tables]]\nfrom = 'e1'\nto = { open = 'ghost' }\n")
+    with pytest.raises(GraphError, match="ghost"):
+        catalogs.load(tmp_path)
 
 
 def test_usage_of_an_unknown_component_is_an_error(tmp_path: Path) -> None:

@@ -18,12 +18,12 @@ COMMANDS = ("serve", "check", "export", "publish", "simulate", "explain", "demo"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A box that published three pictures of its own, and stopped."""
+    """A box that published three pictures of its own, keeps every part's that passed, and stopped."""
     home = tmp_path_factory.mktemp("cli")
     for number in range(3):
         (home / f"{number}.png").write_bytes(picture(number))
     (home / "broken.png").write_bytes(picture(9)[:-300])
-    with Box(home / "box", write_catalog(home / "catalog", 2)) as box:
+    with Box(home / "box", write_catalog(home / "catalog", 2), settings="[keep]\nmargin = 1.0\n") as box:
         pictures = [str(home / f"{number}.png") for number in range(3)]
         common = ["--port", str(box.port), "--part"]
         (home / "published").write_text(_run("publish", *pictures, *common, "c-e0", "--json").stdout)
@@ -50,6 +50,34 @@ def test_a_damaged_and_an_unknown_picture_are_shown_with_their_reason(folder: Pa
     assert "picture-damaged" in (folder / "shown").read_text()
     assert "unknown-component" in (folder / "refused").read_text()
     assert (folder / "refused").read_text().endswith("exit code 1")
+
+
+def test_what_was_decided_is_listed_shown_and_exported(folder: Path, tmp_path: Path) -> None:
+    config = ["--config", str(folder / "box" / "appliance.toml")]
+    listed = json.loads(_run("records", "list", "--part", "c-e0", "--json", *config).stdout)["records"]
+    assert len(listed) == 3
+    (damaged,) = json.loads(_run("records", "list", "--outcome", "error", "--json", *config).stdout)["records"]
+    assert (damaged["reason"], damaged["has_picture"]) == ("picture-damaged", True)
+    (step,) = json.loads(_run("records", "show", listed[0]["request_id"][:12], "--json", *config).stdout)["steps"]
+    assert (step["device"], len(step["weights_sha256"])) == ("cpu", 64)
+    assert "picture-damaged" in _run("records", "show", damaged["request_id"], *config).stdout
+    assert _run("records", "export", str(tmp_path / "all.csv"), "--csv", *config).returncode == 0
+    assert len((tmp_path / "all.csv").read_text().splitlines()) == 1 + 4
+    assert len(_run("records", "export", "--outcome", "error", *config).stdout.splitlines()) == 1
+    _fails(_run("records", "show", "nothing", *config), "there is no verdict of nothing")
+
+
+def test_a_kept_picture_is_written_as_an_image(folder: Path, tmp_path: Path) -> None:
+    config = ["--config", str(folder / "box" / "appliance.toml")]
+    kept = [
+        record["request_id"]
+        for record in json.loads(_run("records", "list", "--json", *config).stdout)["records"]
+        if record["has_picture"] and record["outcome"] != "error"
+    ]
+    for request in kept:
+        assert _run("records", "show", request, "--image", str(tmp_path / "out.png"), *config).returncode == 0
+        assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    assert kept
 
 
 def test_publishing_to_no_broker_is_one_line(folder: Path) -> None:

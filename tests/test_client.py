@@ -86,7 +86,7 @@ def test_nothing_piles_up_while_the_broker_is_away(nats: Nats, away: str) -> Non
 def test_no_more_than_the_window_waits(nats: Nats) -> None:
     with kit_brokers.Camera(nats.port, INFER, name="box") as box, _camera(nats, window=2) as camera:
         first, _ = [camera.publish(part="R1", picture=bytes([n])) for n in range(2)]
-        with pytest.raises(BrokerError, match=r"2 wait for their verdicts, the first since 0\.\d s"):
+        with pytest.raises(BrokerError, match=r"2 wait for their verdicts, the first since \d+\.\d s"):
             camera.publish(part="R1", picture=b"third", timeout_seconds=0.3)
         with ThreadPoolExecutor(1) as pool:
             third = pool.submit(camera.publish, part="R1", picture=b"third")

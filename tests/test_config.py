@@ -38,7 +38,10 @@ def test_sizes_may_be_words(tmp_path: Path) -> None:
         ("[mqtt]\nprotocol = '4'\n", r"line 2: mqtt.protocol: .*'auto'"),
         ("[box]\nname = 'a/b'\n", r"line 2: box.name: "),
         ("[box\n", r"is not TOML"),
+        ("[lines.line1]\npriority = 10\n", r"line 2: lines.line1.priority: .*9"),
+        ("[lines.'a/b']\npriority = 1\n", r"lines.a/b"),
         ("[limits]\nspool = 9\npicture_bytes = 5\n", r"limits: .*spool must take two pictures"),
+        ("[limits]\noverflow = 'reject'\n", r"limits: .*here 160000000000 bytes, or it blocks"),
         ("[limits]\npicture_pixels = 'many'\n", r"line 2: limits.picture_pixels: .*integer"),
     ],
 )
@@ -46,6 +49,11 @@ def test_what_is_wrong_is_named(tmp_path: Path, text: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says) as caught:
         _load(tmp_path, text)
     assert str(tmp_path / "appliance.toml") in str(caught.value)
+
+
+def test_a_line_has_a_priority(tmp_path: Path) -> None:
+    loaded = _load(tmp_path, "[lines.line1]\npriority = 5\n[lines.line2]\n")
+    assert loaded.priorities == {"line1": 5, "line2": 0}
 
 
 def test_a_missing_file_says_how_to_name_another(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from appliance.contract import (
     Address,
     Message,
     Reply,
+    Serving,
     Wish,
     captured_at,
     check_publishable,
@@ -316,7 +317,7 @@ VERDICT = Verdict(
     Outcome.FAIL,
     (
         Step("resistor", (Finding("tilted", 0.98, True, Box(1, 2, 3, 4)),), "cpu-0", 0.0123),
-        Step("solder", (Finding("good", 0.9, False),), "cpu-1", 0.002),
+        Step("solder", (Finding("good", 0.9, False),), "cuda-1", 0.002),
     ),
     0.5,
 )
@@ -329,7 +330,10 @@ def body_of(verdict: Verdict) -> bytes:
         address=ADDRESS,
         component="resistor-0603",
         picture_sha256="ab" * 32,
-        versions={"resistor": "1.2", "solder": "3"},
+        serving={
+            ("cpu-0", "resistor"): Serving("1.2", "12" * 32, 0.5, "cpu"),
+            ("cuda-1", "solder"): Serving("3", "34" * 32, 0.25, "cuda:0"),
+        },
         box="box1",
         finished_at=NOW,
     )
@@ -354,8 +358,24 @@ def test_a_verdict_says_everything_but_the_picture() -> None:
             {"expert": "solder", "label": "good", "score": 0.9, "fails": False, "box": None},
         ],
         "steps": [
-            {"expert": "resistor", "version": "1.2", "executor": "cpu-0", "milliseconds": 12.3},
-            {"expert": "solder", "version": "3", "executor": "cpu-1", "milliseconds": 2.0},
+            {
+                "expert": "resistor",
+                "version": "1.2",
+                "weights_sha256": "12" * 32,
+                "threshold": 0.5,
+                "executor": "cpu-0",
+                "device": "cpu",
+                "milliseconds": 12.3,
+            },
+            {
+                "expert": "solder",
+                "version": "3",
+                "weights_sha256": "34" * 32,
+                "threshold": 0.25,
+                "executor": "cuda-1",
+                "device": "cuda:0",
+                "milliseconds": 2.0,
+            },
         ],
         "waited_milliseconds": 500.0,
         "box": "box1",

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from math import inf
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from appliance.core import thrash
 from appliance.core.controller import Controller
 from appliance.core.graph import Edge, compile_graph
 from appliance.core.memory import RECOVERY_SECONDS, Residency
@@ -18,6 +22,7 @@ from appliance.core.policies import (
     COSERVE,
     EM,
     EM_RA,
+    HEAD_START_SECONDS,
     PAPER,
     PATIENCE_SECONDS,
     POLICIES,
@@ -33,6 +38,7 @@ from appliance.core.types import (
     FRAGMENTED,
     GOLDEN_MISMATCH,
     OUT_OF_MEMORY,
+    QUEUE_FULL,
     Acknowledge,
     Action,
     Arrived,
@@ -52,6 +58,7 @@ from appliance.core.types import (
     Loaded,
     LoadFailed,
     Outcome,
+    Overflow,
     Publish,
     Quarantine,
     Refusal,
@@ -91,6 +98,15 @@ def test_many_pictures_of_a_cold_expert_cause_one_load_and_go_in_batches() -> No
     report = simulate(controller, pretend(_experts("a"), devices), [request(str(n), "c-a") for n in range(10)])
     assert [a.expert for a in report.actions if isinstance(a, Load)] == ["a", "detector"]
     assert [len(a.batch.requests) for a in report.actions if isinstance(a, Run)] == [4, 4, 2]
+
+
+def test_a_request_that_has_to_be_alone_shares_none_of_its_batches() -> None:
+    experts = _experts("a")
+    controller, devices = box(experts, inspection_graph(["a"]), 100)
+    requests = [replace(request(str(n), "c-a"), alone=n in (2, 3)) for n in range(6)]
+    report = simulate(controller, pretend(experts, devices, DOUBTFUL), requests)
+    batches = [a.batch.requests for a in report.actions if isinstance(a, Run)]
+    assert [batch for batch in batches if set(batch) & {"2", "3"}] == [("2",), ("3",)] * 2
 
 
 def test_a_doubtful_part_is_asked_again_and_keeps_its_place_in_the_verdict() -> None:
@@ -267,6 +283,18 @@ def test_the_least_probable_is_loaded_first_until_patience_of_another_ends() -> 
         controller.handle(Arrived(request("2", "c-rare")), asked_again)
         loads = [a for a in controller.handle(Loaded("cpu", "first"), asked_again + 0.1) if isinstance(a, Load)]
         assert [load.expert for load in loads] == [following]
+
+
+def test_a_hold_that_ends_before_anybody_asks_when_to_wake_up_is_not_forgotten() -> None:
+    """Deciding takes time, and small experts are held for less: what has passed since is due at once."""
+    controller, _ = box(_experts("here", "next", size=60), inspection_graph(["here", "next"]), 100, executors=1)
+    controller.handle(Arrived(request("0", "c-here")), 0.0)
+    run = _run(controller.handle(Loaded("cpu", "here"), 0.1))
+    controller.handle(Finished(run.batch, ((SOUND,),), 0.1), 0.2)
+    assert controller.handle(Arrived(request("1", "c-next")), 1.0) == []
+    held_until = 1.0 + APPLIANCE.hold_share * 0.1
+    assert controller.next_wakeup(held_until + 0.01) == pytest.approx(held_until)
+    assert [type(move) for move in controller.handle(Tick(), held_until + 0.01)] == [Evict, Load]
 
 
 def test_a_load_for_which_somebody_has_to_leave_is_held_for_a_moment_and_a_rarer_one_may_come_first() -> None:
@@ -463,7 +491,7 @@ def test_a_load_that_finds_no_memory_evicts_and_is_tried_once_more() -> None:
     moves = controller.handle(LoadFailed("cpu", "b", NO_MEMORY), 0.5)
     assert [(type(move), move.expert) for move in moves if isinstance(move, Evict | Load)] == [
         (Evict, "b"),
-        (Evict, "a"),
+        (Evict, "detector"),
         (Load, "b"),
     ]
     assert controller.ledgers["cpu"].used_bytes == 60
@@ -512,7 +540,7 @@ def test_a_device_whose_free_memory_is_in_pieces_lets_one_leave_and_is_not_short
     controller.handle(Loaded("cpu", "detector"), 0.2)
     controller.handle(Finished(run.batch, ((SOUND,),), 0.1), 0.3)
     controller.handle(Arrived(request("b", "c-b")), 0.4)
-    for left in ("a", "detector"):
+    for left in ("detector", "a"):
         moves = controller.handle(LoadFailed("cpu", "b", IN_PIECES), 0.5)
         assert [(m.expert, m.rule if isinstance(m, Evict) else None) for m in moves if isinstance(m, Evict | Load)] == [
             ("b", Rule.NOT_LOADED),
@@ -582,6 +610,83 @@ def test_an_expert_that_fails_its_golden_samples_serves_no_more() -> None:
     assert controller.ledgers["cpu"].is_absent("a")
 
 
+def test_who_is_asked_more_than_was_declared_stays_and_another_leaves() -> None:
+    """`a` was declared to be asked twice as often as `b`; the lines ask only `b`, and then `c` has to be loaded."""
+    experts = [*(expert(name, 40, probability=p) for name, p in (("a", 0.2), ("b", 0.1), ("c", 0.1)))]
+    for policy, pictures, leaves in ((APPLIANCE, 10, "b"), (APPLIANCE, 4000, "a"), (COSERVE, 4000, "b")):
+        graph = compile_graph({f"c-{e.name}": e.name for e in experts}, [], [e.name for e in experts])
+        controller, devices = box(experts, graph, 80, executors=1, policy=policy)
+        asked = ["c-a", *(["c-b"] * pictures), "c-c"]
+        requests = [request(str(n), component, n * 0.5) for n, component in enumerate(asked)]
+        report = simulate(controller, pretend(experts, devices), requests)
+        assert [move.expert for move in report.actions if isinstance(move, Evict)] == [leaves]
+
+
+def test_at_a_product_change_the_former_products_experts_leave_first() -> None:
+    """`old` is asked for 2,000 pictures; after one picture of the other product it is worth less than whoever that
+    will ask, although none of these was asked before."""
+    experts = [expert(name, 40) for name in ("new", "new-too", "old", "other")]
+    graph = compile_graph({f"c-{e.name}": e.name for e in experts}, [], [e.name for e in experts])
+    products = {"former": {"c-old": 8}, "next": {"c-new": 1, "c-new-too": 1, "c-other": 1}}
+    devices, executors = (Device("cpu", 120),), (Executor("cpu-0", "cpu"),)
+    here = [("cpu", name) for name in ("new", "new-too", "old")]
+    controller = Controller(graph, {e.name: e for e in experts}, devices, executors, residents=here, products=products)
+    made = [("old", "former")] * 2000 + [("new", "next"), ("other", "next")]
+    requests = [Request(str(n), f"c-{name}", n * 0.5, None, "line1", product) for n, (name, product) in enumerate(made)]
+    world = World(experts, devices, lambda request, expert: (SOUND,), residents=here)
+    report = simulate(controller, world, requests)
+    assert [move.expert for move in report.actions if isinstance(move, Evict)] == ["old"]
+
+
+def test_a_quick_load_goes_before_rarer_experts_that_take_long() -> None:
+    """The likeliest of all, but its load takes no longer than one of its pictures."""
+    experts = [
+        expert("first", 90),
+        expert("rare", 90, probability=0.01),
+        expert("detector", 90, load=0.02, probability=0.5),
+    ]
+    graph = compile_graph({f"c-{e.name}": e.name for e in experts}, [], [e.name for e in experts])
+    controller, _ = box(experts, graph, 100, executors=1, load_slots=1)
+    for name in ("first", "rare", "detector"):
+        controller.handle(Arrived(request(name, f"c-{name}")), 0.0)
+    run = _run(controller.handle(Loaded("cpu", "first"), 0.1))
+    moves = controller.handle(Finished(run.batch, ((SOUND,),), 0.1), 0.2)
+    assert [move.expert for move in moves if isinstance(move, Load)] == ["detector"]
+
+
+def test_while_it_thrashes_each_load_serves_more_and_everybody_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """300 experts in memory for 60, and twice as many pictures as the executors can run."""
+    chance = random.Random(1)
+    names = [f"e{number:03}" for number in range(300)]
+    experts = [expert(name, load=0.6, item=0.04, fixed=0.01, probability=1 / 300) for name in names]
+    graph = compile_graph({f"c-{name}": name for name in names}, [], names)
+    requests = [request(str(n), f"c-{chance.choice(names)}", n * 0.01) for n in range(9000)]
+    loads = []
+    for share in (inf, thrash.BEGIN_SHARE):  # without protection, and with it
+        monkeypatch.setattr(thrash, "BEGIN_SHARE", share)
+        controller, devices = box(experts, graph, 600, executors=2, load_slots=4)
+        report = simulate(controller, pretend(experts, devices), requests)
+        assert len(report.verdicts) == len(requests)
+        assert max(verdict.waited_seconds for verdict in report.verdicts) < 200
+        assert controller.counts["came_back"] > 0
+        assert controller.thrashing(report.seconds + 3600) == {}, "it is over by itself"
+        loads.append(report.loads)
+    assert loads[1] < 0.9 * loads[0]
+
+
+def test_who_waits_for_a_load_is_counted_by_what_it_waits_for() -> None:
+    experts = [expert(name, 60, load=0.4) for name in ("a", "b")]
+    graph = compile_graph({"c-a": "a", "c-b": "b"}, [], ["a", "b"])
+    controller, devices = box(experts, graph, 100, executors=1)
+    report = simulate(controller, pretend(experts, devices), [request("0", "c-a"), request("1", "c-b", 2.0)])
+    assert (report.loads, controller.counts["switches"]) == (2, 1)
+    waits = controller.load_waits
+    assert waits.tasks == 2
+    assert waits.load_seconds == pytest.approx(0.8)
+    assert waits.turn_seconds == pytest.approx(APPLIANCE.hold_share * 0.4), "b was held before a left for it"
+    assert controller.idle_seconds == pytest.approx(2.1 - 0.4), "a was used last when its run began"
+
+
 def test_load_and_run_overlap() -> None:
     controller, _ = box(_experts("a", "b"), inspection_graph(["a", "b"]), 100, executors=1)
     controller.handle(Arrived(request("a1", "c-a")), 0.0)
@@ -609,6 +714,7 @@ def test_the_pretend_world_refuses_illegal_moves() -> None:
         device.load(Load("cpu", "b", b.footprints["cpu"].segments), b)
 
 
+PRIORITIES = {"line1": 1, "line2": 9}
 SHARED = [Segment(f"s{n}", 5 + 5 * n) for n in range(4)]
 
 
@@ -636,7 +742,8 @@ def workloads(draw: st.DrawFn) -> tuple[list[Expert], list[Request], int, int, i
     now, requests = 0.0, []
     for number, (gap, name, hurried) in enumerate(gaps):
         now += gap
-        requests.append(Request(f"r{number}", f"c-{name}", now, now + 2.0 if hurried else None))
+        line = f"line{number % 3}"  # as if by three lines in turn, of which two have a priority
+        requests.append(Request(f"r{number}", f"c-{name}", now, now + 2.0 if hurried else None, line))
     fails = draw(st.dictionaries(st.sampled_from([e.name for e in experts]), st.integers(1, 5), max_size=2))
     return experts, requests, draw(st.integers(45, 160)), draw(st.integers(1, 3)), draw(st.integers(1, 3)), fails
 
@@ -659,16 +766,19 @@ class HalfTooLate(World):
 
 
 EVERY = pytest.mark.parametrize("policy", [*POLICIES.values(), oracle({})], ids=lambda policy: policy.name)
+HALF = settings(max_examples=settings().max_examples // 2)
+"""For what is tried with every policy: nine times as many runs in all."""
 
 
 @EVERY
+@HALF
 @given(workload=workloads())
 def test_every_request_gets_exactly_one_verdict_whatever_fails(
     policy: Policy, workload: tuple[list[Expert], list[Request], int, int, int, dict[str, int]]
 ) -> None:
     experts, requests, budget, executors, slots, fails = workload
     graph = inspection_graph([e.name for e in experts if e.name != "detector"])
-    controller, devices = box(experts, graph, budget, executors, slots, activation_bytes=60, policy=policy)
+    controller, devices = box(experts, graph, budget, executors, slots, 60, policy, PRIORITIES)
     left = dict(fails)
 
     def broken(action: Load | Run) -> Refusal | None:
@@ -695,6 +805,7 @@ def test_every_request_gets_exactly_one_verdict_whatever_fails(
 
 
 @EVERY
+@HALF
 @given(workload=workloads(), budgets=st.lists(st.integers(5, 120), min_size=1, max_size=3))
 def test_no_verdict_is_lost_whatever_the_devices_hold(
     policy: Policy,
@@ -713,7 +824,7 @@ def test_no_verdict_is_lost_whatever_the_devices_hold(
         for e in experts
     ]
     names = tuple(Executor(f"{d.name}-{n}", d.name) for d in devices for n in range(executors))
-    graph = inspection_graph([e.name for e in experts if e.name != "detector"])
+    graph = replace(inspection_graph([e.name for e in experts if e.name != "detector"]), limits={"detector": 2})
     controller = Controller(graph, {e.name: e for e in experts}, devices, names, policy=policy)
     report = simulate(controller, pretend(experts, devices, DOUBTFUL), requests)
     assert sorted(v.request for v in report.verdicts) == sorted(r.id for r in requests)
@@ -721,22 +832,113 @@ def test_no_verdict_is_lost_whatever_the_devices_hold(
 
 
 @EVERY
+@HALF
+@given(workload=workloads(), most=st.integers(1, 6), overflow=st.sampled_from([Overflow.REJECT, Overflow.OLDEST]))
+def test_never_more_pictures_are_open_than_may_be_and_each_has_its_verdict(
+    policy: Policy,
+    workload: tuple[list[Expert], list[Request], int, int, int, dict[str, int]],
+    most: int,
+    overflow: Overflow,
+) -> None:
+    experts, requests, budget, executors, slots, _ = workload
+    graph = inspection_graph([e.name for e in experts if e.name != "detector"])
+    controller, devices = box(
+        experts, graph, budget, executors, slots, 60, policy, PRIORITIES, most_waiting=most, overflow=overflow
+    )
+
+    class Counted(Noting):
+        def look(self, actions: Sequence[Action], now: float) -> None:
+            assert len(controller.progress) <= most
+
+    report = simulate(Counted(controller), pretend(experts, devices, DOUBTFUL), requests)  # type: ignore[arg-type]
+    assert sorted(v.request for v in report.verdicts) == sorted(r.id for r in requests)
+    begun = {name for action in report.actions if isinstance(action, Run) for name in action.batch.requests}
+    turned_away = {v.request for v in report.verdicts if v.refusal is not None and v.refusal.reason == QUEUE_FULL}
+    assert not turned_away & begun
+    assert controller.scheduler.is_idle
+    for ledger in controller.ledgers.values():
+        assert all(ledger.is_evictable(name) for name in ledger.resident)
+
+
+@EVERY
+@HALF
+@given(
+    workload=workloads(),
+    more=st.sets(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=6),
+    limits=st.dictionaries(st.integers(0, 5), st.integers(1, 4)),
+    detectors=st.integers(1, 4),
+)
+def test_with_limits_on_steps_everybody_is_answered_and_no_step_overflows(
+    policy: Policy,
+    workload: tuple[list[Expert], list[Request], int, int, int, dict[str, int]],
+    more: set[tuple[int, int]],
+    limits: dict[int, int],
+    detectors: int,
+) -> None:
+    """Every expert leads to the detector, and some to others, in chains."""
+    experts, requests, budget, executors, slots, fails = workload
+    names = [e.name for e in experts if e.name != "detector"]
+    chains = [Edge(f"e{n}", f"e{m}") for n, m in sorted(more) if n < m < len(names)]
+    edges, all_limits = [*chains, *(Edge(name, "detector") for name in names)], {"detector": detectors}
+    all_limits |= {f"e{n}": most for n, most in limits.items() if any(edge.to == f"e{n}" for edge in chains)}
+    graph = compile_graph({f"c-{name}": name for name in names}, edges, [*names, "detector"], limits=all_limits)
+    controller, devices = box(experts, graph, budget, executors, slots, 60, policy, PRIORITIES)
+    left = dict(fails)
+
+    def broken(action: Load | Run) -> Refusal | None:
+        name = action.expert if isinstance(action, Load) else action.batch.expert
+        left[name] = left.get(name, 0) - 1
+        return FAILURES[left[name] % (4 if isinstance(action, Run) else 3)] if left[name] >= 0 else None
+
+    class Limited(Noting):
+        def look(self, actions: Sequence[Action], now: float) -> None:
+            waiting = {name: controller.scheduler.demand("cpu", name) for name in all_limits}
+            full = {name for name, count in waiting.items() if count >= all_limits[name]}
+            for action in actions:
+                if isinstance(action, Run):
+                    assert not full & {edge.to for edge in graph.edges.get(action.batch.expert, ())}
+            assert waiting["detector"] < detectors + executors * max(e.max_batch for e in experts)
+
+    seen = Noting(controller) if policy.in_order else Limited(controller)
+    world = HalfTooLate(experts, devices, lambda request, expert: (SOUND,), broken)
+    report = simulate(seen, world, requests)  # type: ignore[arg-type]
+    assert sorted(v.request for v in report.verdicts) == sorted(r.id for r in requests)
+    assert controller.scheduler.is_idle
+    for ledger in controller.ledgers.values():
+        assert all(ledger.is_evictable(name) for name in ledger.resident)
+    unhurried = {r.id for r in requests if r.deadline_seconds is None}
+    assert not [v for v in report.verdicts if v.outcome is Outcome.LATE and v.request in unhurried]
+
+
+@EVERY
+@HALF
 @given(workload=workloads())
 def test_the_same_events_make_the_same_actions(
     policy: Policy, workload: tuple[list[Expert], list[Request], int, int, int, dict[str, int]]
 ) -> None:
     """Run twice; then the events that were noted are replayed."""
     experts, requests, budget, executors, slots, _ = workload
-    graph = inspection_graph([e.name for e in experts if e.name != "detector"])
+    graph = replace(inspection_graph([e.name for e in experts if e.name != "detector"]), limits={"detector": 2})
+    requests = [replace(r, line=f"line{n % 2}", product=f"product{n // 7 % 3}") for n, r in enumerate(requests)]
+    products = {f"product{n}": {component: 1} for n, component in enumerate(list(graph.entries)[:2])}
     events: list[tuple[float, Event]] = []
     runs = []
+    devices, names = (Device("cpu", budget, slots),), tuple(Executor(f"cpu-{n}", "cpu") for n in range(executors))
+    made = partial(
+        Controller,
+        graph,
+        {e.name: e for e in experts},
+        devices,
+        names,
+        policy=policy,
+        priorities=PRIORITIES,
+        products=products,
+    )
     for _ in range(2):
-        controller, devices = box(experts, graph, budget, executors, slots, policy=policy)
-        noted = Noting(controller)
+        noted = Noting(made())
         runs.append(simulate(noted, pretend(experts, devices, DOUBTFUL), requests).actions)  # type: ignore[arg-type]
         events = noted.events
-    controller, devices = box(experts, graph, budget, executors, slots, policy=policy)
-    runs.append(replay(controller, pretend(experts, devices, DOUBTFUL), events).actions)
+    runs.append(replay(made(), pretend(experts, devices, DOUBTFUL), events).actions)
     assert runs[0] == runs[1] == runs[2]
 
 
@@ -923,7 +1125,7 @@ def test_nobody_whom_a_queued_picture_needs_leaves_for_one_who_can_wait(
     experts, requests, budget, executors, slots, _ = workload
     graph = inspection_graph([e.name for e in experts if e.name != "detector"])
     policy = replace(APPLIANCE, patience_seconds=1.0)
-    controller, devices = box(experts, graph, budget, executors, slots, policy=policy)
+    controller, devices = box(experts, graph, budget, executors, slots, policy=policy, priorities=PRIORITIES)
     report = simulate(Sparing(controller), pretend(experts, devices, DOUBTFUL), requests)  # type: ignore[arg-type]
     assert len(report.verdicts) == len(requests)
 
@@ -993,7 +1195,7 @@ def test_room_for_a_pinned_expert_is_a_rule_of_its_own() -> None:
 
 
 def test_a_shortage_of_memory_is_a_rule_of_its_own() -> None:
-    experts = [expert("a", 30, activation_item=20), expert("detector", 30)]
+    experts = [expert("a", 30, activation_item=20), expert("detector", 30, probability=0.5)]
     controller, _ = box(experts, inspection_graph(["a"]), 100, executors=1)
     controller.handle(Arrived(request("a", "c-a")), 0.0)
     run = _run(controller.handle(Loaded("cpu", "a"), 0.1))
@@ -1022,6 +1224,223 @@ def test_evictions_are_counted_by_rule_and_tasks_by_where_their_expert_was() -> 
     assert controller.counts["evictions"] == 1
     controller.handle(LoadFailed("cpu", "b", BROKEN), 0.7)
     assert controller.counts["evictions"] == 1, "who never came did not leave"
+
+
+def test_while_a_step_is_full_whoever_leads_to_it_begins_nothing_and_the_others_go_on() -> None:
+    controller = _limited({"slow": 1}, {"a": 10, "other": 10, "slow": 10}, 100, ["a", "other"])
+    assert _moves(controller.handle(Arrived(request("s", "c-slow")), 0.0)) == ["load slow"]
+    assert controller.handle(Arrived(request("a", "c-a")), 0.1) == []
+    run = _run(controller.handle(Arrived(request("o", "c-other")), 0.2))
+    controller.handle(Loaded("cpu", "slow"), 0.3)
+    run = _run(controller.handle(Finished(run.batch, ((SOUND,),), 0.1), 0.4))
+    assert run.batch.expert == "slow"
+    assert _run(controller.handle(Finished(run.batch, ((SOUND,),), 0.1), 0.5)).batch.expert == "a"
+
+
+def test_as_soon_as_a_full_step_takes_a_batch_the_others_go_on_beside_it() -> None:
+    controller = _limited({"slow": 1}, {"a": 10, "other": 10, "slow": 10}, 100, ["a"], executors=2)
+    controller.handle(Arrived(request("s", "c-slow")), 0.0)
+    controller.handle(Arrived(request("a", "c-a")), 0.1)
+    assert sorted(_moves(controller.handle(Loaded("cpu", "slow"), 0.2))) == ["run a", "run slow"]
+
+
+def test_whom_a_full_step_holds_back_leaves_for_it_though_it_was_loaded_a_moment_ago() -> None:
+    """Its claim would last until its first batch, and that would wait for the step: for ever."""
+    controller = _limited({"slow": 1}, {"a": 60, "other": 30, "slow": 60}, 100, ["other"])
+    controller.handle(Arrived(request("o", "c-other")), 0.0)
+    controller.handle(Arrived(request("a", "c-a")), 0.1)
+    controller.handle(Loaded("cpu", "a"), 0.2)
+    assert _moves(controller.handle(Arrived(request("s", "c-slow")), 0.3)) == ["evict a", "load slow"]
+
+
+def test_who_is_held_back_is_neither_loaded_nor_kept_when_its_load_ends() -> None:
+    controller = _limited({"slow": 1}, {"a": 60, "other": 30, "slow": 60}, 100, ["other"])
+    controller.handle(Arrived(request("o", "c-other")), 0.0)
+    assert _moves(controller.handle(Arrived(request("a", "c-a")), 0.1)) == ["load a"]
+    assert _moves(controller.handle(Arrived(request("s", "c-slow")), 0.2)) == []
+    assert _moves(controller.handle(Loaded("cpu", "a"), 0.3)) == ["evict a", "load slow"]
+    assert _moves(controller.handle(Arrived(request("a2", "c-a")), 0.4)) == []
+
+
+def test_a_full_step_before_a_full_step_gives_way_to_it() -> None:
+    """Memory for one of the two: the first is needed as urgently, but cannot go on before the second has."""
+    graph = compile_graph({"c-s": "s", "c-t": "t"}, [Edge("s", "t")], ["s", "t"], limits={"t": 1})
+    chained = replace(graph, limits={"s": 1, "t": 1}, before={"s": ("a",), "t": ("s",)})
+    devices, executors = (Device("cpu", 60, 2),), (Executor("cpu-0", "cpu"),)
+    named = {name: expert(name, 50) for name in "st"}
+    controller = Controller(chained, named, devices, executors)
+    controller.handle(Arrived(request("s", "c-s")), 0.0)
+    controller.handle(Arrived(request("t", "c-t")), 0.1)
+    assert _moves(controller.handle(Loaded("cpu", "s"), 0.2)) == ["evict s", "load t"]
+    run = _run(controller.handle(Loaded("cpu", "t"), 0.3))
+    assert run.batch.expert == "t"
+    assert _moves(controller.handle(Finished(run.batch, ((SOUND,),), 0.1), 0.4)) == ["evict t", "load s"]
+
+
+def test_a_load_that_found_no_room_is_tried_again_when_a_step_turns() -> None:
+    """`s` and `t` press, and neither leaves for the other; then `t` is held back by `u`."""
+    names = ("o", "s", "t", "u")
+    graph = compile_graph({f"c-{name}": name for name in names}, [Edge("t", "u")], names, limits={"u": 1})
+    pressing = replace(graph, limits=dict.fromkeys("stu", 1), before={"s": ("o",), "t": ("o",), "u": ("t",)})
+    devices, executors = (Device("cpu", 60, 2),), (Executor("cpu-0", "cpu"),)
+    named = {name: expert(name, 10 if name == "o" else 50) for name in names}
+    controller = Controller(pressing, named, devices, executors, residents=[("cpu", "o"), ("cpu", "t")])
+    controller.handle(Arrived(request("o", "c-o")), 0.0)
+    controller.handle(Arrived(request("t", "c-t")), 0.1)
+    assert controller.handle(Arrived(request("s", "c-s")), 0.2) == []
+    assert _moves(controller.handle(Arrived(request("u", "c-u")), 0.3)) == ["evict t", "load s"]
+
+
+@pytest.mark.parametrize("policy", PAPER, ids=lambda policy: policy.name)
+def test_the_published_policies_know_no_limits(policy: Policy) -> None:
+    experts = _experts("a", "b", size=60)
+    graph = inspection_graph(["a", "b"])
+    stream = [request(f"{n}", f"c-{name}", n * 0.05) for n, name in enumerate("abbabaabab")]
+    runs = []
+    for limits in ({}, {"detector": 1}):
+        controller, devices = box(experts, replace(graph, limits=limits), 120, policy=policy)
+        runs.append(simulate(controller, pretend(experts, devices, DOUBTFUL), stream).actions)
+    assert runs[0] == runs[1]
+
+
+def _limited(
+    limits: dict[str, int], sizes: dict[str, int], budget_bytes: int, residents: Sequence[str], executors: int = 1
+) -> Controller:
+    """Everybody is asked first by its component; `a` leads to `slow`."""
+    experts = {name: expert(name, size) for name, size in sizes.items()}
+    graph = compile_graph({f"c-{name}": name for name in sizes}, [Edge("a", "slow")], list(sizes), limits=limits)
+    names = tuple(Executor(f"cpu-{number}", "cpu") for number in range(executors))
+    here = [("cpu", name) for name in residents]
+    return Controller(graph, experts, (Device("cpu", budget_bytes, 2),), names, residents=here)
+
+
+def _moves(actions: Sequence[Action]) -> list[str]:
+    """Loads, evictions and runs in words."""
+    words = []
+    for action in actions:
+        match action:
+            case Load(expert=expert):
+                words.append(f"load {expert}")
+            case Evict(expert=expert):
+                words.append(f"evict {expert}")
+            case Run(batch):
+                words.append(f"run {batch.expert}")
+            case _:
+                pass
+    return words
+
+
+def test_where_more_pictures_wait_outside_nobody_is_turned_away() -> None:
+    controller, _ = box(_experts("a"), inspection_graph(["a"]), 100, most_waiting=2)
+    assert controller.room(1000) == 2
+    controller.handle(Arrived(request("0", "c-a")), 0.0)
+    assert (controller.room(1000), controller.room(1)) == (1, 1)
+    controller.handle(Arrived(request("1", "c-a")), 0.0)
+    assert controller.room(1000) == 0
+
+
+def test_where_the_new_picture_is_turned_away_it_hears_so_at_once_and_only_it() -> None:
+    controller, _ = box(_experts("a"), inspection_graph(["a"]), 100, 1, most_waiting=2, overflow=Overflow.REJECT)
+    for name in ("0", "1"):
+        assert not [a for a in controller.handle(Arrived(request(name, "c-a")), 0.0) if isinstance(a, Publish)]
+    assert controller.room(1000) == 1000, "all come here, to be turned away"
+    (publish,) = controller.handle(Arrived(request("2", "c-a", at=0.5)), 0.75)
+    assert isinstance(publish, Publish)
+    assert (publish.verdict.request, publish.verdict.outcome) == ("2", Outcome.REJECTED)
+    assert publish.verdict.waited_seconds == 0.25
+    assert publish.verdict.refusal is not None
+    assert publish.verdict.refusal.reason == QUEUE_FULL
+    assert "request-id" in publish.verdict.refusal.detail
+    assert controller.handle(Arrived(request("1", "c-a")), 0.8) == [], "one that is open is no new one"
+    assert _run(controller.handle(Loaded("cpu", "a"), 1.0)).batch.requests == ("0", "1")
+
+
+def test_where_the_oldest_is_turned_away_those_that_were_begun_stay() -> None:
+    limits = {"most_waiting": 2, "overflow": Overflow.OLDEST}
+    controller, _ = box(_experts("a"), inspection_graph(["a"]), 100, executors=1, **limits)  # type: ignore[arg-type]
+    controller.handle(Arrived(request("0", "c-a")), 0.0)
+    run = _run(controller.handle(Loaded("cpu", "a"), 0.1))
+    for number in (1, 2, 3):
+        moves = controller.handle(Arrived(request(f"{number}", "c-a")), 0.2)
+        assert [m.verdict.request for m in moves if isinstance(m, Publish)] == ([f"{number - 1}"] if number > 1 else [])
+    moves = controller.handle(Finished(run.batch, ((DOUBTFUL,),), 0.1), 0.3)
+    assert _run(moves).batch.requests == ("3",)
+    (publish,) = controller.handle(Arrived(request("4", "c-a")), 0.4)
+    assert isinstance(publish, Publish)
+    assert publish.verdict.request == "4", "both others were looked at: nobody else is left to turn away"
+
+
+def test_a_prior_line_is_loaded_and_run_as_if_it_had_come_earlier() -> None:
+    """Two head starts: who waits for longer than that still goes first, who does not lets it pass."""
+    for waited, first in ((1.9, "prior"), (2.1, "other")):
+        experts = [*_experts("a", "b", "busy", size=40)]
+        graph, priorities = inspection_graph(["a", "b", "busy"]), {"prior": 1}
+        controller, _ = box(experts, graph, 200, executors=1, priorities=priorities)
+        controller.handle(Arrived(request("0", "c-busy")), 0.0)
+        controller.handle(Arrived(request("1", "c-a", line="other")), 0.1)
+        run = _run(controller.handle(Loaded("cpu", "busy"), 0.2))
+        controller.handle(Arrived(request("2", "c-b", line="prior")), 0.1 + waited)
+        controller.handle(Loaded("cpu", "a"), 2.3)
+        controller.handle(Loaded("cpu", "b"), 2.4)
+        following = _run(controller.handle(Finished(run.batch, ((SOUND,),), 2.5), 2.5))
+        assert following.batch.requests == (("2",) if first == "prior" else ("1",))
+
+
+def test_a_batch_takes_the_pictures_of_a_prior_line_first() -> None:
+    controller, _ = box(_experts("a"), inspection_graph(["a"]), 100, executors=1, priorities={"prior": 1})
+    for number in range(4):
+        controller.handle(Arrived(request(str(number), "c-a", line="other")), 0.0)
+    controller.handle(Arrived(request("4", "c-a", line="prior")), 0.05)
+    assert _run(controller.handle(Loaded("cpu", "a"), 0.1)).batch.requests == ("4", "0", "1", "2")
+
+
+@pytest.mark.parametrize("policy", PAPER, ids=lambda policy: policy.name)
+def test_the_published_policies_know_no_priorities(policy: Policy) -> None:
+    experts = _experts("a", "b", size=60)
+    stream = [request(f"{n}", f"c-{name}", n * 0.05, line=f"line{n % 2}") for n, name in enumerate("abbabaabab")]
+    graph, runs = inspection_graph(["a", "b"]), []
+    for priorities in ({}, {"line1": 9}):
+        controller, devices = box(experts, graph, 120, policy=policy, priorities=priorities)
+        runs.append(simulate(controller, pretend(experts, devices, DOUBTFUL), stream).actions)
+    assert runs[0] == runs[1]
+
+
+@given(
+    st.lists(st.sampled_from(["hot", "warm", "cold"]), min_size=10, max_size=60),
+    st.integers(1, 9),
+    st.integers(60, 130),
+)
+def test_of_two_equal_pictures_that_of_the_prior_line_never_waits_longer(
+    asked: list[str], priority: int, budget: int
+) -> None:
+    """More than one executor can do, of two lines that publish the same at the same time."""
+    experts = [*(expert(name, 40, item=0.1) for name in ("hot", "warm", "cold")), expert("detector", 20)]
+    graph, priorities = inspection_graph(["hot", "warm", "cold"]), {"prior": priority}
+    controller, devices = box(experts, graph, budget, executors=1, priorities=priorities)
+    stream = [
+        request(f"{line} {n}", f"c-{name}", n * 0.1, line=line)
+        for n, name in enumerate(asked)
+        for line in ("prior", "other")
+    ]
+    report = simulate(controller, pretend(experts, devices, DOUBTFUL), stream)
+    waited = {verdict.request: verdict.waited_seconds for verdict in report.verdicts}
+    assert all(waited[f"prior {n}"] <= waited[f"other {n}"] for n in range(len(asked)))
+
+
+@given(st.lists(st.sampled_from(["hot", "warm"]), min_size=180, max_size=200), st.integers(0, 2))
+def test_nobody_starves_behind_a_prior_line(arrivals: list[str], priority: int) -> None:
+    """It asks for twice what the executor can do; who comes later than its head start and patience passes nobody, but
+    for what runs and loads at that moment."""
+    experts = [expert(name, 40, item=0.1) for name in ("hot", "warm", "cold")] + [expert("detector", 1)]
+    policy = replace(APPLIANCE, patience_seconds=2.0)
+    graph, priorities = inspection_graph(["hot", "warm", "cold"]), {"prior": priority}
+    controller, devices = box(experts, graph, 90, 1, load_slots=1, policy=policy, priorities=priorities)
+    requests = [request(f"{n}", f"c-{name}", n * 0.05, line="prior") for n, name in enumerate(arrivals)]
+    cold = request("cold", "c-cold", 0.5, line="other")
+    report = simulate(controller, pretend(experts, devices), sorted([*requests, cold], key=lambda r: r.arrived_seconds))
+    answered = [verdict.request for verdict in report.verdicts]
+    passed = [requests[int(name)].arrived_seconds for name in answered[: answered.index("cold")]]
+    assert max(passed, default=0.0) < 0.5 + policy.patience_seconds + priority * HEAD_START_SECONDS + 1.0
 
 
 @given(st.lists(st.sampled_from(["hot", "warm"]), min_size=50, max_size=200))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -41,10 +43,11 @@ from appliance.lab.explain import explained
 from appliance.lab.simulate import simulate
 from appliance.report import print_explanation
 from tests.kit import DOUBTFUL, OPEN, SOUND, box, expert, inspection_graph, request
-from tests.test_controller import FAILURES, WISHES, Commanding, HalfTooLate, workloads
+from tests.test_controller import FAILURES, HALF, WISHES, Commanding, HalfTooLate, workloads
 
 
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=lambda policy: policy.name)
+@HALF
 @given(workload=workloads(), wishes=WISHES)
 def test_every_second_from_arrival_to_verdict_is_accounted_for(
     policy: Policy,
@@ -53,6 +56,7 @@ def test_every_second_from_arrival_to_verdict_is_accounted_for(
 ) -> None:
     experts, requests, budget, executors, slots, fails = workload
     graph = inspection_graph([e.name for e in experts if e.name != "detector"])
+    graph = replace(graph, limits={"detector": 2})
     controller, _ = box(experts, graph, budget, executors, slots, activation_bytes=60, policy=policy)
     noted = Commanding(controller, experts, wishes)
     left = dict(fails)
@@ -87,10 +91,15 @@ def _told(
     events: Sequence[tuple[float, Event]],
     focus: str,
     policy: Policy = APPLIANCE,
-    **more: int,
+    *,
+    budget: int = 100,
+    executors: int = 1,
+    load_slots: int = 2,
+    activation_bytes: int | None = None,
+    limits: Mapping[str, int] = MappingProxyType({}),
 ) -> Chronicle:
-    graph = inspection_graph([e.name for e in experts if e.name != "detector"])
-    controller, _ = box(experts, graph, more.pop("budget", 100), more.pop("executors", 1), policy=policy, **more)
+    graph = replace(inspection_graph([e.name for e in experts if e.name != "detector"]), limits=limits)
+    controller, _ = box(experts, graph, budget, executors, load_slots, activation_bytes, policy)
     return chronicle(controller, events, in_order=policy.in_order, focus=focus)
 
 
@@ -117,6 +126,23 @@ def test_a_wait_has_the_causes_that_it_had() -> None:
     assert question.standing is not None
     assert question.standing.ahead == (("a", 1),)
     assert (question.found, question.departure) == (Residency.ABSENT, None)
+
+
+def test_who_is_held_back_by_a_full_step_waits_for_that() -> None:
+    """`a2` waits for the run of `a1`, then until the detector, for which `a1` waits, is loaded, then for its run."""
+    experts = [expert("a", 40), expert("detector", 10)]
+    events: list[tuple[float, Event]] = [
+        (0.0, Arrived(request("a1", "c-a"))),
+        (1.0, Loaded("cpu", "a")),
+        (2.0, Arrived(request("a2", "c-a", 2.0))),
+        (3.0, Finished(Batch(1, "cpu-0", "cpu", "a", ("a1",)), ((DOUBTFUL,),), 2.0)),
+        (7.0, Loaded("cpu", "detector")),
+        (15.0, _finished(2, "cpu-0", "detector", "a1")),
+        (31.0, _finished(3, "cpu-0", "a", "a2")),
+    ]
+    told = _told(experts, events, "a2", limits={"detector": 1})
+    waits = {Wait.EXECUTOR: 9.0, Wait.STEP: 4.0, Wait.RUN: 16.0}
+    assert {wait: seconds for wait, seconds in told.journeys["a2"].waits.items() if seconds} == waits
 
 
 def test_who_asks_for_an_expert_on_its_way_is_told_of_the_load_that_began_for_others() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from appliance.core.graph import Condition, Edge, Progress, compile_graph, draw, start
+from appliance.core.graph import Condition, Edge, Progress, Table, compile_graph, draw, start
 from appliance.core.types import Finding, Outcome, Refusal, Step
 from appliance.errors import GraphError
 from tests.kit import DOUBTFUL, OPEN, SOUND, inspection_graph, request
@@ -51,6 +51,12 @@ def test_a_cycle_is_refused_and_drawn() -> None:
 def test_an_expert_that_leads_to_itself_is_a_cycle() -> None:
     with pytest.raises(GraphError, match="a → a"):
         compile_graph({}, [Edge("a", "a")], ["a"])
+
+
+def test_only_who_is_asked_after_others_has_a_limit() -> None:
+    assert compile_graph({}, [Edge("a", "b")], ["a", "b"], limits={"b": 3}).limits == {"b": 3}
+    with pytest.raises(GraphError, match="names a, to which no edge leads"):
+        compile_graph({}, [Edge("a", "b")], ["a", "b"], limits={"a": 3})
 
 
 def test_unknown_experts_are_named() -> None:
@@ -115,3 +121,30 @@ def _begun() -> Progress:
     progress = start(request("r", "c-a"), inspection_graph(["a"]))
     assert isinstance(progress, Progress)
     return progress
+
+
+def test_a_table_asks_the_expert_of_each_label_that_scores_enough() -> None:
+    table = Table("reader", {"open": "a", "short": "b", "scratch": "a"}, score_at_least=0.5)
+    graph = compile_graph({}, [Edge("reader", "c")], ["reader", "a", "b", "c"], [table])
+    found = [Finding("open", 0.9, False), Finding("short", 0.4, False), Finding("scratch", 0.5, False)]
+    assert graph.next_experts("reader", found) == ("c", "a")
+    assert graph.next_experts("reader", [Finding("unheard-of", 1.0, False)]) == ("c",)
+    assert graph.following("reader") == ("c", "a", "b")
+    assert graph.before["b"] == ("reader",)
+    assert graph.is_subsequent("a")
+
+
+def test_a_table_of_hundreds_is_drawn_as_one_node() -> None:
+    names = [f"e{number}" for number in range(300)]
+    graph = compile_graph({"board": "reader"}, [], ["reader", *names], [Table("reader", {n: n for n in names})])
+    assert "e0 … e299 (300 experts)" in draw(graph)
+    assert len(draw(graph).splitlines()) == 3
+
+
+def test_a_table_is_checked_like_edges() -> None:
+    with pytest.raises(GraphError, match="ghost"):
+        compile_graph({}, [], ["a"], [Table("a", {"open": "ghost"})])
+    with pytest.raises(GraphError, match="b → a → b"):
+        compile_graph({}, [Edge("b", "a")], ["a", "b"], [Table("a", {"open": "b"})])
+    with pytest.raises(GraphError, match="a has 2 tables"):
+        compile_graph({}, [], ["a", "b"], [Table("a", {"open": "b"}), Table("a", {"short": "b"})])

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from appliance.catalog import ExpertManifest
 from appliance.core.types import Box, Finding, Refusal
-from appliance.drivers.heads import findings, suppress
+from appliance.drivers.heads import findings, margin, suppress
 
 LABELS = ["sound", "missing", "turned"]
 
@@ -41,6 +41,29 @@ def only(answers: tuple[tuple[Finding, ...] | Refusal, ...]) -> tuple[Finding, .
     [answer] = answers
     assert not isinstance(answer, Refusal), answer
     return answer
+
+
+@pytest.mark.parametrize(
+    ("head", "finding", "expected"),
+    [
+        ({"normal": "sound", "threshold": 0.5}, Finding("sound", 0.9, False), 0.4),
+        ({"normal": "sound", "threshold": 0.5}, Finding("sound", 0.55, False), 0.05),
+        ({"normal": "sound", "threshold": 0.5}, Finding("missing", 0.6, True), None),
+        ({"failing": ["missing"], "threshold": 0.8}, Finding("missing", 0.7, False), 0.1),
+        ({"failing": ["missing"], "threshold": 0.8}, Finding("sound", 0.7, False), None),
+    ],
+)
+def test_the_margin_is_how_far_a_passing_score_was_from_failing(
+    head: dict[str, Any], finding: Finding, expected: float | None
+) -> None:
+    known = manifest({"kind": "classification", "output": "y", "labels": LABELS, **head}).head
+    found = margin(known, finding)
+    assert found == (None if expected is None else pytest.approx(expected))
+
+
+def test_a_detector_has_no_margin() -> None:
+    known = manifest({"kind": "detection", "boxes": "b", "scores": "s", "labels": ["open"]}).head
+    assert margin(known, Finding("open", 0.6, False, Box(1, 2, 3, 4))) is None
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -24,8 +25,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from appliance.drivers.records import (
-    PRAGMAS,
-    QUEUED_BYTES,
     Acceptance,
     Answered,
     Conclusion,
@@ -41,6 +40,8 @@ from appliance.drivers.records import (
     Unowed,
     Waiting,
 )
+from appliance.drivers.records.schema import PRAGMAS
+from appliance.drivers.records.writer import QUEUED_BYTES
 from appliance.errors import NotSpooled, RecordsError
 from tests.kit_brokers import until
 
@@ -141,7 +142,7 @@ def test_a_full_spool_still_knows_its_pictures_and_verdicts(tmp_path: Path) -> N
 def test_more_pictures_than_the_disk_can_take_are_not_held_in_memory(
     records: Records, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("appliance.drivers.records.QUEUED_BYTES", 10)
+    monkeypatch.setattr("appliance.drivers.records.writer.QUEUED_BYTES", 10)
     gate, answers = threading.Event(), queue.Queue[Acceptance]()
 
     def block(_: Acceptance) -> None:
@@ -357,7 +358,7 @@ def test_the_outbox_is_read_in_steps(records: Records) -> None:
 def test_old_verdicts_are_forgotten_unless_they_wait_in_the_outbox(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("appliance.drivers.records.CLEAN_ROWS", 2)
+    monkeypatch.setattr("appliance.drivers.records.writer.CLEAN_ROWS", 2)
     now = 1000.0
     with opened(tmp_path, clock=lambda: now) as records:
         for n in range(7):
@@ -558,8 +559,8 @@ def small_disk() -> Iterator[Path]:
 def test_a_full_disk_takes_verdicts_until_there_is_room_for_pictures(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("appliance.drivers.records.BALLAST_BYTES", 800_000)
-    monkeypatch.setattr("appliance.drivers.records.PRAGMAS", (*PRAGMAS, "wal_autocheckpoint = 8"))
+    monkeypatch.setattr("appliance.drivers.records.writer.BALLAST_BYTES", 800_000)
+    monkeypatch.setattr("appliance.drivers.records.schema.PRAGMAS", (*PRAGMAS, "wal_autocheckpoint = 8"))
     with opened(small_disk, spool_bytes=10**9) as records:
         taken = 0
         while isinstance(accept(records, f"p{taken}", b"x" * 50_000), New):
@@ -580,7 +581,7 @@ def test_a_full_disk_takes_verdicts_until_there_is_room_for_pictures(
 def test_a_disk_without_room_to_spare_is_full_from_the_start(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("appliance.drivers.records.BALLAST_BYTES", 1_048_576)
+    monkeypatch.setattr("appliance.drivers.records.writer.BALLAST_BYTES", 1_048_576)
     (small_disk / "other").write_bytes(b"x" * 3_500_000)
     with opened(small_disk) as records:
         assert accept(records, "a") == Full("less than 1 MiB are free: No space left on device")
@@ -599,6 +600,95 @@ def test_a_store_that_fails_in_another_way_is_given_up(records: Records, caplog:
     assert isinstance(records.broken, RecordsError)
     assert isinstance(accept(records, "b"), Full)
     assert "records broken" in caplog.text
+
+
+# Who ended the process.
+
+
+def test_a_crash_counts_for_those_in_hand_alone(tmp_path: Path) -> None:
+    run_child(
+        tmp_path,
+        "records = store(sys.argv[1])\n"
+        "for n in range(6): accept(records, f'p{n}')\n"
+        "records.take(1, [1, 2])\n"
+        "records.take(2, [3])\n"
+        "records.put_back(1)\n"
+        "records.take(3, [5])\n"
+        "os.kill(os.getpid(), signal.SIGKILL)",
+    )
+    with opened(tmp_path) as records:
+        assert attempts(records) == {"p0": 0, "p1": 0, "p2": 1, "p3": 0, "p4": 1, "p5": 0}
+
+
+def test_each_crash_counts_once(tmp_path: Path) -> None:
+    crash = "os.kill(os.getpid(), signal.SIGKILL)"
+    run_child(tmp_path, "records = store(sys.argv[1])\naccept(records, 'p0')\nrecords.take(1, [1])\n" + crash)
+    run_child(tmp_path, "records = store(sys.argv[1])\n" + crash)
+    run_child(tmp_path, "records = store(sys.argv[1])\nrecords.take(1, [1])\n" + crash)
+    with opened(tmp_path) as records:
+        assert attempts(records) == {"p0": 2}
+
+
+def test_a_clean_end_counts_for_nobody(tmp_path: Path) -> None:
+    with opened(tmp_path) as records:
+        accept(records, "a")
+        records.take(1, [1])
+    with opened(tmp_path) as records:
+        assert attempts(records) == {"a": 0}
+
+
+def test_what_was_in_hand_of_a_store_that_was_moved_aside_counts_for_nobody(tmp_path: Path) -> None:
+    run_child(
+        tmp_path,
+        "records = store(sys.argv[1])\n"
+        "accept(records, 'a')\n"
+        "records.take(1, [1])\n"
+        "os.kill(os.getpid(), signal.SIGKILL)",
+    )
+    for path in tmp_path.glob("records.db*"):
+        path.write_bytes(b"hello, I am a text file\n" * 1000)
+    with opened(tmp_path) as records:
+        assert records.moved_aside is not None
+        assert accept(records, "b") == New(1)
+        assert attempts(records) == {"b": 0}
+
+
+@pytest.mark.parametrize("content", [b"", bytes(4096), b"open\n1\n99999999999999999999\n\xff\nend\n7\n", b"open"])
+def test_whatever_a_power_cut_left_of_the_note_is_read(tmp_path: Path, content: bytes) -> None:
+    with opened(tmp_path) as records:
+        accept(records, "a")
+    (tmp_path / "in-hand").write_bytes(content)
+    with opened(tmp_path) as records:
+        assert attempts(records) == {"a": int(b"1" in content)}
+
+
+def test_after_a_crash_pictures_from_before_it_are_noted_on_the_disk_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_child(tmp_path, "accept(store(sys.argv[1]), 'a')\nos.kill(os.getpid(), signal.SIGKILL)")
+    synced = list[int]()
+    monkeypatch.setattr("appliance.drivers.records.inhand.os.fdatasync", synced.append)
+    with opened(tmp_path) as records:
+        assert accept(records, "b") == New(2)
+        before = len(synced)
+        records.take(1, [2])
+        assert len(synced) == before, "the kernel keeps it, however this process ends"
+        records.take(2, [1, 2])
+        assert len(synced) == before + 1, "the machine may have died of it"
+
+
+def test_who_cannot_be_noted_may_not_be_touched(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("appliance.drivers.records.inhand.os.pwrite", refuse)
+        with pytest.raises(RecordsError, match="cannot be noted: Input/output error"):
+            records.take(1, [1])
+
+
+def attempts(records: Records) -> dict[str, int]:
+    return {spooled.picture.id: spooled.attempts for spooled in records.waiting()}
 
 
 # The store against a dictionary.

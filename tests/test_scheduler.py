@@ -105,7 +105,7 @@ def test_an_executor_whose_device_can_never_hold_the_expert_gets_nothing() -> No
         name: Ledger(Device(name, budget), {"large": large.footprints[name]})
         for name, budget in (("gpu", 49), ("cpu", 50))
     }
-    scheduler = Scheduler(executors, {"large": large})
+    scheduler = Scheduler(executors, {"large": large}, _evenly)
     for number in range(20):
         scheduler.put(Task(str(number), "large", 0.0), ledgers)
     assert [len(queue.groups) for queue in scheduler.queues.values()] == [0, 1]
@@ -129,7 +129,7 @@ def test_a_second_copy_is_loaded_only_where_it_saves_many_times_its_load() -> No
     ledgers = {name: Ledger(device, {"a": there.footprints[name]}) for name, device in devices.items()}
     ledgers["cpu"].begin_load("a")
     ledgers["cpu"].finish_load("a")
-    scheduler = Scheduler(tuple(Executor(f"{name}-0", name) for name in devices), {"a": there})
+    scheduler = Scheduler(tuple(Executor(f"{name}-0", name) for name in devices), {"a": there}, _evenly)
     where = [scheduler.put(Task(str(number), "a", 0.0), ledgers) for number in range(100)]
     assert where.index("gpu") == int(SECOND_COPY)
 
@@ -147,7 +147,11 @@ def test_what_was_just_loaded_for_waiting_tasks_runs_before_what_waits_as_long()
 
 
 def _scheduler(executors: int) -> Scheduler:
-    return Scheduler(tuple(Executor(f"cpu-{n}", "cpu") for n in range(executors)), EXPERTS)
+    return Scheduler(tuple(Executor(f"cpu-{n}", "cpu") for n in range(executors)), EXPERTS, _evenly)
+
+
+def _evenly(expert: str) -> float:
+    return 0.1
 
 
 def _ledgers(*ready: str, activation_bytes: int | None = None) -> dict[str, Ledger]:

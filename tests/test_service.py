@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from threading import Event
@@ -40,6 +41,7 @@ from tests.kit_box import (
     Box,
     add_golden,
     bomb,
+    compiled,
     hear_all,
     hear_verdicts,
     picture,
@@ -56,14 +58,14 @@ __all__ = ["broker", "mosquitto", "nats"]  # fixtures
 @pytest.fixture(scope="module")
 def catalog(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four experts; e0 leads to e3 always."""
-    return write_catalog(tmp_path_factory.mktemp("catalog"), 4, [("e0", "e3")])
+    return compiled(write_catalog(tmp_path_factory.mktemp("service") / "catalog", 4, [("e0", "e3")]))
 
 
-@pytest.fixture
-def box(tmp_path: Path, catalog: Path) -> Iterator[Box]:
-    """With its own broker."""
-    with Box(tmp_path / "box", catalog) as running:
-        yield running
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four experts of 45 MB."""
+    nets = {f"big{number}": conv_net(number, width=3350) for number in range(4)}
+    return compiled(write_catalog(tmp_path_factory.mktemp("large") / "catalog", nets))
 
 
 def test_a_published_picture_comes_back_as_a_verdict(tmp_path: Path, catalog: Path, broker: AnyBroker) -> None:
@@ -269,6 +271,73 @@ def test_sigterm_ends_cleanly_and_the_next_start_goes_on(tmp_path: Path, catalog
         assert len(hear_verdicts(camera, 99)) >= 99
 
 
+DEADLY = b"this picture ends whoever decodes it"
+DEADLY_DECODER = f"""
+import os, signal
+from appliance.drivers import images
+decode = images.decode
+def deadly(payload, **limits):
+    if {DEADLY!r} in payload:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return decode(payload, **limits)
+images.decode = deadly
+"""
+
+
+@pytest.mark.parametrize(("executors", "pictures", "poison"), [(2, 100, {40}), (4, 24, {3, 5})])
+def test_a_picture_that_ends_the_process_becomes_a_dead_letter_and_the_line_goes_on(
+    tmp_path: Path, catalog: Path, executors: int, pictures: int, poison: set[int]
+) -> None:
+    """As when the decoder or a network crashes: the others get their verdicts, whoever was in work beside it too."""
+    settings = f"[executors]\ncpu = {executors}\n"
+    box = Box(tmp_path / "box", catalog, settings=settings, program=DEADLY_DECODER)
+    payloads = [picture(number) + (DEADLY if number in poison else b"") for number in range(pictures)]
+    with box, client.Camera("127.0.0.1", box.port, line="line1", resend_seconds=2.0) as camera:
+        answers: dict[str, client.Answer] = {}
+        camera.on_answer(lambda answer: answers.update({answer.request_id: answer}))
+        ids = [camera.publish(part=f"c-e{number % 4}", picture=content) for number, content in enumerate(payloads)]
+        crashes = _kept_alive(box, camera)
+    assert crashes <= 3 * len(poison)
+    for number, id in enumerate(ids):
+        body, kept = answers[id].body, box.folder / "state" / "quarantine" / f"{id}.picture"
+        if number in poison:
+            assert (body["outcome"], body["reason"]) == ("error", "poison")
+            assert kept.read_bytes() == payloads[number]
+        else:
+            assert body["outcome"] in ("pass", "fail")
+            assert not kept.exists()
+
+
+def _kept_alive(box: Box, camera: client.Camera) -> int:
+    """Start the service again whenever it ended, as systemd does, until the camera has its answers; how often."""
+    crashes, ends = 0, time.monotonic() + 120
+    while not camera.wait(0.1):
+        assert time.monotonic() < ends, box.log_text
+        if not box.is_running:
+            crashes += 1
+            box.start()
+    return crashes
+
+
+def test_a_clean_stop_counts_no_attempts(tmp_path: Path, nats: Nats) -> None:
+    catalog = write_catalog(tmp_path / "catalog", {"big": conv_net(width=3350)})
+    box = Box(tmp_path / "box", catalog, nats)
+    with box, Camera(nats.port, RESULT, name="publisher", clean=False) as camera:
+        for number in range(200):
+            camera.publish(INFER + "c-big", picture(number))
+        camera.hear()
+        assert box.stop() == 0
+        box.start()
+        until(lambda: box.log_text.count("mqtt state=ready") == 2)
+        assert box.stop() == 0
+    assert _suspects(box) == []
+
+
+def _suspects(box: Box) -> list[int]:
+    with closing(sqlite3.connect(box.folder / "state" / "records.db")) as db:
+        return [row[0] for row in db.execute("SELECT attempts FROM pictures WHERE attempts > 0")]
+
+
 @pytest.mark.mosquitto
 def test_an_mqtt_5_response_topic_gets_the_verdict_with_its_correlation_data(
     tmp_path: Path, catalog: Path, mosquitto: Mosquitto
@@ -306,17 +375,16 @@ def test_plain_mosquitto_pub_gets_its_verdict(tmp_path: Path, catalog: Path, bro
 
 
 @pytest.mark.mosquitto
-def test_a_picture_past_its_deadline_is_late(tmp_path: Path, mosquitto: Mosquitto) -> None:
+def test_a_picture_past_its_deadline_is_late(tmp_path: Path, large: Path, mosquitto: Mosquitto) -> None:
     """Loading 45 MB takes longer than a millisecond."""
-    catalog = write_catalog(tmp_path / "catalog", {"big": conv_net(width=3350)})
     with (
-        Box(tmp_path / "box", catalog, mosquitto),
+        Box(tmp_path / "box", large, mosquitto),
         Camera(mosquitto.port, RESULT, protocol=MQTTProtocolVersion.MQTTv5) as camera,
     ):
-        camera.publish(INFER + "c-big", picture(), user={"deadline-ms": "1"})
+        camera.publish(INFER + "c-big0", picture(), user={"deadline-ms": "1"})
         body = json.loads(camera.hear().payload)
         assert (body["outcome"], body["reason"]) == ("late", "deadline")
-        camera.publish(INFER + "c-big", picture(2), user={"deadline-ms": "30000"})
+        camera.publish(INFER + "c-big0", picture(2), user={"deadline-ms": "30000"})
         assert json.loads(camera.hear().payload)["outcome"] in ("pass", "fail")
 
 
@@ -405,13 +473,12 @@ def test_a_service_that_cannot_go_on_says_offline(tmp_path: Path, catalog: Path,
         assert "appliance: " in box.log_text
 
 
-def test_sigterm_waits_for_the_batch_that_runs(tmp_path: Path, nats: Nats) -> None:
-    catalog = write_catalog(tmp_path / "catalog", {"big": conv_net(width=3350)})
-    with Box(tmp_path / "box", catalog, nats) as box, Camera(nats.port, RESULT) as camera:
-        camera.publish(INFER + "c-big", picture())
+def test_sigterm_waits_for_the_batch_that_runs(tmp_path: Path, large: Path, nats: Nats) -> None:
+    with Box(tmp_path / "box", large, nats) as box, Camera(nats.port, RESULT) as camera:
+        camera.publish(INFER + "c-big0", picture())
         hear_verdicts(camera, 1)
         for number in range(1, 200):
-            camera.publish(INFER + "c-big", picture(number))
+            camera.publish(INFER + "c-big0", picture(number))
         camera.hear()
         assert box.stop() == 0
         running = [batch for batch in _batches(box) if batch[0] > 0]
@@ -469,6 +536,31 @@ def test_a_live_journal_replayed_makes_the_same_loads_and_evictions(tmp_path: Pa
     assert simulated(box.folder / "journal.jsonl", predict=True)["requests"] == 60
 
 
+@pytest.mark.parametrize("overflow", ["reject", "oldest"])
+def test_pictures_beyond_the_limit_are_told_so_once_and_the_others_are_inspected(tmp_path: Path, overflow: str) -> None:
+    """Loading 45 MB takes longer than taking in a few small pictures: the first four fill the queue meanwhile."""
+    catalog = write_catalog(tmp_path / "catalog", {"big": conv_net(width=3350)})
+    settings = f"[limits]\npicture_bytes = 100000\nwaiting_pictures = 4\noverflow = '{overflow}'\n"
+    with (
+        Box(tmp_path / "box", catalog, settings=settings) as box,
+        Camera(box.port, RESULT, STATS) as camera,
+        Camera(box.port, ERROR, name="listener") as listener,
+    ):
+        for number in range(40):
+            camera.publish(INFER + "c-big", picture(number))
+        verdicts = hear_verdicts(camera, 40)
+        stats = until(lambda: _stats_of(camera, 40))
+        turned_away = {name for name, body in verdicts.items() if body["outcome"] == "rejected"}
+        errors = [json.loads(listener.hear().payload) for _ in turned_away]
+        assert camera.heard.empty() or camera.hear().topic == STATS
+    assert {verdicts[name]["reason"] for name in turned_away} == {"queue-full"}
+    assert sorted(body["request_id"] for body in errors) == sorted(turned_away)
+    assert all(body["has_verdict"] for body in errors)
+    assert stats["verdicts_by_reason"] == {"queue-full": len(turned_away)}
+    found = simulated(box.folder / "journal.jsonl", predict=False)
+    assert found["outcomes"]["rejected"] == len(turned_away)
+
+
 def _stats_of(camera: Camera, verdicts: int) -> dict[str, Any]:
     """The next message if it is statistics that count so many verdicts, else nothing."""
     heard = camera.hear()
@@ -497,10 +589,9 @@ def test_an_expert_whose_weights_changed_on_disk_answers_nothing_and_raises_an_a
         assert json.loads(camera.hear().payload)["outcome"] in ("pass", "fail")
 
 
-def test_memory_that_the_system_refuses_is_made_do_without(tmp_path: Path, nats: Nats) -> None:
+def test_memory_that_the_system_refuses_is_made_do_without(tmp_path: Path, large: Path, nats: Nats) -> None:
     """Three experts of 45 MB, a budget for all, and address space for less: each picture gets its verdict."""
-    catalog = write_catalog(tmp_path / "catalog", {f"big{n}": conv_net(n, width=3350) for n in range(3)})
-    with Box(tmp_path / "box", catalog, nats) as box, Camera(nats.port, RESULT, STATS) as camera:
+    with Box(tmp_path / "box", large, nats) as box, Camera(nats.port, RESULT, STATS) as camera:
         camera.publish(INFER + "c-big0", picture(0))
         hear_verdicts(camera, 1)
         most = psutil.Process(box.pid).memory_info().vms + 70_000_000
@@ -537,19 +628,19 @@ def test_a_gpu_that_fails_when_it_is_opened_leaves_its_work_to_the_cpu(
     assert [executor.split("-")[0] for executor in info["executors"]] == ["cpu"] * len(info["executors"])
 
 
-def test_weights_and_memory_stay_inside_their_budget(tmp_path: Path) -> None:
-    """40 experts of 45 MB under 450 MB: mappings never above the budget, anonymous memory never above the budget by
-    more than the fixed part that docs/architecture.md states and 4 MB."""
-    catalog = write_catalog(tmp_path / "catalog", {f"big{n}": conv_net(n, width=3350) for n in range(40)})
-    budget, small = 450_000_000, "[limits]\npicture_pixels = 10000\npicture_bytes = 1000000\n"
+def test_weights_and_memory_stay_inside_their_budget(tmp_path: Path, large: Path) -> None:
+    """Four experts of 45 MB take turns under 110 MB: mappings never above the budget, anonymous memory never above it
+    by more than the fixed part that docs/architecture.md states and 4 MB."""
+    budget, small = 110_000_000, "[limits]\npicture_pixels = 10000\npicture_bytes = 1000000\n"
     memory = f"[memory]\nweights = {budget}\nactivations = 1000000\n"
-    with Box(tmp_path / "box", catalog, settings=memory + small) as box:
+    with Box(tmp_path / "box", large, settings=memory + small) as box:
         with Camera(box.port, RESULT, STATS) as camera:
-            for number in range(160):
-                camera.publish(INFER + f"c-big{number * 7 % 40}", picture(number))
-            hear_verdicts(camera, 160, 120)
-            stats = until(lambda: _stats_of(camera, 160), 30)
-        assert stats["loads"] >= 40
+            for turn in range(20):
+                for number in range(4):
+                    camera.publish(INFER + f"c-big{number}", picture(4 * turn + number))
+                hear_verdicts(camera, 4)
+            stats = until(lambda: _stats_of(camera, 80), 30)
+        assert stats["loads"] >= 40, "two have room, so two are loaded in each turn"
         assert stats["weights_peak_bytes"] <= budget
         assert stats["anonymous_promise_bytes"] < budget + stats["anonymous_at_start_bytes"] + 180_000_000
         assert stats["anonymous_peak_bytes"] <= stats["anonymous_promise_bytes"] + 4_000_000

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from appliance.core.types import (
     Finished,
     Loaded,
     LoadFailed,
+    Overflow,
     Refusal,
     Run,
     RunFailed,
@@ -27,7 +30,7 @@ from appliance.core.types import (
 from appliance.drivers import journal
 from appliance.drivers.journal import Journal, Opening
 from appliance.errors import ConfigError, RecordsError
-from appliance.lab.simulate import SharedDisk, World, replay, simulate, simulated
+from appliance.lab.simulate import SharedDisk, World, controller_of, replay, simulate, simulated
 from tests.kit import BOXED, DOUBTFUL, SOUND, box, expert, inspection_graph, pretend, request
 
 
@@ -92,10 +95,25 @@ def test_a_prediction_may_be_of_another_policy(tmp_path: Path) -> None:
         simulated(path, predict=True, policy="nonsense")
 
 
+def test_a_journal_of_a_service_without_limits_and_priorities_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    Journal(path, _opening()).close()
+    written = json.loads(path.read_text())
+    for key in ("priorities", "most_waiting", "overflow"):
+        del written[key]
+    del written["graph"]["limits"]
+    path.write_text(json.dumps(written) + "\n")
+    opening, events = journal.read(path)
+    assert (opening.graph.limits, opening.priorities, opening.most_waiting) == ({}, {}, None)
+    assert opening.overflow is Overflow.BLOCK
+    assert list(events) == []
+
+
 def test_a_written_journal_replays_to_the_same_actions(tmp_path: Path) -> None:
     experts = [expert(name, 40) for name in ("a", "b", "detector")]
-    graph = inspection_graph(["a", "b"])
-    controller, devices = box(experts, graph, 90)
+    graph = replace(inspection_graph(["a", "b"]), limits={"detector": 2})
+    priorities, most, overflow = {"line1": 3}, 20, Overflow.OLDEST
+    controller, devices = box(experts, graph, 90, priorities=priorities, most_waiting=most, overflow=overflow)
     events: list[tuple[float, Event]] = []
     handle = controller.handle
 
@@ -104,17 +122,19 @@ def test_a_written_journal_replays_to_the_same_actions(tmp_path: Path) -> None:
         return list(handle(event, now))
 
     controller.handle = noted  # type: ignore[method-assign, assignment]
-    requests = [request(str(n), f"c-{'ab'[n % 2]}", n * 0.01) for n in range(30)]
+    requests = [request(str(n), f"c-{'ab'[n % 2]}", n * 0.01, line=f"line{n % 2}") for n in range(30)]
     live = simulate(controller, pretend(experts, devices, DOUBTFUL), requests)
 
     executors = tuple(queue.executor for queue in controller.scheduler.queues.values())
     path = tmp_path / "journal.jsonl"
-    with Journal(path, Opening("0", graph, tuple(experts), devices, executors, {})) as written:
+    opening = Opening(
+        "0", graph, tuple(experts), devices, executors, {}, (), (), "appliance", priorities, most, overflow
+    )
+    with Journal(path, opening) as written:
         for now, event in events:
             written.note(event, now)
     opening, read = journal.read(path)
-    fresh = Controller(opening.graph, {e.name: e for e in opening.experts}, opening.devices, opening.executors)
-    again = replay(fresh, pretend(opening.experts, opening.devices, DOUBTFUL), read)
+    again = replay(controller_of(opening, opening.policy), pretend(opening.experts, opening.devices, DOUBTFUL), read)
     assert again.actions == live.actions
     found = simulated(path, predict=False)
     assert (found["loads"], found["evictions"], found["requests"]) == (live.loads, live.evictions, 30)
@@ -153,6 +173,16 @@ def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path: Path) -> None:
     assert len(list(journal.read(path)[1])) == 2
 
 
+def test_a_journal_from_before_products_were_noted_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    with Journal(path, _opening()) as written:
+        written.note(EVENTS[0], 0.0)
+    opening, event = path.read_text().splitlines()
+    older = {key: value for key, value in json.loads(opening).items() if key != "products"}
+    path.write_text(f"{json.dumps(older)}\n{event}\n")
+    assert journal.read(path)[0] == replace(_opening(), products={})
+
+
 def test_a_foreign_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     with Journal(path, _opening()) as written:
@@ -186,4 +216,5 @@ def _opening() -> Opening:
     experts = (expert("a"), expert("detector"))
     graph = inspection_graph(["a"])
     controller, devices = box(experts, graph, 100)
-    return Opening("0", graph, experts, devices, tuple(q.executor for q in controller.scheduler.queues.values()), {})
+    executors = tuple(queue.executor for queue in controller.scheduler.queues.values())
+    return Opening("0", graph, experts, devices, executors, {}, products={"boards": {"c-a": 3}})

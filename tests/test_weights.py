@@ -351,7 +351,7 @@ def test_a_failed_load_can_be_repeated_when_the_file_is_back(disk: Disk, memory:
 
 
 def test_twelve_experts_take_turns_in_the_memory_of_three(disk: Disk, memory: Weights) -> None:
-    size, places = 45 << 20, 3
+    size, places = 16 << 20, 3
     segments = [disk.segment(size, seed) for seed in range(12)]
     gc.collect()
     before = anonymous_bytes()

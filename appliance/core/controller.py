@@ -12,8 +12,9 @@ run is tried once more, then on another device, and then its requests are told.
 from __future__ import annotations
 
 import heapq
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from math import inf
 from types import MappingProxyType
 from typing import assert_never
@@ -23,12 +24,15 @@ from appliance.core.memory import Freed, Ledger, Residency
 from appliance.core.policies import APPLIANCE, ROOM_PATIENCE_SECONDS, Policy, Resident
 from appliance.core.ranking import Ranking
 from appliance.core.scheduler import Group, Queue, Scheduler, Task
+from appliance.core.steps import Steps
+from appliance.core.thrash import WINDOW_SECONDS, Sliding, Thrash, Thrashing
 from appliance.core.types import (
     CANCELLED,
     DEVICE,
     FRAGMENTED,
     GOLDEN_MISMATCH,
     OUT_OF_MEMORY,
+    QUEUE_FULL,
     Acknowledge,
     Action,
     Arrived,
@@ -48,6 +52,7 @@ from appliance.core.types import (
     Loaded,
     LoadFailed,
     Outcome,
+    Overflow,
     Publish,
     Quarantine,
     Refusal,
@@ -60,10 +65,21 @@ from appliance.core.types import (
     Verb,
     Verdict,
 )
+from appliance.core.usage import Usage
 from appliance.errors import NoRoom
 
 ELSEWHERE = {OUT_OF_MEMORY, DEVICE}  # what another device may do better
 LOAD_ATTEMPTS = 2  # a load that failed twice in a row fails everyone who waits for it
+
+
+@dataclass(slots=True)
+class LoadWaits:
+    """Of so many tasks whose expert was not ready: seconds for their turn to be loaded, a slot and room, together; and
+    seconds while it was loaded. A task waits once more when its expert leaves before it has run."""
+
+    tasks: int = 0
+    turn_seconds: float = 0.0
+    load_seconds: float = 0.0
 
 
 class Controller:
@@ -71,7 +87,9 @@ class Controller:
 
     `pinned` experts are loaded at the start and stay, each on the first device that has room for it; those of `preload`
     are loaded at the start as far as memory is free. `residents` are (device, expert) of those that are in memory
-    before the first event, in the order in which they came.
+    before the first event, in the order in which they came. `priorities` are those of lines that have one, 0 to 9.
+    At most `most_waiting` pictures are open at once: `overflow` says what becomes of more. `products` have how many
+    placements of each component.
     """
 
     def __init__(
@@ -86,19 +104,37 @@ class Controller:
         preload: Sequence[str] = (),
         policy: Policy = APPLIANCE,
         residents: Sequence[tuple[str, str]] = (),
+        priorities: Mapping[str, int] = MappingProxyType({}),
+        most_waiting: int | None = None,
+        overflow: Overflow = Overflow.BLOCK,
+        products: Mapping[str, Mapping[str, int]] = MappingProxyType({}),
     ) -> None:
         self._graph = graph
         self._experts = experts
         self.unavailable = dict(unavailable)
         self.ledgers = _ledgers(experts, devices, pinned)
         self._coming = deque([*pinned, *preload])
-        self.scheduler = Scheduler(tuple(executors), experts, policy)
+        declared = {name: expert.probability for name, expert in experts.items()}
+        self._usage = Usage(graph, declared, products)
+        self._weight = self._usage.weight if policy.learns else declared.__getitem__
+        # Where queues are worked off in order, a step may stand behind the very experts that it would hold back.
+        steps = Steps({} if policy.in_order else graph.limits, graph.before)
+        self.scheduler = Scheduler(tuple(executors), experts, self._weight, policy, steps)
         self._policy = policy
+        self._head_starts = {line: policy.head_start_seconds(priority) for line, priority in priorities.items()}
         self.counts: Counter[str] = Counter()
         self.evictions: Counter[Rule] = Counter()
         self.asked: Counter[Residency] = Counter()
         """Tasks, by where their expert was when they were queued: ready is a hit, absent a miss."""
+        self.load_waits = LoadWaits()
+        self.idle_seconds = 0.0
+        """How long those who were evicted had not been used by then, together."""
+        self._thrash = {device.name: Thrash(device.load_slots) for device in devices}
+        self._answered = Sliding()
+        self._began_seconds: dict[tuple[str, str], float] = {}  # loads in work
         self.progress: dict[str, Progress] = {}
+        self._most_waiting, self._overflow = most_waiting, overflow
+        self._untouched: OrderedDict[str, None] = OrderedDict()  # of `progress`, those for which no run has begun
         self._claimed: set[tuple[str, str]] = set()
         self._failed_loads: Counter[tuple[str, str]] = Counter()
         self._ahead: set[tuple[str, str]] = set()  # loads in work that began ahead
@@ -107,23 +143,28 @@ class Controller:
         self._commanded: dict[tuple[str, str], list[int]] = {}  # loads in work, and the commands that wait for them
         self._retried: dict[tuple[str, str], frozenset[str]] = {}  # request and expert: where it is barred by now
         self._deadlines: list[tuple[float, str]] = []
+        self._decided_seconds = inf
         self._subsequent = frozenset(name for name in graph.before if graph.is_subsequent(name))
         self._leaving = {device.name: Ranking[str, tuple[bool, float]]() for device in devices}
         self._changes: Counter[str] = Counter()  # by device: of who may leave and of what is held
-        self._blocked: dict[
-            str, tuple[str, bool, bool, int, int]
-        ] = {}  # the load that found no room, and after which change
+        self._blocked: dict[str, tuple[tuple[str, int, int], float]] = {}
+        """By device: the load that found no room and after which changes, and until when trying again is in vain."""
         self._loaded_seconds: dict[tuple[str, str], float] = {}
         self._used_seconds: dict[tuple[str, str], float] = {}
         for number, (device, name) in enumerate(residents):
             self.ledgers[device].begin_load(name)
-            self._loaded(device, name, float(number - len(residents)))
+            came = self._began_seconds[device, name] = float(number - len(residents))
+            self._loaded(device, name, came)
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """Decide what follows from `event`, at monotonic second `now`."""
         actions: list[Action] = []
+        self._decided_seconds = now
         for ledger in self.ledgers.values():
             ledger.recover(now)
+        for device, thrash in self._thrash.items():
+            if thrash.is_thrashing:
+                self._look_for_thrash(device, now)
         match event:
             case Arrived(request):
                 self._arrived(request, now, actions)
@@ -144,24 +185,55 @@ class Controller:
             case _:
                 assert_never(event)
         self._expire(now, actions)
+        self._mind_steps(now)
         begun = self._start_runs(now, actions)
+        while self._mind_steps(now):  # a step took a batch, and is full no more
+            begun += self._start_runs(now, actions)
         self._start_loads(now, actions)
         if not self._policy.in_order:
             self._load_ahead(begun, now, actions)
         self._preload(now, actions)
         return actions
 
+    def room(self, wanted: int) -> int:
+        """How many of so many more pictures may come now; the others have to wait outside, or are turned away here."""
+        if self._most_waiting is None or self._overflow is not Overflow.BLOCK:
+            return wanted
+        return min(wanted, self._most_waiting - len(self.progress))
+
     def next_wakeup(self, now: float) -> float | None:
-        """When to send a Tick if nothing else happens: a deadline, or when a load may displace more. None: never."""
+        """When to send a Tick if nothing else happens: a deadline, or when a load may displace more. None: never.
+
+        It has passed already when it came after the last decision and before `now`.
+        """
         times = [self._deadlines[0][0]] if self._deadlines else []
         for name, ledger in self.ledgers.items():
-            if ledger.recovers_at is not None:
-                times.append(ledger.recovers_at)
+            times += [at for at in (ledger.recovers_at, self._thrash[name].ends_at) if at is not None]
             if self._policy.spares_queued and ledger.loading_count < ledger.device.load_slots:
-                turn = self.scheduler.next_turn_seconds(name, now)
+                turn = self.scheduler.next_turn_seconds(name, min(now, self._decided_seconds))
                 if turn is not None:
                     times.append(turn)
         return min(times) if times else None
+
+    def thrashing(self, now: float) -> dict[str, Thrashing]:
+        """Of each device that spends its loading on experts that it has just evicted, what that comes to."""
+        return {name: self._thrashing(name, now) for name, thrash in self._thrash.items() if thrash.is_thrashing}
+
+    def _thrashing(self, device: str, now: float) -> Thrashing:
+        thrash, pictures = self._thrash[device], max(self._answered.sum(now), 1.0)
+        footprints = [
+            expert.footprints[device]
+            for name, expert in self._experts.items()
+            if self._used_seconds.get((device, name), -inf) > now - WINDOW_SECONDS
+            or self.scheduler.demand(device, name)
+        ]
+        segments = {segment.id: segment.bytes for footprint in footprints for segment in footprint.segments}
+        return Thrashing(
+            thrash.loads.sum(now) / pictures,
+            thrash.came_back.sum(now) / pictures,
+            sum(segments.values()) + sum(footprint.private_bytes for footprint in footprints),
+            self.ledgers[device].device.budget_bytes,
+        )
 
     # Events
 
@@ -170,30 +242,67 @@ class Controller:
             return
         self.counts["arrived"] += 1
         begun = start(request, self._graph)
+        if isinstance(begun, Progress) and not self._has_place(now, actions):
+            begun = self._queue_full()
         if isinstance(begun, Refusal):
             self.counts[Outcome.REJECTED] += 1
             actions.append(Publish(Verdict(request.id, Outcome.REJECTED, (), now - request.arrived_seconds, begun)))
             return
         self.progress[request.id] = begun
+        self._untouched[request.id] = None
         if request.deadline_seconds is not None:
             heapq.heappush(self._deadlines, (request.deadline_seconds, request.id))
+        if self._policy.learns and self._usage.changes(request):
+            self._rank_all(now)
         self._ask(begun, tuple(begun.waiting_for), now, actions)
+
+    def _has_place(self, now: float, actions: list[Action]) -> bool:
+        """Whether one more picture may be open, if need be instead of the oldest for which no run has begun."""
+        if self._most_waiting is None or len(self.progress) < self._most_waiting:
+            return True
+        if self._overflow is Overflow.OLDEST and self._untouched:
+            self._conclude(next(iter(self._untouched)), Outcome.REJECTED, now, actions, self._queue_full())
+            return True
+        return self._overflow is Overflow.BLOCK  # then whoever feeds us asks for room first
+
+    def _queue_full(self) -> Refusal:
+        detail = f"{self._most_waiting} pictures were open (limits.waiting_pictures)"
+        return Refusal(QUEUE_FULL, f"{detail}: send it again later, under another request-id")
 
     def _loaded(self, device: str, expert: str, now: float) -> None:
         ledger = self.ledgers[device]
         ledger.finish_load(expert)
+        self._count_load(device, expert, now)
         self._loaded_seconds[device, expert] = self._used_seconds[device, expert] = now
         self._failed_loads.pop((device, expert), None)
         self._forget_ahead(device, expert)
-        if self.scheduler.demand(device, expert) and not self._policy.in_order:
+        is_held = self.scheduler.steps.is_held(expert)
+        if self.scheduler.demand(device, expert) and not is_held and not self._policy.in_order:
             ledger.pin(expert)
             self._claimed.add((device, expert))
         self._moved(ledger, expert, now)
+
+    def _count_load(self, device: str, expert: str, now: float) -> None:
+        """How long who waits for this load has done so: since it asked, or since the expert left in spite of that."""
+        began = self._began_seconds.pop((device, expert))
+        asked = self.scheduler.since_seconds(device, expert)
+        if not asked:
+            return
+        thrash = self._thrash[device]
+        left = thrash.left_seconds(expert)
+        for since in asked:
+            since = since if left is None else max(since, left)
+            self.load_waits.tasks += 1
+            self.load_waits.turn_seconds += max(began - since, 0.0)
+            self.load_waits.load_seconds += now - max(since, began)
+        self.counts["came_back"] += thrash.loaded(expert, began, now)
+        self._look_for_thrash(device, now)
 
     def _load_failed(self, device: str, expert: str, refusal: Refusal, now: float, actions: list[Action]) -> None:
         ledger = self.ledgers[device]
         actions.append(Evict(device, expert, ledger.abort_load(expert), Rule.NOT_LOADED))
         self._forget_ahead(device, expert)
+        del self._began_seconds[device, expert]
         self._moved(ledger, expert, now)
         if refusal.reason == CANCELLED:
             self.counts["cancelled_loads"] += 1
@@ -238,6 +347,7 @@ class Controller:
                 self._conclude(request, Outcome.ERROR, now, actions, answer)
                 continue
             following = progress.answered(Step(batch.expert, answer, batch.executor, seconds), self._graph)
+            self._usage.led(batch.expert, following)
             self._ask(progress, following, now, actions)
             if progress.is_complete and request in self.progress:
                 self._conclude(request, progress.outcome(), now, actions)
@@ -263,7 +373,7 @@ class Controller:
         for request in open_requests:
             if (request, batch.expert) not in self._retried:
                 self._retried[request, batch.expert] = frozenset()
-                self._put(Task(request, batch.expert, now, True, frozenset(), self._deadline(request)), now)
+                self._put(self._task(request, batch.expert, now, alone=True), now)
             elif refusal.reason not in ELSEWHERE or not self._ask_elsewhere(request, batch.expert, batch.device, now):
                 self._conclude(request, Outcome.ERROR, now, actions, refusal)
 
@@ -291,8 +401,13 @@ class Controller:
         self._drop(request, expert, now)
         self._retried[request, expert] = barred
         self.counts["fallbacks"] += 1
-        self._put(Task(request, expert, now, True, barred, self._deadline(request)), now)
+        self._put(self._task(request, expert, now, alone=True, barred=barred), now)
         return True
+
+    def _look_for_thrash(self, device: str, now: float) -> None:
+        """Where a device thrashes, who was loaded stays for all who waited for it: each load serves more."""
+        if self._thrash[device].look(now) and not self._policy.in_order:
+            self.scheduler.thrashing ^= {device}
 
     def _make_do_with_less(self, ledger: Ledger, less_bytes: int, now: float, actions: list[Action]) -> None:
         """The device ran out of memory: it gets less from now on, and what is too much leaves, idle experts first."""
@@ -315,6 +430,8 @@ class Controller:
     def _left(self, ledger: Ledger, freed: Freed, rule: Rule, now: float, actions: list[Action]) -> None:
         self.counts["evictions"] += 1
         self.evictions[rule] += 1
+        self.idle_seconds += now - self._used_seconds[ledger.device.name, freed.expert]
+        self._thrash[ledger.device.name].left(freed.expert, rule is Rule.OVERDUE, now)
         actions.append(Evict(ledger.device.name, freed.expert, freed.segments, rule))
         self._moved(ledger, freed.expert, now)
 
@@ -435,8 +552,17 @@ class Controller:
             if refusal is not None:
                 self._conclude(progress.request.id, Outcome.ERROR, now, actions, refusal)
                 return
-            deadline = progress.request.deadline_seconds
-            self._put(Task(progress.request.id, expert, now, False, frozenset(), deadline), now)
+            self._put(self._task(progress.request.id, expert, now, alone=progress.request.alone), now)
+            if self._policy.learns:
+                self._learn(progress.request, expert, now)
+
+    def _learn(self, request: Request, expert: str, now: float) -> None:
+        """The picture asks the expert: it is worth more now, wherever it is and nobody queues for it."""
+        self._usage.asked(request, expert)
+        self.scheduler.reweigh(expert)
+        for device, ledger in self.ledgers.items():
+            if expert in self._leaving[device] and not self.scheduler.demand(device, expert):
+                self._rank(ledger, expert, now)
 
     def _put(self, task: Task, now: float) -> None:
         device = self.scheduler.put(task, self.ledgers)
@@ -452,8 +578,13 @@ class Controller:
                 self._release_claim(device, expert)
             self._rank(ledger, expert, now)
 
-    def _deadline(self, request: str) -> float | None:
-        return self.progress[request].request.deadline_seconds
+    def _task(
+        self, name: str, expert: str, now: float, *, alone: bool = False, barred: frozenset[str] = frozenset()
+    ) -> Task:
+        """The request's question to the expert; a prior line's counts as having come earlier, and as due earlier."""
+        request = self.progress[name].request
+        head_start, deadline = self._head_starts.get(request.line, 0.0), request.deadline_seconds
+        return Task(name, expert, now - head_start, alone, barred, None if deadline is None else deadline - head_start)
 
     def _too_large(self, expert: str) -> Refusal | None:
         if self.scheduler.able(expert, self.ledgers):
@@ -469,10 +600,12 @@ class Controller:
     ) -> None:
         """The request's one verdict. Whatever is still queued for it is dropped."""
         progress = self.progress.pop(request)
+        self._untouched.pop(request, None)
         for expert in progress.waiting_for:
             self._drop(request, expert, now)
             self._retried.pop((request, expert), None)
         self.counts[outcome] += 1
+        self._answered.add(1, now)
         waited = now - progress.request.arrived_seconds
         actions.append(Publish(Verdict(request, outcome, tuple(progress.steps), waited, refusal)))
 
@@ -496,8 +629,20 @@ class Controller:
             self._cancelled_runs.add(batch.id)
             actions.append(CancelRun(batch))
 
+    def _mind_steps(self, now: float) -> bool:
+        """When a step became full, or is so no more: whom it holds back may leave, were it loaded a moment ago, so that
+        there is room for the step. Returns whether others may begin than before."""
+        if not self.scheduler.mind_steps(self.ledgers):
+            return False
+        self._blocked.clear()
+        for device, expert in sorted(self._claimed):
+            if self.scheduler.steps.is_held(expert):
+                self._release_claim(device, expert)
+                self._rank(self.ledgers[device], expert, now)
+        return True
+
     def _start_runs(self, now: float, actions: list[Action]) -> list[Batch]:
-        """Executors take work, who has what waits longest first. Where that finds no room beside what runs and has no
+        """Executors take work, who has what is due first in front. Where that finds no room beside what runs and has no
         patience left, nobody else on its device begins: else small batches would keep a large one waiting for ever."""
         begun, held = list[Batch](), set[str]()
         for queue in self._free_queues():
@@ -509,25 +654,31 @@ class Controller:
                 held.add(queue.executor.device)
             if batch is not None:
                 ledger.begin_run(batch.expert, len(batch.requests), self._experts[batch.expert].max_batch)
-                self._release_claim(batch.device, batch.expert)
+                if not self.scheduler.is_fresh(batch.device, batch.expert):
+                    self._release_claim(batch.device, batch.expert)
                 self._used_seconds[batch.device, batch.expert] = now
                 self._rank(ledger, batch.expert, now)
                 self.counts["runs"] += 1
+                for request in batch.requests:
+                    self._untouched.pop(request, None)
                 actions.append(Run(batch))
                 begun.append(batch)
         return begun
 
     def _free_queues(self) -> list[Queue]:
-        """Those without a batch and with work, whose oldest ready work waits longest first."""
+        """Those without a batch and with work, whose ready work is due first in front."""
         free = [queue for queue in self.scheduler.queues.values() if queue.running is None and queue.groups]
         if len(free) < 2 or len(self.ledgers) >= len(self.scheduler.queues):  # nobody shares a device
             return free
-        oldest = self.scheduler.oldest_ready_seconds
-        return sorted(free, key=lambda queue: oldest(queue, self.ledgers[queue.executor.device]))
+        urgency = self.scheduler.urgency_seconds
+        return sorted(free, key=lambda queue: urgency(queue, self.ledgers[queue.executor.device]))
 
     def _start_loads(self, now: float, actions: list[Action]) -> None:
-        self._hurry(actions)
+        if self._ahead:
+            self._hurry(actions)
         for ledger in self.ledgers.values():
+            if ledger.loading_count >= ledger.device.load_slots and not self._ahead:
+                continue
             for group in self._wanted(ledger, now):
                 has_slot = ledger.loading_count < ledger.device.load_slots
                 if not has_slot or not self._load(group, ledger, now, actions):
@@ -551,18 +702,20 @@ class Controller:
     def _load(self, group: Group, ledger: Ledger, now: float, actions: list[Action]) -> bool:
         """Make room for the group's expert and load it; False when it has to wait for its turn."""
         device, expert = ledger.device.name, group.expert
-        is_overdue = self._policy.spares_queued and now >= group.due_seconds
-        is_held = not is_overdue and now < self.scheduler.held_until(device, group)
-        attempt = (expert, is_overdue, is_held, self._changes[device], ledger.withheld_bytes)
-        if self._blocked.get(device) == attempt:
+        attempt = (expert, self._changes[device], ledger.withheld_bytes)
+        blocked, until = self._blocked.get(device, (None, inf))
+        if blocked == attempt and now < until:
             return False
+        due = self.scheduler.group_due_seconds(group) if self._policy.spares_queued else inf
+        held_until = min(due, self.scheduler.held_until(device, group))
+        is_held = now < held_until
         leaving: list[str] | None
         try:
             leaving = ledger.victims(self._leavers(ledger, self._may_give_way(group, now)), expert)
         except NoRoom:
             leaving = None
         if leaving is None or (leaving and is_held):
-            self._blocked[device] = attempt
+            self._blocked[device] = attempt, min((at for at in (held_until, due) if at > now), default=inf)
             return False
         self._begin_load(ledger, expert, {name: self._rule(ledger, name) for name in leaving}, now, actions)
         return True
@@ -586,6 +739,8 @@ class Controller:
         device = ledger.device.name
         freed, missing = ledger.begin_load(expert, tuple(leaving))
         self.counts["loads"] += 1
+        self.counts["switches"] += bool(leaving)
+        self._began_seconds[device, expert] = now
         for left in freed:
             self._left(ledger, left, leaving[left.expert], now, actions)
         actions.append(Load(device, expert, missing, ahead))
@@ -659,7 +814,7 @@ class Controller:
         """
         if not self._policy.spares_queued:
             return -inf
-        due = group.due_seconds
+        due = self.scheduler.group_due_seconds(group)
         return min(now, due + self._policy.patience_seconds) if now >= due else None
 
     def _leavers(self, ledger: Ledger, needed_after: float | None) -> Iterator[str]:
@@ -672,7 +827,7 @@ class Controller:
                 if needed_after is None or -worth <= needed_after:
                     return
                 due = self.scheduler.due_seconds(device, expert)
-                if due is not None and due <= needed_after:
+                if self.scheduler.steps.is_pressing(expert) or (due is not None and due <= needed_after):
                     continue
             if not self._policy.orphans_first or not self._is_orphan(ledger, expert):
                 yield expert
@@ -702,6 +857,13 @@ class Controller:
             changed = leaving.put(expert, self._reluctance(device, expert, now))
         self._changes[device] += changed
 
+    def _rank_all(self, now: float) -> None:
+        """Whoever may leave or waits to be loaded is worth something else now: rare, as with a line's next product."""
+        self.scheduler.reweigh_all()
+        for device, ledger in self.ledgers.items():
+            for expert in tuple(self._leaving[device]):
+                self._rank(ledger, expert, now)
+
     def _reluctance(self, device: str, expert: str, now: float) -> tuple[bool, float]:
         """Whether the expert is spared for queued tasks, whoever has to wait for them longest first; and its worth."""
         if expert in self.unavailable:
@@ -715,7 +877,7 @@ class Controller:
             name,
             expert.footprints[device].weights_bytes,
             expert.costs[device].load_seconds,
-            expert.probability,
+            self._weight(name),
             self._loaded_seconds[device, name],
             self._used_seconds[device, name],
         )

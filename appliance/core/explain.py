@@ -49,6 +49,8 @@ class Wait(StrEnum):
     """Its expert was there, and its executor ran something else."""
     ACTIVATIONS = "activations"
     """Its expert was there, its executor was idle, and what ran elsewhere left no room for a batch."""
+    STEP = "full step"
+    """As many as may waited for another expert to which its own leads."""
     RUN = "run"
     """It was looked at."""
 
@@ -168,6 +170,7 @@ class Chronicle:
         self._answering: dict[tuple[str, str], Question] = {}
         self._loading: dict[tuple[str, str], Arrival] = {}
         self._last: dict[tuple[str, str], Departure] = {}
+        self._held: frozenset[str] = frozenset()
         self._full: dict[str, float] = dict.fromkeys(controller.ledgers, 0.0)
         self._busy: dict[str, float] = dict.fromkeys(controller.scheduler.queues, 0.0)
 
@@ -176,6 +179,7 @@ class Chronicle:
         self._pass(now)
         known = self._open(event.request.id) if isinstance(event, Arrived) else None
         actions = self._controller.handle(event, now)
+        self._hold(now)
         batches = [action.batch for action in actions if isinstance(action, Run)]
         ran = {(request, batch.expert): batch for batch in batches for request in batch.requests}
         match event:
@@ -225,6 +229,14 @@ class Chronicle:
                 self._busy[name] += seconds
         self.ended_seconds = now
 
+    def _hold(self, now: float) -> None:
+        """Until now, whoever was held back by a full step was."""
+        held = self._controller.scheduler.steps.held
+        for expert in held ^ self._held:
+            for device in self._controller.ledgers:
+                self._turn(device, expert, now)
+        self._held = held
+
     def _ask(self, request: str, ran: Mapping[tuple[str, str], Batch], now: float) -> None:
         """Whatever the request asks by now and did not before is queued, or runs at once."""
         progress, journey = self._controller.progress.get(request), self._open(request)
@@ -261,7 +273,7 @@ class Chronicle:
             return Standing(None, (), resident)
         ahead = []
         for expert, group in queue.groups.items():
-            names = list(group.tasks)
+            names = list(group.turns)
             count = names.index(question.request) if expert == question.expert else len(names)
             ahead += [(expert, count)] if count else []
             if expert == question.expert:
@@ -356,7 +368,7 @@ class Chronicle:
                     self._ask(request, ran, now)
 
     def _turn(self, device: str, expert: str, now: float) -> None:
-        """The expert is about to be loading, ready or gone: so far, everybody waited for what it was."""
+        """The expert is about to be loading, ready, gone or held back: so far, everybody waited for what it was."""
         for question in self._waiting.get((device, expert), {}).values():
             self._book(question, now)
 
@@ -367,6 +379,8 @@ class Chronicle:
         state = self._residency[question.device].get(question.expert, Residency.ABSENT)
         if state is Residency.LOADING:
             waits[Wait.LOAD] += seconds
+        elif question.expert in self._held:
+            waits[Wait.STEP] += seconds
         elif self._in_order:
             waits[Wait.EXECUTOR] += seconds
         elif state is Residency.READY:

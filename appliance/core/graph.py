@@ -5,8 +5,10 @@ networkx checks the graph once, when it is compiled; deciding uses dictionaries 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import networkx
 
@@ -48,58 +50,118 @@ class Edge:
 
 
 @dataclass(frozen=True, slots=True)
+class Table:
+    """After `source`, each of its findings asks the expert that stands in `to` at its label, if it scores enough."""
+
+    source: str
+    to: Mapping[str, str]
+    score_at_least: float = 0.0
+
+    def taken(self, findings: Iterable[Finding]) -> list[str]:
+        return [self.to[f.label] for f in findings if f.label in self.to and f.score >= self.score_at_least]
+
+
+@dataclass(frozen=True, slots=True)
 class ExpertGraph:
-    """`entries`: component → expert asked first. `edges`: expert → ways on. `before`: expert → who may lead to it."""
+    """`entries`: component → expert asked first. `edges` and `tables`: expert → ways on. `before`: expert → who may
+    lead to it. `limits`: expert → how many pictures may wait for it before those who lead to it are held back.
+    """
 
     entries: Mapping[str, str]
     edges: Mapping[str, tuple[Edge, ...]]
     before: Mapping[str, tuple[str, ...]]
+    tables: Mapping[str, Table] = field(default_factory=dict)
+    limits: Mapping[str, int] = field(default_factory=dict)
 
     def next_experts(self, expert: str, findings: Sequence[Finding]) -> tuple[str, ...]:
         """Who is asked after `expert` found this, each once."""
-        return tuple(dict.fromkeys(edge.to for edge in self.edges.get(expert, ()) if edge.taken(findings)))
+        following = [edge.to for edge in self.edges.get(expert, ()) if edge.taken(findings)]
+        table = self.tables.get(expert)
+        return tuple(dict.fromkeys(following if table is None else following + table.taken(findings)))
+
+    def following(self, expert: str) -> tuple[str, ...]:
+        """Whom the expert may lead to, each once."""
+        table = self.tables.get(expert)
+        ways = [edge.to for edge in self.edges.get(expert, ())]
+        return tuple(dict.fromkeys(ways if table is None else [*ways, *table.to.values()]))
 
     def is_subsequent(self, expert: str) -> bool:
         """Whether the expert is reached only through others (CoServe's subsequent expert)."""
         return bool(self.before.get(expert)) and expert not in self.entries.values()
 
 
-def compile_graph(entries: Mapping[str, str], edges: Sequence[Edge], experts: Sequence[str]) -> ExpertGraph:
+def compile_graph(
+    entries: Mapping[str, str],
+    edges: Sequence[Edge],
+    experts: Sequence[str],
+    tables: Sequence[Table] = (),
+    limits: Mapping[str, int] = MappingProxyType({}),
+) -> ExpertGraph:
     """Check the graph and turn it into dictionaries. Raises GraphError that names the expert or the cycle."""
     known = set(experts)
+    ways = [(edge.source, edge.to) for edge in edges]
+    ways += [(table.source, to) for table in tables for to in table.to.values()]
     for component, expert in entries.items():
         if expert not in known:
             raise GraphError(
                 f"component {component} asks {expert}, which has no bundle", "add the bundle or correct it"
             )
-    for edge in edges:
-        for expert in (edge.source, edge.to):
+    for way in ways:
+        for expert in way:
             if expert not in known:
                 raise GraphError(f"an edge names {expert}, which has no bundle", "add the bundle or correct the edge")
-    drawn = networkx.DiGraph((edge.source, edge.to) for edge in edges)
+    for source, count in Counter(table.source for table in tables).items():
+        if count > 1:
+            raise GraphError(f"{source} has {count} tables", "make one of them")
+    for expert in limits.keys() - {to for _, to in ways}:
+        raise GraphError(f"[limits] names {expert}, to which no edge leads", "correct it, or limit who is asked next")
+    drawn = networkx.DiGraph(ways)
     if not networkx.is_directed_acyclic_graph(drawn):
         cycle = [source for source, _ in networkx.find_cycle(drawn)]
         raise GraphError(f"the graph has a cycle: {' → '.join([*cycle, cycle[0]])}", "remove one of these edges")
+    after, before = defaultdict[str, list[Edge]](list), defaultdict[str, dict[str, None]](dict)
+    for edge in edges:
+        after[edge.source].append(edge)
+    for source, to in ways:
+        before[to][source] = None
     return ExpertGraph(
         dict(entries),
-        {source: tuple(e for e in edges if e.source == source) for source in dict.fromkeys(e.source for e in edges)},
-        {to: tuple(dict.fromkeys(e.source for e in edges if e.to == to)) for to in dict.fromkeys(e.to for e in edges)},
+        {source: tuple(edges) for source, edges in after.items()},
+        {to: tuple(sources) for to, sources in before.items()},
+        {table.source: table for table in tables},
+        dict(limits),
     )
 
 
 def draw(graph: ExpertGraph) -> str:
     """The graph as Mermaid text, experts with the same ways on drawn as one node, so that hundreds stay readable."""
-    families: dict[tuple[tuple[str, tuple[Condition, ...]], ...], list[str]] = {}
-    for expert in dict.fromkeys([*graph.entries.values(), *graph.edges]):
-        ways = tuple((edge.to, edge.conditions) for edge in graph.edges.get(expert, ()))
-        families.setdefault(ways, []).append(expert)
+    families: dict[tuple[_Way, ...], list[str]] = {}
+    for expert in dict.fromkeys([*graph.entries.values(), *graph.edges, *graph.tables]):
+        families.setdefault(tuple(_ways(graph, expert)), []).append(expert)
     lines = ["flowchart LR"]
     for number, (ways, members) in enumerate(families.items()):
-        label = members[0] if len(members) == 1 else f"{members[0]} … {members[-1]} ({len(members)} experts)"
-        lines.append(f'  family{number}["{label}"]')
-        for to, conditions in ways:
-            lines.append(f'  family{number} -->|"{_words(conditions)}"| {to.replace("-", "_")}["{to}"]')
+        lines.append(f'  family{number}["{_many(members)}"]')
+        lines += [f'  family{number} -->|"{words}"| {to.replace("-", "_")}["{label}"]' for to, label, words in ways]
     return "\n".join(lines)
+
+
+_Way = tuple[str, str, str]
+
+
+def _ways(graph: ExpertGraph, expert: str) -> Iterator[_Way]:
+    """As they are drawn: a node, what stands in it, and when it is asked."""
+    for edge in graph.edges.get(expert, ()):
+        yield edge.to, edge.to, _words(edge.conditions)
+    if expert in graph.tables:
+        yield (
+            f"table of {expert}".replace(" ", "_"),
+            _many([*dict.fromkeys(graph.tables[expert].to.values())]),
+            "by label",
+        )
+
+
+def _many(experts: Sequence[str]) -> str:
+    return experts[0] if len(experts) == 1 else f"{experts[0]} … {experts[-1]} ({len(experts)} experts)"
 
 
 def _words(conditions: Sequence[Condition]) -> str:

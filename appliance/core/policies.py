@@ -12,12 +12,16 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
+from typing import NamedTuple
 
 PATIENCE_SECONDS = 20.0
 """From then on a task without a deadline is overdue: for it, who is needed by later ones alone may leave. It bounds
 starvation; shorter means more switches."""
 ROOM_PATIENCE_SECONDS = 2.0
 """A batch that has waited so long for room for its activations is passed by nobody."""
+HEAD_START_SECONDS = 2.0
+"""A task counts as having come so much earlier for each step of its line's priority. Nine steps stay below patience: a
+task that has just come is not overdue, or a busy line of the highest priority would have an expert leave for each."""
 SLACK_SHARE = 4.0
 """A task is overdue so many times its load and run before its deadline: others may be in the way."""
 SECOND_COPY = 64.0
@@ -25,11 +29,11 @@ SECOND_COPY = 64.0
 that others need goes to it too."""
 
 
-@dataclass(frozen=True, slots=True)
-class Offer:
+class Offer(NamedTuple):
     """What a task would add to one executor: `total_seconds` is its backlog before, `extra_seconds` the addition.
 
-    `answer_seconds` is when the task itself would be answered, where loads go on beside runs.
+    `answer_seconds` is when the task itself would be answered, where loads go on beside runs. One is made for each
+    executor and task, and a tuple is made in a quarter of the time of a frozen dataclass.
     """
 
     executor: str
@@ -40,7 +44,10 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class Resident:
-    """What is known of an expert that may leave. Times are monotonic seconds; never used counts as used when loaded."""
+    """What is known of an expert that may leave. Times are monotonic seconds; never used counts as used when loaded.
+
+    `probability` of use, as declared; where the policy learns, in proportion to what it is by now.
+    """
 
     expert: str
     bytes: int
@@ -62,6 +69,7 @@ class Policy:
     whose preliminary experts is resident, largest first (CoServe §4.4). `spares_queued`: what a queued task needs
     leaves only for one that is overdue by its deadline or by `patience_seconds`, and that came before it. A load for
     which somebody has to leave is held for `hold_share` of its seconds: others may ask for the same, or a rarer one.
+    `learns`: probabilities are what the lines ask, not what is declared for good.
     """
 
     name: str
@@ -74,12 +82,23 @@ class Policy:
     spares_queued: bool = False
     patience_seconds: float = PATIENCE_SECONDS
     hold_share: float = 0.0
+    learns: bool = False
 
     def due_seconds(self, since_seconds: float, deadline_seconds: float | None, work_seconds: float) -> float:
         """From when a task is overdue that needs so many seconds of loading and running."""
         if deadline_seconds is None:
             return since_seconds + self.patience_seconds
         return deadline_seconds - SLACK_SHARE * work_seconds
+
+    def turn_seconds(self, since_seconds: float, due_seconds: float) -> float:
+        """When it is the turn of a task among others: by patience, or sooner when it is due sooner. As they came where
+        queues are worked off in order."""
+        return since_seconds if self.in_order else min(due_seconds, since_seconds + self.patience_seconds)
+
+    def head_start_seconds(self, priority: int) -> float:
+        """How much earlier a task of a line of this priority, 0 to 9, counts as having come: who comes later than
+        that has no advantage over a task of another line. Where queues are worked off in order, all are equal."""
+        return 0.0 if self.in_order else priority * HEAD_START_SECONDS
 
 
 def first(offers: Sequence[Offer], turn: int) -> Offer:
@@ -171,7 +190,15 @@ EM = replace(NONE, name="em", worth=least_probable, orphans_first=True)
 EM_RA = replace(EM, name="em+ra", groups=True)
 COSERVE = replace(EM_RA, name="coserve", assign=soonest)
 APPLIANCE = Policy(
-    "appliance", soonest, least_loss, filled, groups=True, in_order=False, spares_queued=True, hold_share=0.25
+    "appliance",
+    soonest,
+    least_loss,
+    filled,
+    groups=True,
+    in_order=False,
+    spares_queued=True,
+    hold_share=0.25,
+    learns=True,
 )
 ALL_RESIDENT = replace(APPLIANCE, name="all-resident")
 """The bound: ours, on a box whose memory holds everything. Whoever makes the box sees to that."""

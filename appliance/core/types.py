@@ -44,7 +44,10 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One picture's journey. `arrived_seconds` and `deadline_seconds` are monotonic; `line` and `product` say whose."""
+    """One picture's journey. `arrived_seconds` and `deadline_seconds` are monotonic; `line` and `product` say whose.
+
+    `alone`: it may be what ended a former process, and shares its batches with nobody.
+    """
 
     id: str
     component: str
@@ -52,6 +55,7 @@ class Request:
     deadline_seconds: float | None = None
     line: str = ""
     product: str = ""
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +70,20 @@ OUT_OF_MEMORY = "out-of-memory"
 FRAGMENTED = "fragmented"
 DEVICE = "device"
 CANCELLED = "cancelled"
+QUEUE_FULL = "queue-full"
 GOLDEN_MISMATCH = "golden-mismatch"
-"""Reasons of refusals that decide what happens next."""
+"""Reasons of refusals that we give ourselves, or that decide what happens next."""
+
+
+class Overflow(StrEnum):
+    """What becomes of a picture that comes while as many are open as may be."""
+
+    BLOCK = "block"
+    """It waits outside, on the disk."""
+    REJECT = "reject"
+    """It is turned away."""
+    OLDEST = "oldest"
+    """It is taken, and the oldest that nobody has begun to look at is turned away."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ class Alarm(StrEnum):
     MEMORY_BUDGET = "memory-budget"
     MEMORY_DRIFT = "memory-drift"
     OUT_OF_MEMORY = "out-of-memory"
+    THRASHING = "thrashing"
 
 
 class Alarms:

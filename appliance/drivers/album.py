@@ -49,8 +49,9 @@ class Album:
 
     def look(self, request: str) -> Views:
         """The request's picture and reference. Raises PictureError when they cannot be decoded or do not match."""
+        subject = self._subject(request)  # first: who has its verdict already is noted in nobody's hand
         picture = self._pictures.get(request, lambda: self._decoded(self._read(request)))
-        reference = self._reference(self._subject(request))
+        reference = self._reference(subject)
         if reference is not None and reference.shape[:2] != picture.shape[:2]:
             height, width = reference.shape[:2]
             raise PictureError(

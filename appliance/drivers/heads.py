@@ -33,6 +33,18 @@ def findings(
     return _detected(head, _picture_input(manifest), outputs, sizes)
 
 
+def margin(head: ClassificationHead | DetectionHead, finding: Finding) -> float | None:
+    """How far a finding was from failing the part, 0..1; None if it fails it, or if its score does not say.
+
+    Of a detector's boxes only those that reach the threshold are found.
+    """
+    if finding.fails or isinstance(head, DetectionHead):
+        return None
+    if head.normal is not None:
+        return head.threshold - (1.0 - finding.score)
+    return head.threshold - finding.score if finding.label in head.failing else None
+
+
 def _picture_input(manifest: ExpertManifest) -> InputSpec:
     """The input that boxes refer to."""
     return next((spec for spec in manifest.inputs if spec.source == "picture"), manifest.inputs[0])

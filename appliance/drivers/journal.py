@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -26,6 +26,7 @@ from appliance.core.types import (
     Finished,
     Loaded,
     LoadFailed,
+    Overflow,
     Refusal,
     RunFailed,
     Tick,
@@ -53,6 +54,10 @@ class Opening:
     pinned: tuple[str, ...] = ()
     preload: tuple[str, ...] = ()
     policy: str = "appliance"
+    priorities: Mapping[str, int] = field(default_factory=dict)
+    most_waiting: int | None = None
+    overflow: Overflow = Overflow.BLOCK
+    products: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 class Journal:

@@ -2,7 +2,7 @@
 
 Nothing runs: loads take what their bytes need on the profile's disk beside each other, runs what was measured when
 their architecture was compiled. Cameras, decoding and the network are not in it. Every picture asks all whom it may
-lead to, which is the most that can happen.
+lead to, of a table the first: the most that can happen.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ COUNTED_BOARDS = 3
 REST_SECONDS = 600.0
 """From one board to the next, so that loads ahead have ended; they count for the board that they began at."""
 UNLIKELY = 1e-9
+LINE = "line1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ def products(made: Installation) -> list[dict[str, Any]]:
         asked = [expert for expert in needed if expert in experts]
         components = tuple(placement.component for placement in product.recipe.placements)
         if components not in known:
-            known[components] = _rates(made, experts, components) if asked else None
+            known[components] = _rates(made, experts, name, components) if asked else None
         rates = known[components]
         found.append(
             {
@@ -61,7 +62,7 @@ def working_set(product: Product, graph: ExpertGraph) -> tuple[str, ...]:
     found = dict.fromkeys(graph.entries[placement.component] for placement in product.recipe.placements)
     left = list(found)
     while left:
-        following = [edge.to for edge in graph.edges.get(left.pop(0), ()) if edge.to not in found]
+        following = [expert for expert in graph.following(left.pop(0)) if expert not in found]
         found.update(dict.fromkeys(following))
         left += following
     return tuple(found)
@@ -90,7 +91,7 @@ def _fits(made: Installation, experts: Mapping[str, Expert], names: Sequence[str
     return True
 
 
-def _rates(made: Installation, experts: Mapping[str, Expert], components: Sequence[str]) -> Rates:
+def _rates(made: Installation, experts: Mapping[str, Expert], product: str, components: Sequence[str]) -> Rates:
     """By boards whose pictures come at once, each when the one before has been answered."""
     controller, graph = made.lenient_controller(), made.catalog.graph
     answers = {name: tuple(leading_on(graph, name)) for name in experts}
@@ -98,7 +99,9 @@ def _rates(made: Installation, experts: Mapping[str, Expert], components: Sequen
     world = World(experts.values(), made.devices, lambda request, expert: answers[expert], disk=disk)
     start, loads, seconds = 0.0, 0, 0.0
     for board in range(WARM_BOARDS + COUNTED_BOARDS):
-        requests = [Request(f"{board}-{number}", name, start) for number, name in enumerate(components)]
+        requests = [
+            Request(f"{board}-{number}", name, start, None, LINE, product) for number, name in enumerate(components)
+        ]
         report = simulate(controller, world, requests)
         start += report.seconds + REST_SECONDS
         if board >= WARM_BOARDS:
@@ -109,7 +112,10 @@ def _rates(made: Installation, experts: Mapping[str, Expert], components: Sequen
 
 
 def leading_on(graph: ExpertGraph, expert: str) -> Iterator[Finding]:
-    """Findings of which every edge takes one."""
+    """Findings of which every edge takes one, and a table, if there is one, its first way."""
+    table = graph.tables.get(expert)
+    if table is not None:
+        yield Finding(next(iter(table.to), ""), table.score_at_least, fails=False)
     for edge in graph.edges.get(expert, ()):
         for condition in edge.conditions[:1]:
             yield Finding(_label(condition), _score(condition), fails=False)

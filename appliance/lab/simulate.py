@@ -266,7 +266,9 @@ def simulate(controller: Controller, world: World, arrivals: Sequence[Request]) 
     started, ended, scheduling, taken = now, now, 0.0, list[Action]()
     clock, disk = time.thread_time, world.disk
     while True:
+        began = clock()
         wakeup = controller.next_wakeup(now)
+        scheduling += clock() - began
         soonest = agenda[0][0] if agenda else inf
         read = disk.next_seconds() if disk is not None else inf
         if wakeup is not None and wakeup < min(soonest, read):
@@ -372,6 +374,10 @@ def controller_of(opening: journal.Opening, policy: str) -> Controller:
         pinned=opening.pinned,
         preload=opening.preload,
         policy=policy_of(policy),
+        priorities=opening.priorities,
+        most_waiting=opening.most_waiting,
+        overflow=opening.overflow,
+        products=opening.products,
     )
 
 

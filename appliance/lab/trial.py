@@ -58,7 +58,7 @@ def tried_by_name(machine: str, task: str, policy: str, loader: str, pace: Pace)
 
 
 def tried(machine: Machine, job: Job, name: str, loader: str = "paper") -> dict[str, Any]:
-    """What a trial comes to, all times in virtual seconds but those that say `wall` or `scheduling` (processor time)."""
+    """What a trial comes to, all times in virtual seconds but `wall` ones and `scheduling`: processor time."""
     trace = paper.drawn(job)
     policy = _policy(name, trace, job)
     box = _box(machine, job, policy, loader)

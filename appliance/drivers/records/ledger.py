@@ -1,0 +1,201 @@
+"""What a transaction enters: accepted pictures, verdicts, marks. Knows the tables, and nothing of threads or disks."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, assert_never
+
+from appliance.drivers.records.schema import PICTURE_COLUMNS
+from appliance.drivers.records.values import (
+    Acceptance,
+    Answered,
+    Conclusion,
+    Conflict,
+    Counts,
+    Full,
+    New,
+    Picture,
+    Publication,
+    Quota,
+    Recorded,
+    Sort,
+    Unowed,
+    Waiting,
+)
+
+LEAVING_ROWS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Accept:
+    """Commit a picture to the spool."""
+
+    picture: Picture
+    payload: bytes
+    done: Callable[[Acceptance], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Conclude:
+    """Record a verdict, put it in the outbox and release the picture."""
+
+    id: str
+    outcome: str
+    body: bytes
+    topic: str
+    keep: Sort | None
+    done: Callable[[Conclusion], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """The broker has confirmed a publication."""
+
+    token: int
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the store holds at most; pictures of a sort without a quota are not kept."""
+
+    spool_bytes: int
+    quotas: Mapping[Sort, Quota]
+
+
+Request = Accept | Conclude | Published
+Result = Acceptance | Conclusion | None
+
+
+class Ledger:
+    """One transaction's view of the store: what is entered, and what the store holds then."""
+
+    def __init__(
+        self, db: sqlite3.Connection, counts: Counts, kept: Mapping[Sort, int], limits: Limits, now: float
+    ) -> None:
+        self._db, self._limits, self._now = db, limits, now
+        self.counts = counts
+        self.kept = dict(kept)
+        """Bytes of pictures."""
+
+    def enter(self, request: Request) -> Result:
+        match request:
+            case Accept(picture, payload):
+                return self._accept(picture, payload)
+            case Conclude():
+                return self._conclude(request)
+            case Published(token):
+                self._mark(token)
+                return None
+            case _:
+                assert_never(request)
+
+    def _accept(self, picture: Picture, payload: bytes) -> Acceptance:
+        known = self._one("SELECT line, product, board, part, picture_sha256 FROM pictures WHERE id = ?", picture.id)
+        if known is not None:
+            return self._wait(picture) if known == _identity(picture) else Conflict()
+        known = self._one("SELECT line, product, board, part, picture_sha256 FROM verdicts WHERE id = ?", picture.id)
+        if known is not None:
+            return self._repeat(picture) if known == _identity(picture) else Conflict()
+        if self.counts.spooled_bytes + len(payload) > self._limits.spool_bytes:
+            return Full(f"the spool holds {self.counts.spooled_bytes} of {self._limits.spool_bytes} bytes")
+        return self._spool(picture, payload)
+
+    def _spool(self, picture: Picture, payload: bytes) -> New:
+        values = (*(getattr(picture, column) for column in PICTURE_COLUMNS), len(payload), payload)
+        arrival = self._db.execute(
+            f"INSERT INTO pictures ({', '.join(PICTURE_COLUMNS)}, picture_bytes, payload)"
+            f" VALUES ({', '.join('?' * len(values))})",
+            values,
+        ).lastrowid
+        assert arrival is not None
+        self._add(spooled=1, spooled_bytes=len(payload))
+        return New(arrival)
+
+    def _wait(self, picture: Picture) -> Waiting:
+        if picture.response_topic is not None:
+            self._db.execute(
+                "UPDATE pictures SET response_topic = ?, correlation = ? WHERE id = ?",
+                (picture.response_topic, picture.correlation, picture.id),
+            )
+        return Waiting()
+
+    def _repeat(self, picture: Picture) -> Answered:
+        row = self._one("SELECT topic, body FROM verdicts WHERE id = ?", picture.id)
+        assert row is not None
+        return Answered(self._post(picture.id, row[0], picture.response_topic, picture.correlation, row[1]))
+
+    def _conclude(self, request: Conclude) -> Conclusion:
+        row = self._one("SELECT picture_bytes, response_topic, correlation FROM pictures WHERE id = ?", request.id)
+        if row is None:
+            return Unowed()
+        kept = "id, line, product, board, part, picture_sha256, accepted_at, captured_at"
+        self._db.execute(
+            f"INSERT INTO verdicts ({kept}, outcome, body, topic, recorded_at)"
+            f" SELECT {kept}, ?, ?, ?, ? FROM pictures WHERE id = ?",
+            (request.outcome, request.body, request.topic, self._now, request.id),
+        )
+        if request.keep is not None and request.keep in self._limits.quotas:
+            self._keep(request.id, request.keep, row[0])
+        self._db.execute("DELETE FROM pictures WHERE id = ?", (request.id,))
+        self._add(spooled=-1, spooled_bytes=-row[0], verdicts=1)
+        return Recorded(self._post(request.id, request.topic, row[1], row[2], request.body))
+
+    def _keep(self, id: str, sort: Sort, size: int) -> None:
+        self._db.execute(
+            "INSERT INTO kept (id, sort, kept_at, bytes, payload)"
+            " SELECT id, ?, ?, picture_bytes, payload FROM pictures WHERE id = ?",
+            (sort, self._now, id),
+        )
+        self.kept[sort] = self.kept.get(sort, 0) + size
+        if self.kept[sort] > self._limits.quotas[sort].bytes:
+            self._let_go(sort)
+
+    def _let_go(self, sort: Sort) -> None:
+        """The oldest, a few at a time: nobody waits long, and more leave than come."""
+        oldest = self._db.execute(
+            "SELECT id, bytes FROM kept WHERE sort = ? ORDER BY kept_at LIMIT ?", (sort, LEAVING_ROWS)
+        ).fetchall()
+        for id, size in oldest:
+            if self.kept[sort] <= self._limits.quotas[sort].bytes:
+                return
+            self._db.execute("DELETE FROM kept WHERE id = ?", (id,))
+            self.kept[sort] -= size
+
+    def _post(
+        self, id: str, topic: str, response_topic: str | None, correlation: bytes | None, body: bytes
+    ) -> tuple[Publication, ...]:
+        targets: list[tuple[str, bytes | None]] = [(topic, None)]
+        if response_topic is not None:
+            targets.append((response_topic, correlation))
+        return tuple(Publication(self._token(id, *target), id, *target, body) for target in targets)
+
+    def _token(self, id: str, topic: str, correlation: bytes | None) -> int:
+        values = (id, topic, correlation)
+        there = self._db.execute(
+            "SELECT token FROM outbox WHERE id = ? AND topic = ? AND correlation IS ?", values
+        ).fetchone()
+        if there is not None:
+            return int(there[0])
+        token = self._db.execute("INSERT INTO outbox (id, topic, correlation) VALUES (?, ?, ?)", values).lastrowid
+        assert token is not None
+        self._add(unpublished=1)
+        return token
+
+    def _mark(self, token: int) -> None:
+        self._add(unpublished=-self._db.execute("DELETE FROM outbox WHERE token = ?", (token,)).rowcount)
+
+    def _one(self, query: str, id: str) -> tuple[Any, ...] | None:
+        row: tuple[Any, ...] | None = self._db.execute(query, (id,)).fetchone()
+        return row
+
+    def _add(self, *, spooled: int = 0, spooled_bytes: int = 0, verdicts: int = 0, unpublished: int = 0) -> None:
+        c = self.counts
+        self.counts = Counts(
+            c.spooled + spooled, c.spooled_bytes + spooled_bytes, c.verdicts + verdicts, c.unpublished + unpublished
+        )
+
+
+def _identity(picture: Picture) -> tuple[str, ...]:
+    return (picture.line, picture.product, picture.board, picture.part, picture.picture_sha256)

@@ -1,0 +1,175 @@
+"""The store of one state directory, as the rest of the box sees it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+
+from appliance.drivers.records.inhand import InHand
+from appliance.drivers.records.ledger import Accept, Conclude, Limits, Published
+from appliance.drivers.records.opening import lock, prepare, take_stock
+from appliance.drivers.records.readers import Readers
+from appliance.drivers.records.schema import PICTURE_COLUMNS
+from appliance.drivers.records.values import Acceptance, Conclusion, Counts, Picture, Publication, Quota, Sort, Spooled
+from appliance.drivers.records.writer import Writer
+from appliance.errors import NotSpooled, RecordsError
+
+
+class Records:
+    """The store of one state directory; `Records.open` makes it. All methods may be called from any thread."""
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        *,
+        spool_bytes: int,
+        verdict_days: float,
+        quotas: Mapping[Sort, Quota] = MappingProxyType({}),
+        clock: Callable[[], float] = time.time,
+    ) -> Records:
+        """Open or create the store in `folder`. `clock` is wall time, for labels and the age of verdicts.
+
+        `quotas` bound the pictures that are kept with their verdicts; without one of its sort, a picture is not.
+
+        A damaged store is moved aside (`moved_aside` says where) and a new one begun. Raises RecordsError: the folder
+        cannot be written, another process uses it, or a newer release wrote it.
+        """
+        path = folder / "records.db"
+        with ExitStack() as undo:
+            lock_file = lock(folder)
+            undo.callback(os.close, lock_file)
+            moved_aside = prepare(path)
+            in_hand = take_stock(path, is_new=moved_aside is not None)
+            undo.callback(in_hand.close)
+            records = cls(folder, lock_file, in_hand, moved_aside, Limits(spool_bytes, quotas), verdict_days, clock)
+            undo.pop_all()
+        return records
+
+    def __init__(
+        self,
+        folder: Path,
+        lock_file: int,
+        in_hand: InHand,
+        moved_aside: Path | None,
+        limits: Limits,
+        verdict_days: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self.folder, self.moved_aside = folder, moved_aside
+        self._path, self._lock_file, self._in_hand = folder / "records.db", lock_file, in_hand
+        self._readers = Readers(self._path)
+        self._writer = Writer(self._path, limits, verdict_days * 86_400.0, clock)
+        self._writer.start()
+
+    def __enter__(self) -> Records:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def accept(self, picture: Picture, payload: bytes, done: Callable[[Acceptance], None]) -> None:
+        """Commit a picture to the spool, unless it is known or there is no room; `done` hears which."""
+        self._writer.put(Accept(picture, payload, done))
+
+    def conclude(
+        self,
+        id: str,
+        outcome: str,
+        body: bytes,
+        topic: str,
+        done: Callable[[Conclusion], None],
+        *,
+        keep: Sort | None = None,
+    ) -> None:
+        """Record a verdict, put it in the outbox and release the picture: all or nothing.
+
+        With `keep` the picture stays with its verdict, as far as its quota and the disk have room.
+
+        It goes to `topic`, now and when the picture comes again, and to the picture's response topic. While the disk
+        refuses to write, this waits and tries again; `done` is called when it is recorded.
+        """
+        self._writer.put(Conclude(id, outcome, body, topic, keep, done))
+
+    def published(self, token: int) -> None:
+        """The broker has confirmed this publication."""
+        self._writer.put(Published(token))
+
+    def waiting(self, after: int = 0, limit: int = 1000) -> list[Spooled]:
+        """Pictures without a verdict in order of acceptance, from behind the arrival `after`; payloads stay on disk."""
+        columns = ", ".join(PICTURE_COLUMNS)
+        rows = self._readers.query(
+            f"SELECT arrival, picture_bytes, attempts, {columns} FROM pictures"
+            " WHERE arrival > ? ORDER BY arrival LIMIT ?",
+            (after, limit),
+        )
+        return [Spooled(arrival, Picture(*known), size, attempts) for arrival, size, attempts, *known in rows]
+
+    def take(self, batch: int, arrivals: Collection[int]) -> None:
+        """These pictures are about to be decoded and run, as this batch. If the process crashes before it has ended,
+        one attempt is counted for each. Raises RecordsError when that cannot be noted: then nobody may touch them.
+        """
+        self._in_hand.take(batch, arrivals)
+
+    def put_back(self, batch: int) -> None:
+        """The batch has ended. Raises RecordsError when that cannot be noted."""
+        self._in_hand.put_back(batch)
+
+    def payload(self, id: str) -> bytes:
+        """A spooled picture's bytes. Raises NotSpooled when it is not in the spool."""
+        for (payload,) in self._readers.query("SELECT payload FROM pictures WHERE id = ?", (id,)):
+            return bytes(payload)
+        raise NotSpooled(id)
+
+    def unpublished(self, after: int = 0, limit: int = 1000) -> list[Publication]:
+        """The outbox in order, from behind the token `after`."""
+        rows = self._readers.query(
+            "SELECT token, id, o.topic, correlation, body FROM outbox AS o JOIN verdicts USING (id)"
+            " WHERE token > ? ORDER BY token LIMIT ?",
+            (after, limit),
+        )
+        return [Publication(*row) for row in rows]
+
+    def verdict(self, id: str) -> bytes | None:
+        """The recorded verdict's body, None when there is none."""
+        for (body,) in self._readers.query("SELECT body FROM verdicts WHERE id = ?", (id,)):
+            return bytes(body)
+        return None
+
+    @property
+    def counts(self) -> Counts:
+        return self._writer.counts
+
+    @property
+    def queued_bytes(self) -> int:
+        """Of the pictures that the writer has, and the disk has not."""
+        return self._writer.held_bytes
+
+    @property
+    def turned_seconds(self) -> float:
+        """Monotonic time of the writer's last turn: it is older than a few seconds only if it hangs, say in fsync."""
+        return self._writer.turned_seconds
+
+    @property
+    def trouble(self) -> str | None:
+        """Why the disk does not take what it is given, None while it does. It may pass: a full disk is emptied."""
+        return self._writer.trouble
+
+    @property
+    def broken(self) -> RecordsError | None:
+        """Set when the disk lied or the store is damaged: nothing is written any more, and the process should end."""
+        return self._writer.broken
+
+    def close(self) -> None:
+        """Write what was asked for, then end the writer and release the folder. Nobody runs a picture any more.
+
+        What the disk still refuses is given up: unrecorded verdicts are made again from their pictures.
+        """
+        self._writer.close()
+        self._readers.close()
+        self._in_hand.close()
+        os.close(self._lock_file)

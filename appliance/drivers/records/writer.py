@@ -1,0 +1,262 @@
+"""The one thread that writes, many requests per transaction (group commit), because a commit waits for the disk and
+its cost hardly depends on what is in it. Callbacks run on that thread, after the commit, in the order of the requests.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from appliance.drivers.records.ledger import Accept, Conclude, Ledger, Limits, Published, Request, Result
+from appliance.drivers.records.schema import BALLAST, connect, count, kept_bytes, transaction
+from appliance.drivers.records.values import Answered, Conflict, Full, New, Recorded, Sort, Unowed, Waiting
+from appliance.errors import RecordsError
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+GROUP_REQUESTS = 512
+GROUP_BYTES = 8 * 1024 * 1024
+"""A transaction takes no more than this, so that the first of a burst does not wait for the last."""
+
+QUEUED_BYTES = 32 * 1024 * 1024
+"""Pictures on their way to the writer; beyond it `accept` answers Full at once."""
+
+MARK_SECONDS = 0.05
+"""Marks of published verdicts wait this long for company: losing one costs a repeated message, nothing else."""
+
+BALLAST_BYTES = 32 * 1024 * 1024
+"""A file that is deleted when the disk is full. Deleting pictures needs room too: without it a full disk would keep
+verdicts from being recorded, and so the spool from ever emptying. It exceeds what the log holds between checkpoints."""
+
+TURN_SECONDS = 0.5
+VACUUM_PAGES = 64
+RETRY_SECONDS = 0.5
+CLEAN_SECONDS = 600.0
+CLEAN_ROWS = 1000
+CLEAN_PICTURES = 32
+
+PASSING = (
+    "SQLITE_FULL",
+    "SQLITE_IOERR_WRITE",
+    "SQLITE_IOERR_SHMSIZE",
+    "SQLITE_CANTOPEN",
+    "SQLITE_BUSY",
+    "SQLITE_NOMEM",
+)
+"""What a full disk, a quota or another reader looks like. Anything else (a failed fsync above all) is not retried:
+the kernel may have dropped what it could not write, and a second fsync would call that a success."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Close:
+    pass
+
+
+class Writer:
+    """The one thread that writes."""
+
+    def __init__(self, path: Path, limits: Limits, verdict_seconds: float, clock: Callable[[], float]) -> None:
+        self._limits, self._verdict_seconds, self._clock = limits, verdict_seconds, clock
+        self._queue: queue.SimpleQueue[Request | _Close] = queue.SimpleQueue()
+        self._queued_lock = threading.Lock()
+        self._queued_bytes = self._group_bytes = 0
+        self._clean_at_seconds = 0.0
+        self._is_closing = False
+        self.turned_seconds = time.monotonic()
+        self.trouble: str | None = None
+        self.broken: RecordsError | None = None
+        self._ballast = path.with_name(BALLAST)
+        self._db = connect(path)
+        self.counts = count(self._db)
+        self._kept = kept_bytes(self._db)
+        self._recover()
+        self._thread = threading.Thread(target=self._live, name="records", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def put(self, request: Request) -> None:
+        if isinstance(request, Accept):
+            size = len(request.payload)
+            with self._queued_lock:
+                is_too_much = self._queued_bytes + size > QUEUED_BYTES
+                self._queued_bytes += 0 if is_too_much else size
+            if is_too_much:
+                return _call(request.done, Full("more pictures come than the disk can take"))
+        self._queue.put(request)
+
+    @property
+    def held_bytes(self) -> int:
+        """Of the pictures that wait, and of those that are being written."""
+        with self._queued_lock:
+            return self._queued_bytes + self._group_bytes
+
+    def close(self) -> None:
+        self._queue.put(_Close())
+        self._thread.join()
+        self._db.close()
+
+    def _live(self) -> None:
+        kept: list[Request] = []
+        while not self._is_closing:
+            self._clean()
+            kept = self._write([*kept, *self._collect(self._patience_seconds(kept))])
+            self._group_bytes = sum(len(request.payload) for request in kept if isinstance(request, Accept))
+        if kept := self._write(kept):
+            log.error("records gave_up=%d why=%s: made again from their pictures", len(kept), self.trouble)
+
+    def _patience_seconds(self, kept: Sequence[Request]) -> float:
+        return RETRY_SECONDS if kept or self.trouble or self.broken else min(self._idle_seconds(), TURN_SECONDS)
+
+    def _collect(self, wait_seconds: float) -> list[Request]:
+        """Whatever is asked for by now; if nothing is, the first to come within `wait_seconds`."""
+        group: list[Request] = []
+        size, only_marks = 0, True
+        while len(group) < GROUP_REQUESTS and size < GROUP_BYTES:
+            self.turned_seconds = time.monotonic()
+            patience = wait_seconds if not group else MARK_SECONDS if only_marks else 0.0
+            try:
+                request = self._queue.get(timeout=patience)
+            except queue.Empty:
+                break
+            if isinstance(request, _Close):
+                self._is_closing = True
+                break
+            only_marks = only_marks and isinstance(request, Published)
+            size += len(request.payload) if isinstance(request, Accept) else 0
+            group.append(request)
+        with self._queued_lock:
+            self._queued_bytes -= size
+            self._group_bytes += size
+        return group
+
+    def _write(self, group: list[Request]) -> list[Request]:
+        """Commit a group and answer it. Returns what must be tried again: the disk refused it."""
+        if self.broken:
+            return self._refuse(group, str(self.broken))
+        if self.trouble and not self._recover():
+            group = self._refuse(group, self.trouble)  # what room there is belongs to verdicts: they make more
+        if not group:
+            return []
+        try:
+            results = self._commit(group)
+        except sqlite3.Error as error:
+            self._note(error)
+            return self._refuse(group, self.trouble or "")
+        for request, result in zip(group, results, strict=True):
+            _answer(request, result)
+        return []
+
+    def _refuse(self, group: Sequence[Request], why: str) -> list[Request]:
+        """Nobody may rely on these pictures; verdicts and marks are kept for later."""
+        for request in group:
+            if isinstance(request, Accept):
+                _call(request.done, Full(why))
+        return [request for request in group if not isinstance(request, Accept)]
+
+    def _commit(self, group: Sequence[Request]) -> list[Result]:
+        with transaction(self._db):
+            ledger = Ledger(self._db, self.counts, self._kept, self._limits_now(), self._clock())
+            results = [ledger.enter(request) for request in group]
+        self.counts, self._kept = ledger.counts, ledger.kept
+        return results
+
+    def _limits_now(self) -> Limits:
+        """While the disk is full, what room there is belongs to verdicts, and no picture is kept."""
+        return replace(self._limits, quotas={}) if self.trouble else self._limits
+
+    def _note(self, error: sqlite3.Error) -> None:
+        name = getattr(error, "sqlite_errorname", "")
+        if name in PASSING:
+            self._ballast.unlink(missing_ok=True)
+            self._suffer(f"the disk takes nothing: {error} ({name})")
+        else:
+            self.trouble = f"the store cannot be trusted: {error}"
+            self.broken = RecordsError(f"{self.trouble} ({name})", "check the disk, then start again")
+            log.critical("records broken: %s", self.broken)
+
+    def _suffer(self, trouble: str) -> None:
+        if not self.trouble:
+            log.error("records trouble: %s; pictures are not acknowledged until it has passed", trouble)
+        self.trouble = trouble
+
+    def _recover(self) -> bool:
+        """Whether there is room for the ballast, and so for pictures. After a trouble twice its size must be free."""
+        if self.trouble:
+            self._give_back()
+        try:
+            disk = os.statvfs(self._ballast.parent)
+            if self.trouble and disk.f_bavail * disk.f_frsize < 2 * BALLAST_BYTES:
+                return False
+            with self._ballast.open("ab") as file:
+                os.posix_fallocate(file.fileno(), 0, BALLAST_BYTES)
+        except OSError as error:
+            with suppress(OSError):
+                self._ballast.unlink(missing_ok=True)
+            self._suffer(f"less than {BALLAST_BYTES >> 20} MiB are free: {error.strerror}")
+            return False
+        if self.trouble:
+            log.warning("records recovered from: %s", self.trouble)
+        self.trouble = None
+        return True
+
+    def _give_back(self) -> None:
+        """Return room that pictures have left to the disk, a little at a time: moving pages needs room too."""
+        with suppress(sqlite3.Error):
+            self._db.execute(f"PRAGMA incremental_vacuum({VACUUM_PAGES})").fetchall()
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+    def _idle_seconds(self) -> float:
+        return max(0.0, self._clean_at_seconds - time.monotonic())
+
+    def _clean(self) -> None:
+        """Forget verdicts and pictures that are older than asked for, a few at a time so that nobody waits long."""
+        if self._idle_seconds() or self.trouble or self.broken:
+            return
+        self._clean_at_seconds = time.monotonic() + CLEAN_SECONDS
+        try:
+            with transaction(self._db):
+                left = sum(self._forget_pictures(sort, quota.days) for sort, quota in self._limits.quotas.items())
+                forgotten = self._db.execute(
+                    "DELETE FROM verdicts WHERE id IN (SELECT id FROM verdicts WHERE recorded_at < ?"
+                    " AND id NOT IN (SELECT id FROM outbox) LIMIT ?)",
+                    (self._clock() - self._verdict_seconds, CLEAN_ROWS),
+                ).rowcount
+            self._kept = kept_bytes(self._db)  # pictures leave with their verdicts
+        except sqlite3.Error as error:
+            return self._note(error)
+        self.counts = replace(self.counts, verdicts=self.counts.verdicts - forgotten)
+        if forgotten == CLEAN_ROWS or left:
+            self._clean_at_seconds = 0.0
+
+    def _forget_pictures(self, sort: Sort, days: float) -> int:
+        return self._db.execute(
+            "DELETE FROM kept WHERE id IN"
+            " (SELECT id FROM kept WHERE sort = ? AND kept_at < ? ORDER BY kept_at LIMIT ?)",
+            (sort, self._clock() - days * 86_400.0, CLEAN_PICTURES),
+        ).rowcount
+
+
+def _answer(request: Request, result: Result) -> None:
+    match request, result:
+        case Accept(done=done), New() | Waiting() | Answered() | Conflict() | Full():
+            _call(done, result)
+        case Conclude(done=done), Recorded() | Unowed():
+            _call(done, result)
+
+
+def _call(done: Callable[[T], None], result: T) -> None:
+    try:
+        done(result)
+    except Exception:  # the writer serves everybody: one caller's fault must not end it
+        log.exception("records callback failed")
