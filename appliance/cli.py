@@ -113,6 +113,11 @@ def publish(
     root: Annotated[str, typer.Option(help="First topic level, as in the box's settings.")] = "coe",
     username: Annotated[str | None, typer.Option(help="User name at the broker.")] = None,
     password_file: Annotated[Path | None, typer.Option(help="File whose first line is the password.")] = None,
+    ca_file: Annotated[
+        Path | None, typer.Option(help="Certificates (PEM) of who may sign the broker's; with it the link is TLS.")
+    ] = None,
+    certificate_file: Annotated[Path | None, typer.Option(help="The line's certificate (PEM).")] = None,
+    key_file: Annotated[Path | None, typer.Option(help="Its key (PEM).")] = None,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for all verdicts.")] = 60.0,
     as_json: AsJson = False,
 ) -> None:
@@ -124,9 +129,15 @@ def publish(
     """
     from appliance.client import Camera, publish_files
     from appliance.report import print_answers
+    from appliance.tls import Certificates
 
+    if (certificate_file is None) != (key_file is None) or (certificate_file and not ca_file):
+        raise typer.BadParameter("--certificate-file and --key-file go together, with --ca-file")
     password = _password(password_file) if password_file else None
-    camera = Camera(host, port, line=line, site=site, root=root, username=username, password=password)
+    files = Certificates(ca_file, certificate_file, key_file) if ca_file else None
+    camera = Camera(
+        host, port, line=line, site=site, root=root, username=username, password=password, certificates=files
+    )
     found = publish_files(camera, pictures, part=part, product=product, board=board, timeout_seconds=timeout)
     _print(found) if as_json else print_answers(found, Console())
     raise typer.Exit(0 if not found["unanswered"] and not found["refused"] else 1)

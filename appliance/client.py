@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import socket
+import ssl
 import threading
 import time
 import uuid
@@ -25,13 +26,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from paho.mqtt.client import Client, ConnectFlags, DisconnectFlags, MQTTMessage, MQTTMessageInfo
+from paho.mqtt.client import MQTT_LOG_ERR, Client, ConnectFlags, DisconnectFlags, MQTTMessage, MQTTMessageInfo
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
+from appliance import tls
 from appliance.contract import Address, request_id
 from appliance.errors import BrokerError, PictureError
+from appliance.tls import Certificates
 
 CONNECT_SECONDS = 10.0
 ROOM_SECONDS = 60.0
@@ -65,12 +68,12 @@ class _Sent:
 
 
 class Camera:
-    """One line's publisher.
+    """One line's publisher; with `certificates` it speaks TLS.
 
     `window` pictures may wait for their verdicts; `publish` then waits for room. A picture above `largest_bytes` is
     refused here: the broker would cut the link, and paho would send it again for ever. Raises BrokerError when no
-    broker answers at the start, or one that does not let us in or subscribe; later it reconnects by itself and sends
-    again what was not answered.
+    broker answers at the start, or one that does not let us in or subscribe, and CertificateError for what is wrong
+    with its certificate or our files; later it reconnects by itself and sends again what was not answered.
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class Camera:
         largest_bytes: int = 16_000_000,
         username: str | None = None,
         password: str | None = None,
+        certificates: Certificates | None = None,
     ) -> None:
         self._host, self._port, self._line = host, port, line
         self._answered: Callable[[Answer], object] = lambda answer: None
@@ -107,6 +111,8 @@ class Camera:
         self._client.max_queued_messages_set(2 * window)
         if username is not None:
             self._client.username_pw_set(username, password)
+        if certificates is not None:
+            self._client.tls_set_context(certificates.context())
         self._client.on_socket_open = _no_delay
         self._resender = threading.Thread(target=self._resend, name="camera-resend", daemon=True)
 
@@ -115,6 +121,7 @@ class Camera:
         self._client.on_disconnect = self._on_disconnect
         self._client.on_subscribe = self._on_subscribe
         self._client.on_message = self._on_message
+        self._client.on_log = self._on_log
         try:
             self._connect()
         except BrokerError:
@@ -135,6 +142,8 @@ class Camera:
         where = f"{self._host}:{self._port}"
         try:
             self._client.connect(self._host, self._port, keepalive=15)
+        except (ssl.SSLError, ConnectionResetError) as error:
+            raise tls.explained(error, self._host) from error
         except OSError as error:
             why = error.strerror or error
             raise BrokerError(f"no broker at {where}: {why}", "start it, or correct --host and --port") from error
@@ -149,7 +158,7 @@ class Camera:
         """paho closes its last sockets when nobody holds it any more: so its callbacks must not hold us."""
         self._client.loop_stop()
         self._client.on_connect = self._client.on_disconnect = None
-        self._client.on_subscribe = self._client.on_message = None
+        self._client.on_subscribe = self._client.on_message = self._client.on_log = None
 
     def on_answer(self, answered: Callable[[Answer], object]) -> None:
         """`answered` is called once for each picture, on the camera's network thread: it must not wait."""
@@ -257,6 +266,11 @@ class Camera:
             for sent in self._waiting.values():
                 sent.due_seconds = time.monotonic()
             self._changed.notify_all()
+
+    def _on_log(self, client: Client, userdata: object, level: int, text: str) -> None:
+        """What a broker has against our certificate comes after a handshake that passed, and paho logs it only."""
+        if level == MQTT_LOG_ERR and not self._is_online and (refused := tls.refused(text, client.socket())):
+            self._refuse(str(refused))
 
     def _refuse(self, why: str) -> None:
         log.warning("camera refused line=%s why=%s", self._line, why)

@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from appliance.errors import ConfigError
+from appliance.tls import Certificates
 
 Level = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
@@ -32,6 +33,9 @@ Topic = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]+(/[A-Za-z0-9.
 INBOX_BYTES = 64 * 1024 * 1024
 """Pictures that have arrived and wait for their turn to be checked, in memory."""
 SMALLEST_WINDOW = 4
+
+CREDENTIALS = "$CREDENTIALS_DIRECTORY"
+"""Paths of the section [mqtt] may begin so: what the unit's LoadCredential= names lies there, for the service alone."""
 
 
 class Settings(BaseModel):
@@ -70,6 +74,11 @@ class Mqtt(Settings):
     )
     username: str | None = Field(None, description="User name at the broker.")
     password_file: Path | None = Field(None, description="File whose first line is the password.")
+    ca_file: Path | None = Field(
+        None, description="Certificates (PEM) of the authorities that may sign the broker's; with it the link is TLS."
+    )
+    certificate_file: Path | None = Field(None, description="Our certificate (PEM), for a broker that asks for one.")
+    key_file: Path | None = Field(None, description="Its key (PEM, without a passphrase), not open to everybody.")
     keepalive_seconds: Annotated[int, Field(ge=2, le=600)] = Field(
         15, description="A silent link is dropped after 1.5 of these."
     )
@@ -77,6 +86,21 @@ class Mqtt(Settings):
         64,
         description="Most pictures that the broker may send ahead; fewer when they may be large.",
     )
+
+    @model_validator(mode="after")
+    def _certificates_are_whole(self) -> Mqtt:
+        if (self.certificate_file is None) != (self.key_file is None):
+            raise ValueError("certificate_file and key_file go together")
+        if self.certificate_file is not None and self.ca_file is None:
+            raise ValueError("certificate_file needs ca_file: without it the link is no TLS")
+        return self
+
+    @property
+    def certificates(self) -> Certificates | None:
+        """The files of a link with TLS, None for a plain one."""
+        if self.ca_file is None:
+            return None
+        return Certificates(self.ca_file, self.certificate_file, self.key_file)
 
 
 class Broker(Settings):
@@ -220,6 +244,12 @@ class Config(Settings):
         """Of the lines that have one."""
         return {name: line.priority for name, line in self.lines.items()}
 
+    @model_validator(mode="after")
+    def _the_embedded_broker_is_plain(self) -> Config:
+        if self.broker.embedded and self.mqtt.ca_file is not None:
+            raise ValueError("the embedded broker speaks no TLS: leave mqtt.ca_file out, or use a site broker")
+        return self
+
     @property
     def receive_window(self) -> int:
         """How many pictures the broker may send ahead: fewer than mqtt.receive_maximum when they may be large, so
@@ -260,7 +290,8 @@ def load(path: Path) -> Config:
         problems = "; ".join(_problem(e["loc"], e["msg"], text) for e in error.errors())
         raise ConfigError(f"{path}: {problems}", "see docs/configuration.md for the keys") from error
     base = path.parent.resolve()
-    mqtt = config.mqtt.model_copy(update={"password_file": _beside(base, config.mqtt.password_file)})
+    files = ("password_file", "ca_file", "certificate_file", "key_file")
+    mqtt = config.mqtt.model_copy(update={name: _beside(base, getattr(config.mqtt, name)) for name in files})
     paths = config.paths.model_copy(update={name: _beside(base, value) for name, value in config.paths})
     return config.model_copy(update={"paths": paths, "mqtt": mqtt})
 
@@ -281,9 +312,9 @@ def watchdog_seconds() -> float | None:
 
 def _problem(location: tuple[int | str, ...], message: str, text: str) -> str:
     key = ".".join(str(part) for part in location)
-    line = _line_of(str(location[-1]), text)
+    line = _line_of(str(location[-1]), text) if location else None
     hint = "unknown key" if message == "Extra inputs are not permitted" else message
-    return f"line {line}: {key}: {hint}" if line else f"{key}: {hint}"
+    return (f"line {line}: " if line else "") + (f"{key}: {hint}" if key else hint)
 
 
 def _line_of(key: str, text: str) -> int | None:
@@ -294,5 +325,13 @@ def _line_of(key: str, text: str) -> int | None:
 
 
 def _beside(base: Path, path: Path | None) -> Path | None:
-    """A path of the file, seen from the file's folder."""
-    return None if path is None else base / path
+    """A path of the file, seen from the file's folder, or from the folder of systemd's credentials where it says so.
+
+    That folder is the service's alone: for a command typed by hand the path stays as it is, and leads nowhere.
+    """
+    if path is None:
+        return None
+    folder = os.environ.get("CREDENTIALS_DIRECTORY")
+    if folder is not None and path.parts[:1] == (CREDENTIALS,):
+        return Path(folder, *path.parts[1:])
+    return base / path

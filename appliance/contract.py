@@ -1,4 +1,4 @@
-"""The contract with cameras and line software: topics, what a message may ask for, and the bodies of answers.
+"""The contract with cameras, line software and operators: topics, what a message may ask for, the bodies of answers.
 
 Values in, values out; paho, sockets and pictures are elsewhere. Box, client and demo share it.
 """
@@ -10,12 +10,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Annotated, Final, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict
+from pydantic import AwareDatetime, BaseModel, ConfigDict, StringConstraints, ValidationError
 
-from appliance.config import Config
-from appliance.core.types import Step, Verdict
+from appliance.config import Config, Level
+from appliance.core.types import Refusal, Step, Verb, Verdict
 from appliance.errors import MessageError
 
 LEVEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -24,6 +24,9 @@ TOPIC_CHARACTERS = 512
 REPLY_CHARACTERS = 256
 CORRELATION_BYTES = 1024
 USER_PROPERTIES = ("request-id", "captured-at", "deadline-ms")
+COMMAND_BYTES = 1024
+DRAIN: Final = "drain"
+"""The one command that is not about an expert."""
 OUR_TREES = ("infer", "result", "board", "error", "box")
 """Below `<root>/v1/<site>`: nobody else may have us publish there, where it would be taken for our own word."""
 
@@ -90,6 +93,14 @@ def status_topic(config: Config) -> str:
 def alarm_topic(config: Config, name: str) -> str:
     """Retained while the alarm is raised, then cleared."""
     return config.topic("box", config.box.name, "alarm", name)
+
+
+def command_topic(config: Config, verb: str) -> str:
+    return config.topic("box", config.box.name, "cmd", verb)
+
+
+def acknowledgement_topic(config: Config, verb: str) -> str:
+    return config.topic("box", config.box.name, "cmd", verb, "ack")
 
 
 def check_publishable(topic: str) -> None:
@@ -174,6 +185,44 @@ class Reply:
         return cls(topic, correlation)
 
 
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What an operator wants done: `verb` is a Verb with its `expert`, or DRAIN. `id` is the operator's mark."""
+
+    verb: Verb | Literal["drain"]
+    expert: str | None
+    id: str | None
+    reply: Reply | None
+
+    @classmethod
+    def parse(cls, message: Message, config: Config) -> Wish:
+        """Raises MessageError: `command-verb`, `retained`, `command-body`, `response-topic` or `correlation-data`."""
+        verb = verb_of(message.topic, config)
+        if message.retain:
+            raise MessageError("retained", "a retained command would be obeyed at every start", "publish without -r")
+        body = CommandBody.parse(message.payload)
+        if (verb == DRAIN) != (body.expert is None):
+            what = f"{verb} names {'an' if body.expert else 'no'} expert"
+            raise MessageError("command-body", what, f"drain is for the box, {', '.join(Verb)} for one expert")
+        return cls(verb, body.expert, body.id, Reply.wanted(message, config))
+
+
+def is_command(topic: str, config: Config) -> bool:
+    return topic.startswith(command_topic(config, ""))
+
+
+def verb_of(topic: str, config: Config) -> Verb | Literal["drain"]:
+    """What a command's topic asks for. Raises MessageError `command-verb`."""
+    verb = topic.removeprefix(command_topic(config, ""))
+    if verb == DRAIN:
+        return DRAIN
+    try:
+        return Verb(verb)
+    except ValueError as error:
+        what = f"{shortened(verb)} is no command"
+        raise MessageError("command-verb", what, f"use {', '.join(Verb)} or {DRAIN}") from error
+
+
 def request_id(topic: str, payload: bytes, user: Mapping[str, str]) -> str:
     """Who a picture is: the sender's `request-id`, else the SHA-256 of topic, a zero byte and payload.
 
@@ -233,6 +282,29 @@ def _is_publishable(topic: str) -> bool:
 
 
 # Bodies.
+
+
+class CommandBody(BaseModel):
+    """What a command says; `id` comes back with its acknowledgement."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    expert: Level | None = None
+    id: Annotated[str, StringConstraints(pattern=rf"^{REQUEST_ID.pattern}$")] | None = None
+
+    @classmethod
+    def parse(cls, payload: bytes) -> CommandBody:
+        """Raises MessageError `command-body`. An empty payload says nothing, and is as good as `{}`."""
+        remedy = 'send JSON such as {"expert": "moulded-figure", "id": "7"}'
+        if len(payload) > COMMAND_BYTES:
+            raise MessageError("command-body", f"a command of {len(payload)} bytes, at most {COMMAND_BYTES}", remedy)
+        try:
+            return cls.model_validate_json(payload or b"{}")
+        except ValidationError as error:
+            first, *_ = error.errors()
+            where = ".".join(map(str, first["loc"]))
+            what = f"the command cannot be read: {f'{shortened(where)}: ' if where else ''}{first['msg']}"
+            raise MessageError("command-body", what, remedy) from error
 
 
 class Body(BaseModel):
@@ -307,6 +379,19 @@ class ErrorBody(Body):
     at: AwareDatetime
 
 
+class AcknowledgementBody(Body):
+    """What became of a command: it is done (`ok`), or was refused, and why."""
+
+    id: str | None
+    verb: str
+    expert: str | None
+    ok: bool
+    reason: str | None
+    detail: str | None
+    box: str
+    at: AwareDatetime
+
+
 @dataclass(frozen=True, slots=True)
 class Serving:
     """An expert as one executor runs it. `weights_sha256` names the weights as they were compiled for its device."""
@@ -360,6 +445,22 @@ def verdict_body(
         waited_milliseconds=round(verdict.waited_seconds * 1000, 3),
         box=box,
         finished_at=finished_at,
+    ).encoded()
+
+
+def acknowledgement_body(
+    verb: str, expert: str | None, id: str | None, refusal: Refusal | None, *, box: str, at: datetime
+) -> bytes:
+    """An answer for `acknowledgement_topic(config, verb)`, as JSON. `at` is wall time with its zone."""
+    return AcknowledgementBody(
+        id=id,
+        verb=verb,
+        expert=expert,
+        ok=refusal is None,
+        reason=refusal.reason if refusal else None,
+        detail=refusal.detail if refusal else None,
+        box=box,
+        at=at,
     ).encoded()
 
 

@@ -20,6 +20,7 @@
     ├── DeviceError              an accelerator is missing, refuses, or is not what was asked for
     ├── NoRoom                   the memory budget cannot hold what was asked
     ├── BrokerError              no broker, or one that refuses us
+    │   └── CertificateError     a certificate or key of the link cannot be used, or is not accepted
     └── RecordsError             the spool or the verdict record cannot be trusted
         └── NotSpooled           that picture is not in the spool; the spool is well
 
@@ -129,6 +130,10 @@ class NoRoom(ApplianceError):
 
 class BrokerError(ApplianceError):
     reason = "broker"
+
+
+class CertificateError(BrokerError):
+    reason = "certificate"
 
 
 class RecordsError(ApplianceError):

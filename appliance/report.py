@@ -126,6 +126,7 @@ RULES = {
     "pinned": "room was made for an expert that stays",
     "withheld": "the device refused memory and makes do with less",
     "fragmented": "memory was free, but in pieces",
+    "commanded": "an operator wanted it",
     "quarantined": "it answered its golden samples wrongly",
     "not-loaded": "its load had failed or was given up",
 }

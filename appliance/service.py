@@ -21,10 +21,11 @@ from typing import Any
 from appliance import __version__, contract
 from appliance import config as settings
 from appliance.config import Config
-from appliance.contract import Address, Serving
+from appliance.contract import Address, Message, Serving
 from appliance.core import suspects
 from appliance.core.drift import Balance
 from appliance.core.types import (
+    Acknowledge,
     Action,
     Arrived,
     Batch,
@@ -48,6 +49,7 @@ from appliance.drivers import devices, heads, runtime, systemd
 from appliance.drivers.alarms import Alarm, Alarms
 from appliance.drivers.album import Album, Subject
 from appliance.drivers.broker import Broker
+from appliance.drivers.commands import Commands
 from appliance.drivers.deadletters import DeadLetters
 from appliance.drivers.inbox import Inbox
 from appliance.drivers.intake import Intake, component_of
@@ -167,6 +169,7 @@ class Service:
         self._fed_through = 0
         self._more_spooled = True
         self._has_drained = False
+        self._drain_wanted = threading.Event()
         self._underway = Underway()
         self._gate = suspects.Gate()
         self._dead_letters = DeadLetters(records.folder / "quarantine", int(self._config.limits.quarantine))
@@ -215,9 +218,10 @@ class Service:
             acknowledge=lambda message: self._door.acknowledge(message),
             spooled=self._spooled,
         )
+        self._commands = Commands(config, tell=self._inbox.tell, drain=self._drain_wanted.set, note=self._outbox.note)
         self._door = Door(
             config,
-            deliver=self._intake.deliver,
+            deliver=self._deliver,
             published=self._outbox.published,
             returned=self._outbox.returned,
             state_changed=self._link_changed,
@@ -234,7 +238,10 @@ class Service:
         return Engine.on_gpu(device, gpus.compiled, gpus.store.segment_path, self._inbox.tell, host_bytes=host_bytes)
 
     def run(self, stop: threading.Event) -> None:
-        """Serve until `stop`, then finish what runs. Raises ApplianceError when going on would lose something."""
+        """Serve until `stop` or the command `drain`, then finish what runs.
+
+        Raises ApplianceError when going on would lose something.
+        """
         self._intake.start()
         self._door.start()
         gc.collect()
@@ -250,7 +257,7 @@ class Service:
         log.info(
             "serving experts=%d unavailable=%d", len(self._installation.compiled), len(self._installation.unavailable)
         )
-        while not stop.is_set():
+        while not (stop.is_set() or self._drain_wanted.is_set()):
             self._turn()
             self._check_health()
         self._drain()
@@ -319,6 +326,8 @@ class Service:
                 self._conclude(verdict)
             case Quarantine():
                 self._alarm_of_experts()
+            case Acknowledge(command, refusal):
+                self._commands.acknowledge(command, refusal)
             case Run(batch):
                 is_suspect = any(suspects.is_suspect(asked.spooled.attempts) for asked in self._asked(batch))
                 self._begin_runs(self._gate.offer(batch, suspect=is_suspect))
@@ -380,6 +389,11 @@ class Service:
         log.error("dead_letter request=%s attempts=%d sha256=%s", picture.id, spooled.attempts, picture.picture_sha256)
         self._dead_letters.keep(picture, self._records.payload(picture.id), spooled.attempts)
         self._conclude(verdict)
+
+    def _deliver(self, message: Message) -> None:
+        """On the network thread."""
+        room = self._commands if contract.is_command(message.topic, self._config) else self._intake
+        room.deliver(message)
 
     def _spooled(self, arrival: int) -> None:
         """On the writer's thread: a picture was committed."""
@@ -516,6 +530,7 @@ class Service:
         cache = {
             "schema_version": 1,
             "resident": list(self._controller.ledgers[CPU].resident),
+            "pinned": sorted(self._controller.ledgers[CPU].pinned),
             "moves": list(self._moves),
             "switches": self._controller.counts["switches"],
             "came_back": self._controller.counts["came_back"],
@@ -677,6 +692,7 @@ class Service:
     def _drain(self) -> None:
         """Finish what runs; what waits stays in the spool for the next start."""
         self._say.stopping()
+        self._commands.stop()
         self._outbox.note(Note(contract.status_topic(self._config), b"draining", retain=True))
         ends = time.monotonic() + DRAIN_SECONDS
         while self._underway.has_runs and time.monotonic() < ends:

@@ -1,10 +1,12 @@
-"""Writes docs/configuration.md from the descriptions in appliance/config.py: `make docs`.
+"""Writes what is made from the code: `make docs`.
 
-tests/test_docs.py fails when the page is not what this would write.
+The page of settings comes from appliance/config.py; the topics as AsyncAPI, and the schemas of message bodies, from
+appliance/contract.py. tests/test_docs.py fails when a file is not what this would write.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
@@ -13,9 +15,18 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ByteSize
 from pydantic.fields import FieldInfo
 
+from appliance import __version__, contract
 from appliance.config import Config
+from appliance.contract import DRAIN, AcknowledgementBody, Address, CommandBody, ErrorBody, VerdictBody
+from appliance.core.types import Verb
 
-PAGE = Path(__file__).parent / "configuration.md"
+FOLDER = Path(__file__).parent
+BODIES: Mapping[str, type[BaseModel]] = {
+    "verdict": VerdictBody,
+    "error": ErrorBody,
+    "command": CommandBody,
+    "acknowledgement": AcknowledgementBody,
+}
 
 INTRODUCTION = """\
 # Configuration
@@ -100,6 +111,120 @@ def _default(value: object) -> str:
             return f"`{value}`"
 
 
+def schemas() -> dict[str, str]:
+    """The bodies of messages as JSON Schema (draft 2020-12), by file name. What the box sends has all its fields."""
+    return {f"schemas/{name}.json": _json(_schema(model)) for name, model in BODIES.items()}
+
+
+def _schema(model: type[BaseModel]) -> dict[str, Any]:
+    mode: Literal["validation", "serialization"] = "validation" if model is CommandBody else "serialization"
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **model.model_json_schema(mode=mode)}
+
+
+PARAMETERS = {
+    "root": "First topic level (mqtt.root).",
+    "site": "The site (box.site).",
+    "box": "The box (box.name).",
+    "line": "The publishing line: 1 to 64 of A-Z a-z 0-9 . _ -, beginning with a letter or digit.",
+    "product": "A product with a recipe, or - for none.",
+    "board": "A serial number, or - for none.",
+    "part": "A placement of the recipe, or, without product, a component type.",
+    "reason": "Why the message was refused, in one word.",
+    "alarm": "What is wrong.",
+}
+
+
+def asyncapi() -> str:
+    """The topics as an AsyncAPI 3 document, from the box's point of view."""
+    address = Address("{line}", "{product}", "{board}", "{part}")
+    one, config = address.below, Config()
+    verbs = [*Verb, DRAIN]
+    status, alarm = contract.status_topic(config), contract.alarm_topic(config, "{alarm}")
+    stats = status.removesuffix("status") + "{numbers}"
+    channels = {
+        "pictures": _channel(config.topic(*one("infer")), "picture"),
+        "verdicts": _channel(config.topic(*one("result")), "verdict"),
+        "errors": _channel(contract.error_topic(config, "{reason}"), "error"),
+        "status": _channel(status, "status"),
+        "numbers": _channel(stats, "numbers", numbers={"enum": ["info", "stats", "cache"]}),
+        "alarms": _channel(alarm, "alarm"),
+        "commands": _channel(contract.command_topic(config, "{verb}"), "command", verb={"enum": verbs}),
+        "acknowledgements": _channel(
+            contract.acknowledgement_topic(config, "{verb}"), "acknowledgement", verb={"enum": verbs}
+        ),
+    }
+    heard = {"pictures": "verdicts", "commands": "acknowledgements"}
+    retained = {"bindings": {"mqtt": {"qos": 1, "retain": True}}}
+    return _json(
+        {
+            "asyncapi": "3.0.0",
+            "info": {
+                "title": "The CoE appliance",
+                "version": __version__,
+                "description": "Topics and bodies, over MQTT 3.1.1 or 5. docs/mqtt.md says what they mean.",
+            },
+            "defaultContentType": "application/json",
+            "channels": channels,
+            "operations": {
+                name: {
+                    "action": "receive" if name in heard else "send",
+                    "channel": _to("channels", name),
+                    **({"reply": {"channel": _to("channels", heard[name])}} if name in heard else {}),
+                    **(retained if name in ("status", "alarms") else {}),
+                }
+                for name in channels
+            },
+            "components": {
+                "parameters": {name: {"description": meaning} for name, meaning in PARAMETERS.items()},
+                "messages": _messages(),
+            },
+        }
+    )
+
+
+def _channel(topic: str, message: str, **parameters: Mapping[str, object]) -> dict[str, object]:
+    """A topic of the default site and box, with their names made parameters too."""
+    pattern = topic.replace("coe/v1/plant/", "{root}/v1/{site}/").replace("/box1/", "/{box}/")
+    shared = {name: _to("components", "parameters", name) for name in PARAMETERS if f"{{{name}}}" in pattern}
+    return {
+        "address": pattern,
+        "messages": {message: _to("components", "messages", message)},
+        "parameters": {**shared, **parameters},
+    }
+
+
+def _messages() -> dict[str, object]:
+    bodies = {name: {"payload": {"$ref": f"schemas/{name}.json"}} for name in BODIES}
+    return {
+        "picture": {
+            "contentType": "application/octet-stream",
+            "summary": "A picture as plain bytes: JPEG, PNG, BMP, TIFF, PNM or NPY. At QoS 1, not retained.",
+        },
+        **bodies,
+        "status": {
+            "contentType": "text/plain",
+            "payload": {"type": "string", "enum": ["online", "draining", "stopped", "offline"]},
+        },
+        "numbers": {"payload": {"type": "object"}, "summary": "Counts and bytes; info is retained."},
+        "alarm": {"payload": {"type": "object"}, "summary": "Empty when it is over."},
+    }
+
+
+def _to(*names: str) -> dict[str, str]:
+    return {"$ref": "#/" + "/".join(names)}
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, indent=2) + "\n"
+
+
+def files() -> dict[str, str]:
+    """Everything that is made from the code, by its place below docs/."""
+    return {"configuration.md": configuration_page(), "asyncapi.json": asyncapi(), **schemas()}
+
+
 if __name__ == "__main__":
-    PAGE.write_text(configuration_page(), "utf-8")
-    print(f"wrote {PAGE.relative_to(Path.cwd()) if PAGE.is_relative_to(Path.cwd()) else PAGE}")
+    for name, text in files().items():
+        (FOLDER / name).parent.mkdir(exist_ok=True)
+        (FOLDER / name).write_text(text, "utf-8")
+        print(f"wrote docs/{name}")

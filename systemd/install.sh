@@ -129,11 +129,11 @@ install_service() {
     else
         place "$here/appliance.toml" "$etc/appliance.toml"
     fi
-    for file in mosquitto.conf mosquitto.acl; do
+    for file in mosquitto.conf mosquitto.acl credentials.conf; do
         place "$here/$file" "$home/broker/$file"
     done
-    for file in "$project"/docs/*.md; do
-        [ ! -e "$file" ] || place "$file" "$home/docs/$(basename -- "$file")"
+    for file in "$project"/docs/*.md "$project"/docs/*.json "$project"/docs/schemas/*.json; do
+        [ ! -e "$file" ] || place "$file" "$home/docs/${file#"$project"/docs/}"
     done
     place "$project/LICENSE" "$home/LICENSE"
     mkdir -p "$(dirname -- "$command")"

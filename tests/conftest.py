@@ -71,7 +71,10 @@ def _missing_gpu() -> str | None:
 
 
 NEEDS = {
-    "mosquitto": Need("APPLIANCE_REQUIRE_MOSQUITTO", lambda: _missing_programs("mosquitto", "mosquitto_pub")),
+    "mosquitto": Need(
+        "APPLIANCE_REQUIRE_MOSQUITTO",
+        lambda: _missing_programs("mosquitto", "mosquitto_pub", "mosquitto_rr", "openssl"),
+    ),
     "export": Need("APPLIANCE_REQUIRE_TORCH", lambda: _missing_modules("torch", "onnxscript")),
     "systemd": Need("APPLIANCE_REQUIRE_SYSTEMD", lambda: _missing_programs("systemd-analyze")),
     "gpu": Need("APPLIANCE_REQUIRE_GPU", _missing_gpu),

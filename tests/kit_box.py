@@ -35,6 +35,7 @@ RESULT = "coe/v1/plant/result/#"
 ERROR = "coe/v1/plant/error/#"
 STATUS = "coe/v1/plant/box/box1/status"
 STATS = "coe/v1/plant/box/box1/stats"
+COMMAND = "coe/v1/plant/box/box1/cmd/"
 ALARMS = "coe/v1/plant/box/box1/alarm/+"
 
 

@@ -85,6 +85,12 @@ def test_publishing_to_no_broker_is_one_line(folder: Path) -> None:
     _fails(_run("publish", str(folder / "0.png"), "--part", "c-e0", "--port", port), f"no broker at 127.0.0.1:{port}")
 
 
+def test_publishing_with_files_of_tls_that_are_not_there_is_one_line(folder: Path) -> None:
+    published = ["publish", str(folder / "0.png"), "--part", "c-e0"]
+    _fails(_run(*published, "--ca-file", "gone.crt"), "ca_file gone.crt cannot be read: No such file or directory")
+    assert _run(*published, "--key-file", "line1.key").returncode == 2
+
+
 @pytest.mark.parametrize("content", [None, b"", b"\xff\xfe"])
 def test_a_password_file_without_a_password_is_one_line(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "password"

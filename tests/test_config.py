@@ -9,6 +9,7 @@ import pytest
 from appliance import config as settings
 from appliance.config import Config
 from appliance.errors import ConfigError
+from appliance.tls import Certificates
 
 
 def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
@@ -67,6 +68,32 @@ def test_the_password_is_the_first_line_and_never_printed(tmp_path: Path) -> Non
     assert password is not None
     assert password.get_secret_value() == "s3cret"
     assert "s3cret" not in f"{loaded!r}{password!r}"
+
+
+def test_files_of_the_broker_may_lie_among_systemds_credentials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "[mqtt]\npassword_file = '$CREDENTIALS_DIRECTORY/mqtt-password'\nca_file = 'ca.crt'\n"
+    (tmp_path / "mqtt-password").write_text("s3cret\n")
+    with pytest.raises(ConfigError, match="no password"):
+        _load(tmp_path, text).password()
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    loaded = _load(tmp_path, text)
+    assert loaded.password() is not None
+    assert loaded.mqtt.certificates == Certificates(tmp_path / "ca.crt")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[mqtt]\nca_file = 'a'\nkey_file = 'k'\n", "certificate_file and key_file go together"),
+        ("[mqtt]\ncertificate_file = 'c'\nkey_file = 'k'\n", "needs ca_file"),
+        ("[mqtt]\nca_file = 'a'\n[broker]\nembedded = true\n", "the embedded broker speaks no TLS"),
+    ],
+)
+def test_half_a_tls_link_is_refused(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        _load(tmp_path, text)
 
 
 def test_a_password_file_without_a_password_is_an_error(tmp_path: Path) -> None:

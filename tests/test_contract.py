@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import string
+from contextlib import suppress
 from datetime import UTC, datetime
 
 import pytest
@@ -17,16 +18,18 @@ from appliance.contract import (
     Message,
     Reply,
     Serving,
+    Wish,
     captured_at,
     check_publishable,
     deadline_seconds,
     error_body,
     error_topic,
+    is_command,
     request_id,
     result_id,
     verdict_body,
 )
-from appliance.core.types import Box, Finding, Outcome, Refusal, Step, Verdict
+from appliance.core.types import Box, Finding, Outcome, Refusal, Step, Verb, Verdict
 from appliance.errors import MessageError
 
 CONFIG = Config()
@@ -253,6 +256,58 @@ def test_a_time_of_capture_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(MessageError) as caught:
         captured_at({"captured-at": text})
     assert caught.value.reason == "captured-at"
+
+
+# Commands.
+
+COMMAND = "coe/v1/plant/box/box1/cmd/"
+
+
+def order(verb: str, payload: bytes, **given: object) -> Message:
+    return message(topic=COMMAND + verb, payload=payload, **given)
+
+
+def test_a_command_names_its_verb_in_the_topic_and_its_expert_in_the_body() -> None:
+    asked = order("pin", b'{"expert": "resistor", "id": "op:7"}', response_topic="me/7", correlation=b"x")
+    assert Wish.parse(asked, CONFIG) == Wish(Verb.PIN, "resistor", "op:7", Reply("me/7", b"x"))
+    assert Wish.parse(order("drain", b""), CONFIG) == Wish("drain", None, None, None)
+
+
+@pytest.mark.parametrize("topic", ["infer/a/b/c/d", "box/box2/cmd/load", "box/box1/cmd", "box/box1/status"])
+def test_what_is_not_for_this_box_is_no_command(topic: str) -> None:
+    assert is_command(COMMAND + "load", CONFIG)
+    assert not is_command(f"coe/v1/plant/{topic}", CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("verb", "payload", "changed", "reason"),
+    [
+        ("reload", b"{}", {}, "command-verb"),
+        ("LOAD", b'{"expert": "a"}', {}, "command-verb"),
+        ("load/ack", b'{"expert": "a"}', {}, "command-verb"),
+        ("load", b'{"expert": "a"}', {"retain": True}, "retained"),
+        ("load", b"", {}, "command-body"),
+        ("load", b"resistor", {}, "command-body"),
+        ("load", b"\xff", {}, "command-body"),
+        ("load", b"[1]", {}, "command-body"),
+        ("load", b'{"expert": "../a"}', {}, "command-body"),
+        ("load", b'{"expert": "a", "force": true}', {}, "command-body"),
+        ("load", b'{"expert": "a", "id": "' + 129 * b"x" + b'"}', {}, "command-body"),
+        ("load", b'{"expert": "a"}' + 2000 * b" ", {}, "command-body"),
+        ("drain", b'{"expert": "a"}', {}, "command-body"),
+        ("load", b'{"expert": "a"}', {"response_topic": COMMAND + "drain"}, "response-topic"),
+    ],
+)
+def test_a_command_that_is_none_is_refused(verb: str, payload: bytes, changed: dict[str, object], reason: str) -> None:
+    with pytest.raises(MessageError) as caught:
+        Wish.parse(order(verb, payload, **changed), CONFIG)
+    assert caught.value.reason == reason
+
+
+@given(st.binary(max_size=200))
+def test_no_payload_makes_reading_a_command_fail_otherwise(payload: bytes) -> None:
+    with suppress(MessageError):
+        Wish.parse(order("load", payload), CONFIG)
 
 
 # Bodies.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import runpy
 import tomllib
@@ -21,10 +22,22 @@ LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
 
-def test_the_configuration_page_is_the_generated_one() -> None:
-    page = runpy.run_path(str(ROOT / "docs" / "build.py"))["configuration_page"]()
-    written = (ROOT / "docs" / "configuration.md").read_text("utf-8")
-    assert written == page, "appliance/config.py changed: run `make docs`"
+def test_what_is_made_from_the_code_is_what_it_would_be_made_now() -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "build.py"))["files"]()
+    written = {name: (ROOT / "docs" / name).read_text("utf-8") for name in made}
+    assert written == made, "appliance/config.py or appliance/contract.py changed: run `make docs`"
+
+
+def test_every_reference_of_the_topics_leads_somewhere() -> None:
+    path = ROOT / "docs" / "asyncapi.json"
+    document = json.loads(path.read_text("utf-8"))
+    for reference in _references(document):
+        file, _, inside = reference.partition("#")
+        found = json.loads((path.parent / file).read_text("utf-8")) if file else document
+        for name in inside.split("/")[1:]:
+            found = found[name]
+    for channel in document["channels"].values():
+        assert set(re.findall(r"{(\w+)}", channel["address"])) == channel["parameters"].keys()
 
 
 def test_every_setting_has_a_description() -> None:
@@ -74,6 +87,17 @@ def test_a_broken_link_is_noticed(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("# A `title`, here\n[a](page.md#a-title-here) [b](gone.md) [c](#nowhere) [d](https://x.org)\n")
     assert list(_broken_links(page)) == ["gone.md", "#nowhere"]
+
+
+def _references(value: object) -> Iterator[str]:
+    """Every `$ref` in a JSON document."""
+    if isinstance(value, dict):
+        if isinstance(target := value.get("$ref"), str):
+            yield target
+        value = list(value.values())
+    if isinstance(value, list):
+        for inner in value:
+            yield from _references(inner)
 
 
 def _readme() -> str:

@@ -13,6 +13,7 @@ from appliance.catalog import Bundle
 from appliance.core.controller import Controller
 from appliance.core.costs import Cost
 from appliance.core.types import (
+    Acknowledge,
     Arrived,
     Device,
     Event,
@@ -95,7 +96,7 @@ class Line:
                 verdicts.append(action.verdict)
             elif isinstance(action, Quarantine):
                 self.quarantined.append(action.expert)
-            else:
+            elif not isinstance(action, Acknowledge):
                 self.engines.obey(action)
         return verdicts
 

@@ -35,6 +35,7 @@ from appliance.core.types import (
     Rule,
     Run,
     Tick,
+    Verb,
 )
 from appliance.drivers.journal import Journal, Opening
 from appliance.errors import RecordsError
@@ -42,19 +43,22 @@ from appliance.lab.explain import explained
 from appliance.lab.simulate import simulate
 from appliance.report import print_explanation
 from tests.kit import DOUBTFUL, OPEN, SOUND, box, expert, inspection_graph, request
-from tests.test_controller import FAILURES, HALF, HalfTooLate, Noting, workloads
+from tests.test_controller import FAILURES, HALF, WISHES, Commanding, HalfTooLate, workloads
 
 
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=lambda policy: policy.name)
 @HALF
-@given(workload=workloads())
+@given(workload=workloads(), wishes=WISHES)
 def test_every_second_from_arrival_to_verdict_is_accounted_for(
-    policy: Policy, workload: tuple[list[Expert], list[Request], int, int, int, dict[str, int]]
+    policy: Policy,
+    workload: tuple[list[Expert], list[Request], int, int, int, dict[str, int]],
+    wishes: list[tuple[Verb, int]],
 ) -> None:
     experts, requests, budget, executors, slots, fails = workload
     graph = inspection_graph([e.name for e in experts if e.name != "detector"])
     graph = replace(graph, limits={"detector": 2})
-    noted = Noting(box(experts, graph, budget, executors, slots, activation_bytes=60, policy=policy)[0])
+    controller, _ = box(experts, graph, budget, executors, slots, activation_bytes=60, policy=policy)
+    noted = Commanding(controller, experts, wishes)
     left = dict(fails)
 
     def broken(action: Load | Run) -> Refusal | None:

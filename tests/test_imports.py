@@ -20,7 +20,7 @@ PACKAGES = (
 )
 
 FRONT = tuple(
-    f"appliance.{room}" for room in ("config", "catalog", "profile", "sandbox", "contract", "samples", "client")
+    f"appliance.{room}" for room in ("config", "catalog", "profile", "sandbox", "contract", "samples", "client", "tls")
 )
 CORE_VALUES = ("appliance.core.types", "appliance.core.costs", "appliance.core.graph")
 WORLD = ("appliance.engine", "appliance.store", "appliance.drivers")

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from appliance.core.memory import Freed, Ledger, Residency
 from appliance.core.types import Device, Footprint, Segment
 from appliance.errors import NoRoom
+from tests.kit import expert
 
 TRUNK, HEAD_A, HEAD_B, OTHER = Segment("trunk", 80), Segment("a", 20), Segment("b", 20), Segment("other", 50)
 FOOTPRINTS = {
@@ -113,6 +114,22 @@ def test_used_bytes_are_always_the_distinct_segments_held(moves: list[tuple[str,
         ledger.finish_load(name) if succeeds else ledger.abort_load(name)
         held = {segment for resident in ledger.resident for segment in sets[resident]}
         assert ledger.used_bytes == sum(segment.bytes for segment in held) <= 100
+
+
+def test_who_stays_shuts_nobody_out() -> None:
+    footprints = {name: expert(name, size).footprints["cpu"] for name, size in {"a": 10, "b": 10, "c": 20}.items()}
+    ledger = Ledger(Device("cpu", 30), footprints)
+    assert ledger.shut_out_by("a") is None
+    ledger.begin_load("a")
+    ledger.finish_load("a")
+    ledger.keep("a")
+    assert not ledger.is_evictable("a")
+    assert ledger.shut_out_by("b") == ("c", 40)
+    with pytest.raises(AssertionError):
+        ledger.keep("b")
+    ledger.give_up("a")
+    assert ledger.is_evictable("a")
+    assert ledger.shut_out_by("b") is None
 
 
 def _ledger(budget: int = 300) -> Ledger:

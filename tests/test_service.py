@@ -32,6 +32,7 @@ from appliance.service import Service
 from appliance.startup import install
 from tests.kit_box import (
     ALARMS,
+    COMMAND,
     ERROR,
     INFER,
     RESULT,
@@ -409,6 +410,54 @@ def test_the_box_says_when_it_comes_and_goes(tmp_path: Path, catalog: Path, brok
         until(lambda: watcher.hear().payload == b"online")
         box.kill()
         assert watcher.hear(30).payload == b"offline"  # the last will
+
+
+def test_an_operator_loads_pins_and_evicts_and_is_told_what_became_of_it(
+    tmp_path: Path, catalog: Path, broker: AnyBroker
+) -> None:
+    with (
+        Camera(broker.port) as early,
+        Box(tmp_path / "box", catalog, broker, settings="[memory]\nweights = 16384\n") as box,
+        Camera(broker.port, COMMAND + "+/ack", name="operator") as operator,
+    ):
+
+        def commanded(verb: str, body: str) -> tuple[bool, str | None]:
+            operator.publish(COMMAND + verb, body.encode())
+            heard = operator.hear()
+            answer = json.loads(heard.payload)
+            assert (heard.topic, answer["id"]) == (COMMAND + verb + "/ack", "7")
+            return answer["ok"], answer["reason"]
+
+        assert commanded("load", '{"expert": "e1", "id": "7"}') == (True, None)
+        assert commanded("pin", '{"expert": "e1", "id": "7"}') == (True, None)
+        assert commanded("evict", '{"expert": "e1", "id": "7"}') == (False, "pinned")
+        assert commanded("pin", '{"expert": "e2", "id": "7"}') == (False, "no-room")
+        assert commanded("unpin", '{"expert": "e1", "id": "7"}') == (True, None)
+        assert commanded("evict", '{"expert": "e1", "id": "7"}') == (True, None)
+        assert commanded("load", '{"expert": "ghost", "id": "7"}') == (False, "unknown-expert")
+        early.publish(COMMAND + "drain", b"")
+        assert json.loads(operator.hear().payload)["ok"]
+        assert box.wait_exit() == 0
+    found = simulated(box.folder / "journal.jsonl", predict=False)
+    assert (found["loads"], found["evictions"]) == (1, 1)
+
+
+def test_a_retained_command_is_refused(tmp_path: Path, catalog: Path, nats: Nats) -> None:
+    with Camera(nats.port, COMMAND + "+/ack") as operator:
+        operator.publish_confirmed(COMMAND + "drain", retain=True)
+        with Box(tmp_path / "box", catalog, nats):
+            answer = json.loads(operator.hear().payload)
+            assert (answer["verb"], answer["ok"], answer["reason"]) == ("drain", False, "retained")
+            operator.publish_confirmed(COMMAND + "drain", b"", retain=True)
+
+
+@pytest.mark.mosquitto
+def test_a_command_with_a_response_topic_is_answered_there(tmp_path: Path, catalog: Path, mosquitto: Mosquitto) -> None:
+    ask = ["mosquitto_rr", "-V", "5", "-p", str(mosquitto.port), "-W", "20", "-e", "coe/v1/plant/reply/operator/1"]
+    with Box(tmp_path / "box", catalog, mosquitto):
+        load = ["-t", COMMAND + "load", "-m", '{"expert": "e1"}']
+        answered = subprocess.run([*ask, *load], capture_output=True, text=True, check=True)
+    assert json.loads(answered.stdout)["ok"]
 
 
 def test_a_service_that_cannot_go_on_says_offline(tmp_path: Path, catalog: Path, nats: Nats) -> None:

@@ -19,12 +19,15 @@ ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "systemd"
 UNIT = FOLDER / "appliance.service"
 GPU = FOLDER / "gpu.conf"
+CREDENTIALS = FOLDER / "credentials.conf"
 
 needs_filter = pytest.mark.skipif(not can_filter(), reason="no libseccomp.so.2 on this machine")
 
 
 @pytest.mark.systemd
-@pytest.mark.parametrize(("drop_ins", "most"), [([], 1.5), ([GPU], 2.0)], ids=["cpu", "gpu"])
+@pytest.mark.parametrize(
+    ("drop_ins", "most"), [([], 1.5), ([GPU], 2.0), ([CREDENTIALS], 1.5)], ids=["cpu", "gpu", "tls"]
+)
 def test_the_unit_is_valid_and_its_exposure_is_low(drop_ins: list[Path], most: float, tmp_path: Path) -> None:
     unit = _startable(tmp_path, drop_ins)
     verify = _run(["systemd-analyze", "verify", "--man=no", str(unit)])

@@ -180,8 +180,27 @@ class Ledger:
         """How much has to leave because it is withheld."""
         return max(0, self.used_bytes + self.withheld_bytes - self.device.budget_bytes)
 
+    def shut_out_by(self, expert: str) -> tuple[str, int] | None:
+        """Who could be served no more if `expert` stayed for good, itself perhaps, and the bytes that this one and all
+        who stay would need together; None when everybody still could."""
+        staying = self.pinned | {expert}
+        for name in (expert, *filter(self.ever_fits, self._footprints)):
+            need_bytes = self._bytes_together(staying | {name})
+            if need_bytes > self.device.budget_bytes:
+                return name, need_bytes
+        return None
+
+    def keep(self, expert: str) -> None:
+        """From now on the expert never leaves, once it is there."""
+        assert self.shut_out_by(expert) is None, f"{expert} has no room beside the others"
+        if expert not in self.pinned:
+            self.pinned |= {expert}
+            self._needs.clear()
+            if self.is_ready(expert):
+                self.pin(expert)
+
     def give_up(self, expert: str) -> None:
-        """An expert that was pinned serves no more: it may leave, and its place is anybody's."""
+        """An expert that was to stay may leave, and its place is anybody's."""
         if expert in self.pinned:
             self.pinned -= {expert}
             self._needs.clear()
@@ -212,10 +231,13 @@ class Ledger:
     def _need_bytes(self, expert: str) -> int:
         """Of the expert and all who are pinned together."""
         if expert not in self._needs:
-            together = [self._footprints[name] for name in self.pinned | {expert}]
-            segments = {segment for footprint in together for segment in footprint.segments}
-            self._needs[expert] = _bytes(segments) + sum(footprint.private_bytes for footprint in together)
+            self._needs[expert] = self._bytes_together(self.pinned | {expert})
         return self._needs[expert]
+
+    def _bytes_together(self, experts: Iterable[str]) -> int:
+        together = [self._footprints[name] for name in experts]
+        segments = {segment for footprint in together for segment in footprint.segments}
+        return _bytes(segments) + sum(footprint.private_bytes for footprint in together)
 
     def _freed_bytes(self, leaving: Sequence[str], coming: str) -> int:
         """Private bytes of who leaves, and those of the segments that nobody then holds and `coming` does not use."""

@@ -233,12 +233,34 @@ class RunFailed:
     refusal: Refusal
 
 
+class Verb(StrEnum):
+    """What an operator may want done with an expert."""
+
+    LOAD = "load"
+    """Bring it into memory now, for whom it will be needed. It leaves again like any other."""
+    PIN = "pin"
+    """Load it, and never let it leave."""
+    UNPIN = "unpin"
+    """Let it leave like any other."""
+    EVICT = "evict"
+    """Drop it from every device, unless somebody needs it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """An operator wants something done; `number` comes back with its Acknowledge, exactly once."""
+
+    number: int
+    verb: Verb
+    expert: str
+
+
 @dataclass(frozen=True, slots=True)
 class Tick:
     """Time passed."""
 
 
-Event = Arrived | Loaded | LoadFailed | Finished | RunFailed | Tick
+Event = Arrived | Loaded | LoadFailed | Finished | RunFailed | Command | Tick
 
 
 # Actions: what the controller wants done, in this order.
@@ -290,6 +312,8 @@ class Rule(StrEnum):
     """Memory was free, but in pieces."""
     QUARANTINED = "quarantined"
     """It answers its golden samples wrongly."""
+    COMMANDED = "commanded"
+    """An operator wanted it, and nobody needed the expert."""
     NOT_LOADED = "not-loaded"
     """Its load failed or was given up: it never came."""
 
@@ -329,4 +353,12 @@ class Quarantine:
     refusal: Refusal
 
 
-Action = Load | CancelLoad | HurryLoad | Evict | Run | CancelRun | Publish | Quarantine
+@dataclass(frozen=True, slots=True)
+class Acknowledge:
+    """The command of this number is done, or was refused, and why."""
+
+    command: int
+    refusal: Refusal | None
+
+
+Action = Load | CancelLoad | HurryLoad | Evict | Run | CancelRun | Publish | Quarantine | Acknowledge

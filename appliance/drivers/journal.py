@@ -18,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from appliance.core.graph import ExpertGraph
 from appliance.core.types import (
     Arrived,
+    Command,
     Device,
     Event,
     Executor,
@@ -36,7 +37,7 @@ log = logging.getLogger(__name__)
 
 MAX_BYTES = 256 << 20  # then the journal ends; some 500,000 pictures
 EVENTS: dict[str, type[Event]] = {
-    kind.__name__: kind for kind in (Arrived, Loaded, LoadFailed, Finished, RunFailed, Tick)
+    kind.__name__: kind for kind in (Arrived, Loaded, LoadFailed, Finished, RunFailed, Command, Tick)
 }
 
 

@@ -15,7 +15,8 @@ from datetime import UTC, datetime
 
 from appliance import contract
 from appliance.config import Config
-from appliance.drivers.mqtt import LOST, Door
+from appliance.drivers.link import LOST
+from appliance.drivers.mqtt import Door
 from appliance.drivers.records import Publication, Records
 from appliance.errors import MessageError
 
@@ -37,6 +38,7 @@ class Note:
     topic: str
     payload: bytes
     retain: bool = False
+    correlation: bytes | None = None
 
 
 class Outbox:
@@ -234,7 +236,7 @@ class Outbox:
     def _publish_note(self, note: Note) -> bool:
         assert self._door is not None
         try:
-            return self._door.publish(note.topic, note.payload, retain=note.retain)
+            return self._door.publish(note.topic, note.payload, retain=note.retain, correlation=note.correlation)
         except MessageError as error:
             log.error("outbox unpublishable topic=%s why=%s", note.topic, error)
             return True

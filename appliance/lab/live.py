@@ -19,6 +19,7 @@ from appliance.core.controller import Controller
 from appliance.core.costs import Cost
 from appliance.core.policies import Policy
 from appliance.core.types import (
+    Acknowledge,
     Arrived,
     Device,
     Event,
@@ -212,6 +213,8 @@ class _Served:
                     self._album.forget(verdict.request)
                 case Quarantine(expert, refusal):
                     raise ApplianceError(f"{expert} cannot serve: {refusal.detail}", "report this")
+                case Acknowledge():
+                    pass  # nobody commands here
                 case _:
                     if isinstance(action, Evict):
                         self.stays.left(action.device, action.expert, at)

@@ -19,11 +19,13 @@ from appliance.core.controller import Controller
 from appliance.core.policies import POLICIES, Policy
 from appliance.core.types import (
     CANCELLED,
+    Acknowledge,
     Action,
     Arrived,
     Batch,
     CancelLoad,
     CancelRun,
+    Command,
     Device,
     Event,
     Evict,
@@ -196,6 +198,8 @@ class World:
                 self.quarantined[expert] = refusal
             case Publish(verdict):
                 self.verdicts.append(verdict)
+            case Acknowledge():
+                pass
             case _:
                 assert_never(action)
         return None
@@ -215,7 +219,7 @@ class World:
                 if batch.id in self._cancelled_runs:
                     self._cancelled_runs.remove(batch.id)
                     return RunFailed(batch, Refusal(CANCELLED, "nobody waits for it"))
-            case Arrived() | Tick():
+            case Arrived() | Command() | Tick():
                 pass
             case _:
                 assert_never(event)
