@@ -359,6 +359,22 @@ def test_a_batch_whose_pictures_are_all_late_is_cancelled_once_and_not_repeated(
     assert controller.counts["run_failures"] == 0
 
 
+@pytest.mark.parametrize(("pictures", "waits"), [(60, False), (180, True)])
+def test_a_load_for_which_somebody_leaves_waits_while_executors_have_plenty_to_run(pictures: int, waits: bool) -> None:
+    """A load takes as long as ten runs of `a`, and as many are over when `b` is asked. While more than 80 are to come
+    the load waits, as more may be asked of `b`."""
+    experts = [expert(name, 40, item=0.01, fixed=0.0, load=0.1, max_batch=1) for name in ("a", "b", "idle")]
+    graph = compile_graph({f"c-{e.name}": e.name for e in experts}, [], [e.name for e in experts])
+    controller, devices = box(experts, graph, 80, executors=1)
+    begun = [request("idle", "c-idle"), *(request(f"a{n}", "c-a", 1.0) for n in range(pictures))]
+    report = simulate(controller, pretend(experts, devices), [*begun, request("b", "c-b", 1.2)])
+    moves = [action for action in report.actions if isinstance(action, Load | Run)]
+    loaded = next(n for n, move in enumerate(moves) if isinstance(move, Load) and move.expert == "b")
+    runs = sum(isinstance(move, Run) and move.batch.expert == "a" for move in moves[:loaded])
+    assert runs == pytest.approx(pictures - 80 if waits else 12, abs=4)
+    assert len(report.verdicts) == pictures + 2
+
+
 def test_whom_a_running_batch_may_lead_to_is_loaded_ahead_into_free_memory() -> None:
     controller, _ = box(_experts("a", size=50), inspection_graph(["a"]), 100, executors=1)
     controller.handle(Arrived(request("r", "c-a")), 0.0)

@@ -59,6 +59,37 @@ def test_the_backlog_of_a_taken_batch_is_what_its_run_costs() -> None:
     assert queue.total_seconds == 22.0
 
 
+def test_who_has_nothing_to_run_takes_from_another_with_the_same_memory() -> None:
+    """`b` was given to the first executor and two of `a` to the second, whose first batch is not over yet."""
+    scheduler = _scheduler(2)
+    for name, wanted in (("b", "b"), ("1", "a"), ("2", "a")):
+        scheduler.put(Task(name, wanted, 0.0, alone=True), RESIDENT)
+    first, second = scheduler.queues.values()
+    taken = [scheduler.take(queue, RESIDENT["cpu"], 0.0) for queue in (second, first)]
+    assert taken[1] is not None
+    scheduler.finished(taken[1])
+    relieving = scheduler.take(first, RESIDENT["cpu"], 0.0)
+    assert relieving is not None
+    assert (relieving.executor, relieving.requests) == ("cpu-0", ("2",))
+    assert (first.total_seconds, second.total_seconds) == (11.0, 11.0)
+    assert not second.groups
+
+
+def test_what_is_ready_is_weighed_as_long_as_it_is() -> None:
+    scheduler = _scheduler(1)
+    queue = scheduler.queues["cpu-0"]
+    for name in ("0", "1", "2"):
+        scheduler.put(Task(name, "a", 0.0), ABSENT)
+    assert queue.ready_seconds == 0.0
+    scheduler.moved("cpu", "a", RESIDENT["cpu"])
+    assert queue.ready_seconds == 13.0
+    scheduler.put(Task("3", "a", 0.0), RESIDENT)
+    scheduler.drop("0", "a", RESIDENT)
+    assert queue.ready_seconds == 13.0
+    scheduler.moved("cpu", "a", ABSENT["cpu"])
+    assert queue.ready_seconds == 0.0
+
+
 def test_dropping_the_last_task_takes_its_start_and_load_off_the_backlog() -> None:
     scheduler = _scheduler(1)
     scheduler.put(Task("0", "a", 0.0), ABSENT)

@@ -672,7 +672,8 @@ class Controller:
 
     def _free_queues(self) -> list[Queue]:
         """Those without a batch and with work, whose ready work is due first in front."""
-        free = [queue for queue in self.scheduler.queues.values() if queue.running is None and queue.groups]
+        idle = (queue for queue in self.scheduler.queues.values() if queue.running is None)
+        free = [queue for queue in idle if self.scheduler.has_work(queue)]
         if len(free) < 2 or len(self.ledgers) >= len(self.scheduler.queues):  # nobody shares a device
             return free
         urgency = self.scheduler.urgency_seconds
@@ -711,6 +712,8 @@ class Controller:
         blocked, until = self._blocked.get(device, (None, inf))
         if blocked == attempt and now < until:
             return False
+        if now < group.turn_seconds and self._can_wait(group, ledger):
+            return False
         due = self.scheduler.group_due_seconds(group) if self._policy.spares_queued else inf
         held_until = min(due, self.scheduler.held_until(device, group))
         is_held = now < held_until
@@ -724,6 +727,15 @@ class Controller:
             return False
         self._begin_load(ledger, expert, {name: self._rule(ledger, name) for name in leaving}, now, actions)
         return True
+
+    def _can_wait(self, group: Group, ledger: Ledger) -> bool:
+        """Whether somebody would have to leave for a load that nobody is in need of yet."""
+        if not self._policy.spares_queued or self.scheduler.steps.is_pressing(group.expert):
+            return False
+        load_seconds = self._experts[group.expert].costs[ledger.device.name].load_seconds
+        return self.scheduler.have_plenty(
+            ledger.device.name, load_seconds, ledger.device.load_slots
+        ) and ledger.missing_bytes(group.expert) > ledger.free_bytes(group.expert)
 
     def _rule(self, ledger: Ledger, leaving: str) -> Rule:
         """By which of its rules the policy lets the expert go; `_leavers` gives them in this order."""

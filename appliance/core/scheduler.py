@@ -7,14 +7,22 @@ the same expert, else to the tail: the queue is then its groups in order. Not ar
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from math import inf
 from typing import NamedTuple
 
 from appliance.core.memory import Ledger
-from appliance.core.policies import APPLIANCE, ROOM_PATIENCE_SECONDS, SECOND_COPY, Offer, Policy
+from appliance.core.policies import (
+    APPLIANCE,
+    PLENTY_LOADS,
+    PLENTY_RUNS,
+    ROOM_PATIENCE_SECONDS,
+    SECOND_COPY,
+    Offer,
+    Policy,
+)
 from appliance.core.ranking import Ranking
 from appliance.core.steps import Steps
 from appliance.core.types import Batch, Executor, Expert
@@ -89,7 +97,8 @@ class Queue:
     """One executor's groups in order of arrival, its running batch, and its predicted backlog.
 
     `line` has (request, expert) of every task in order where tasks are not arranged; `ready` the groups whose expert
-    is, by when they are due. `loading_seconds` is the part of the backlog that is loading.
+    is, by when they are due, and `ready_seconds` what running these takes. `loading_seconds` is the part of the backlog
+    that is loading.
     """
 
     executor: Executor
@@ -99,6 +108,7 @@ class Queue:
     running: Batch | None = None
     total_seconds: float = 0.0
     loading_seconds: float = 0.0
+    ready_seconds: float = 0.0
 
 
 class Scheduler:
@@ -161,6 +171,8 @@ class Scheduler:
         due = self.policy.due_seconds(task.since_seconds, task.deadline_seconds, work_seconds)
         is_first = group.put(task, due, (self.policy.turn_seconds(task.since_seconds, due), self._turn))
         queue.total_seconds += cost.item_seconds
+        if task.expert in queue.ready:
+            queue.ready_seconds += cost.item_seconds
         self._demand[device][task.expert] += 1
         self.steps.add(task.expert, 1)
         if not self.policy.groups:
@@ -193,6 +205,12 @@ class Scheduler:
         """An expert that was pinned is so no more: others may fit where they did not."""
         self._able.clear()
 
+    def has_work(self, queue: Queue) -> bool:
+        """Whether the executor might take something: of its own, or of others on its device."""
+        return bool(queue.groups) or (
+            not self.policy.in_order and any(other.ready for other in self._on[queue.executor.device])
+        )
+
     def urgency_seconds(self, queue: Queue, ledger: Ledger) -> float:
         """When the work is due that a free executor would take, in order of which several take theirs."""
         if self.policy.in_order:
@@ -219,30 +237,43 @@ class Scheduler:
         return None
 
     def take(self, queue: Queue, ledger: Ledger, now: float) -> Batch | None:
-        """The next batch: the head's, or of the groups whose expert is ready, that of the one due first.
+        """The next batch: the head's, or of the groups whose expert is ready, that of the one due first; the executor's
+        own, or else another's on its device.
 
         Where activations do not fit beside what runs, the next group goes first; but not for longer than patience
         lasts, or small batches would keep a large one waiting for ever.
         """
-        if self.policy.in_order:
-            head = self.head(queue)
-            ready: Iterable[str] = [head.expert] if head is not None and ledger.is_ready(head.expert) else []
-        else:
-            ready = queue.ready
-        for expert in ready:
-            group = queue.groups[expert]
-            most = ledger.most_items(expert, self._experts[expert].max_batch)
-            if most:
-                return self._batch(queue, group, most, ledger)
-            if now >= group.first.since_seconds + ROOM_PATIENCE_SECONDS:
-                break
+        for source in self._sources(queue):
+            for expert in self._takeable(source, ledger):
+                group = source.groups[expert]
+                most = ledger.most_items(expert, self._experts[expert].max_batch)
+                if most:
+                    return self._batch(queue, source, group, most, ledger)
+                if now >= group.first.since_seconds + ROOM_PATIENCE_SECONDS:
+                    return None
         return None
 
-    def _batch(self, queue: Queue, group: Group, most: int, ledger: Ledger) -> Batch:
-        tasks = self._split(queue, group, most)
+    def _sources(self, queue: Queue) -> Iterator[Queue]:
+        """An executor that has nothing to run takes from those with which it shares memory, the busiest first: tasks
+        were given out by predictions, which err."""
+        yield queue
+        if not self.policy.in_order:
+            others = (other for other in self._on[queue.executor.device] if other is not queue and other.ready)
+            yield from sorted(others, key=lambda other: -other.total_seconds)
+
+    def _takeable(self, queue: Queue, ledger: Ledger) -> Iterable[str]:
+        if not self.policy.in_order:
+            return queue.ready
+        head = self.head(queue)
+        return [head.expert] if head is not None and ledger.is_ready(head.expert) else []
+
+    def _batch(self, queue: Queue, source: Queue, group: Group, most: int, ledger: Ledger) -> Batch:
+        """A batch for the executor of `queue`, of tasks that were given to that of `source`."""
+        tasks = self._split(source, group, most)
         device = queue.executor.device
         group.fresh = max(group.fresh - len(tasks), 0) if device in self.thrashing else 0
-        self._forget(queue, group, tasks, ledger)
+        self._forget(source, group, tasks, ledger)
+        self._settle(source)
         batch = Batch(self._next_batch, queue.executor.name, device, group.expert, tuple(t.request for t in tasks))
         self._next_batch += 1
         queue.running = batch
@@ -274,6 +305,17 @@ class Scheduler:
             return None
         times = (turn[0], self.group_due_seconds(group), self.held_until(device, following))
         return min((when for when in times if when > now), default=None)
+
+    def have_plenty(self, device: str, load_seconds: float, slots: int) -> bool:
+        """Whether a load may as well wait, for more tasks to need it: executors have enough to run for longer than it
+        takes, however the disk is shared, and runs, not loads, are what the backlog takes its time for."""
+        queues = self._on[device]
+        ready = sum(queue.ready_seconds for queue in queues)
+        running = sum(queue.total_seconds - queue.loading_seconds for queue in queues)
+        return (
+            ready > PLENTY_LOADS * load_seconds * len(queues)
+            and running / len(queues) > PLENTY_RUNS * self._loading[device] / slots
+        )
 
     def held_until(self, device: str, group: Group) -> float:
         """From when somebody may leave for the group's expert."""
@@ -348,28 +390,28 @@ class Scheduler:
         return all(not queue.groups and queue.running is None for queue in self.queues.values())
 
     def _offers(self, able: list[Queue], expert: str, ledgers: Mapping[str, Ledger]) -> list[Offer]:
-        """What CoServe weighs: K where requests for the expert wait, else K + B, and L where it has to be loaded."""
-        offers, loads, costs = [], dict[str, float](), self._experts[expert].costs
+        """What CoServe weighs: K where requests for the expert wait, else K + B, and L where it has to be loaded.
+
+        In ours loads go on beside runs, in the device's slots: a backlog ends with the later of the two.
+        """
+        offers, costs = list[Offer](), self._experts[expert].costs
+        loads: dict[str, tuple[float, float, float]] = {}  # by device: this one, all before it, all with it
         for queue in able:
             device = queue.executor.device
             if device not in loads:
-                loads[device] = self._weighed_load(device, expert, ledgers)
-            cost, load = costs[device], loads[device]
+                load, slots = self._weighed_load(device, expert, ledgers), ledgers[device].device.load_slots
+                loads[device] = load, self._loading[device] / slots, (self._loading[device] + load) / slots
+            load, loaded, will_be_loaded = loads[device]
+            cost = costs[device]
             run = cost.item_seconds if expert in queue.groups else cost.item_seconds + cost.fixed_seconds
             if self.policy.in_order:
                 offers.append(Offer(queue.executor.name, queue.total_seconds, run + load))
-            else:
-                offers.append(self._overlapping(queue, run, load, ledgers[device].device.load_slots))
+                continue
+            ran = queue.total_seconds - queue.loading_seconds
+            total = max(ran, loaded)
+            answer = max(ran, will_be_loaded) + run if load else ran + run
+            offers.append(Offer(queue.executor.name, total, max(ran + run, will_be_loaded) - total, answer))
         return offers
-
-    def _overlapping(self, queue: Queue, run: float, load: float, slots: int) -> Offer:
-        """Loads go on beside runs, in the device's slots: the backlog ends with the later of the two."""
-        loading = self._loading[queue.executor.device]
-        running = queue.total_seconds - queue.loading_seconds
-        loaded, ran = (loading + load) / slots, running + run
-        total = max(running, loading / slots)
-        answer = max(running, loaded) + run if load else ran
-        return Offer(queue.executor.name, total, max(ran, loaded) - total, answer)
 
     def _book(self, queue: Queue, seconds: float) -> None:
         """So much more loading is ahead of the queue, or less."""
@@ -407,6 +449,8 @@ class Scheduler:
         """The tasks left the group: take their seconds off the backlog, and the group when it is empty."""
         cost = self._experts[group.expert].costs[queue.executor.device]
         queue.total_seconds -= cost.item_seconds * len(tasks)
+        if group.expert in queue.ready:
+            queue.ready_seconds -= cost.item_seconds * len(tasks)
         self._demand[queue.executor.device][group.expert] -= len(tasks)
         self.steps.add(group.expert, -len(tasks))
         for task in tasks:
@@ -425,15 +469,21 @@ class Scheduler:
         key = (self.group_due_seconds(group), group.number) if waits else None
         if key is not None and ledger.is_ready(expert):
             # Who was loaded for waiting tasks goes before others who wait as long: then it may leave for the next.
+            was_ready = expert in queue.ready
             queue.ready.put(expert, (key[0] - self.policy.patience_seconds, key[1]) if group.fresh else key)
-        else:
-            queue.ready.drop(expert)
+            queue.ready_seconds += 0.0 if was_ready else self._run_seconds(device, group)
+        elif queue.ready.drop(expert):
+            queue.ready_seconds -= self._run_seconds(device, group)
         if key is not None and ledger.is_absent(expert):
             cold.put((expert, queue.executor.name), (min(key[0], group.turn_seconds), group.number))
             self._rank_rare(queue, group)
         else:
             cold.drop((expert, queue.executor.name))
             self._rare[device].drop((expert, queue.executor.name))
+
+    def _run_seconds(self, device: str, group: Group) -> float:
+        cost = self._experts[group.expert].costs[device]
+        return cost.fixed_seconds + cost.item_seconds * len(group.tasks)
 
     def _rank_rare(self, queue: Queue, group: Group) -> None:
         expert, device = group.expert, queue.executor.device
@@ -450,7 +500,7 @@ class Scheduler:
         """Nothing left means zero, whatever rounding says."""
         if not queue.groups and queue.running is None:
             self._loading[queue.executor.device] -= queue.loading_seconds
-            queue.total_seconds = queue.loading_seconds = 0.0
+            queue.total_seconds = queue.loading_seconds = queue.ready_seconds = 0.0
 
 
 def _in_a_row(queue: Queue, expert: str, limit: int) -> int:

@@ -278,7 +278,7 @@ def _rig(shape: Shape, count: int, folder: Path, say: Say) -> Iterator[_Rig]:
         store = Store(Path(home) / "store")
         results = compile_bundles(store, bundles, report=lambda name, result: None)
         experts = tuple(_sound(results[bundle.manifest.name]) for bundle in bundles)
-        weights = Weights(store.segment_path)
+        weights = Weights(store.segment_path, budget_bytes=sum(expert.bytes for expert in experts))
         sessions = Sessions(weights, runtime.CpuPlace(), activation_bytes=_ACTIVATION_BYTES)
         picture = np.random.default_rng(0).random((1, 3, shape.side, shape.side), np.float32)
         segment = store.segment_path(experts[0].segments[0].id)
@@ -308,17 +308,18 @@ def _memory(rig: _Rig) -> _Memory:
         for _ in range(_QUIET_RUNS):  # a second run plans its memory anew
             rig.run(expert)
         rig.evict(expert)
-    before = _settled_bytes()
+    before = _settled_bytes(rig)
     for expert in rig.experts:
         rig.ready(expert)
         rig.run(expert)
-    booked, measured = rig.weights.mapped_bytes, _settled_bytes() - before
+    booked, measured = rig.weights.mapped_bytes, _settled_bytes(rig) - before
     for expert in rig.experts:
         rig.evict(expert)
-    return _Memory(booked, measured, _settled_bytes() - before)
+    return _Memory(booked, measured, _settled_bytes(rig) - before)
 
 
-def _settled_bytes() -> int:
+def _settled_bytes(rig: _Rig) -> int:
+    rig.weights.trim()
     gc.collect()
     runtime.trim()
     return anonymous_bytes()
@@ -355,7 +356,6 @@ def _lap(rig: _Rig, number: int) -> _Lap:
         parts["disk"] = _bare_read(rig.segment)
 
     def load() -> None:
-        _touch(expert.bytes)
         parts["load"] = _took(lambda: rig.weights.load(expert.segments))
 
     for step in (read_bare, load) if number % 2 else (load, read_bare):
@@ -397,12 +397,6 @@ def _bare_read(path: Path) -> _Took:
     finally:
         os.close(descriptor)
         memory.close()
-
-
-def _touch(size: int) -> None:
-    """A host takes back memory that its guest leaves free for two seconds, and giving it out again costs up to 50
-    times what a load does (2026-11-21): whoever is measured finds as much memory as it needs at hand."""
-    _fresh_memory(size).close()
 
 
 def _fresh_memory(size: int) -> mmap.mmap:
@@ -483,7 +477,6 @@ def _beside_loads(rig: _Rig, effort: Effort) -> _Beside:
         rig.run(runner)
         for number in range(2 * effort.sides // effort.block):
             is_loading = number % 4 in (1, 2)
-            _touch(other.bytes)
             with _switching(rig, other) if is_loading else _nothing() as counted:
                 sides[is_loading] += [_took(lambda: rig.run(runner)).seconds for _ in range(effort.block)]
             loads += len(counted)
@@ -532,7 +525,6 @@ def _at_once(rig: _Rig, rounds: int) -> dict[int, float]:
             for count in counts if number % 2 else reversed(counts):
                 coming = rig.experts[:count]
                 size = sum(expert.bytes for expert in coming)
-                _touch(size)
                 begun = time.perf_counter()
                 list(pool.map(lambda expert: rig.weights.load(expert.segments), coming))
                 rates[count].append(size / (time.perf_counter() - begun))
@@ -543,7 +535,6 @@ def _at_once(rig: _Rig, rounds: int) -> dict[int, float]:
 
 def _stalls(rig: _Rig, loads: int) -> tuple[float, float]:
     """The longest that a Python thread which only ticks was kept from it: during loads, and with nothing going on."""
-    _touch(rig.experts[1].bytes)
     with _ticking() as gaps:
         for _ in range(loads):
             rig.ready(rig.experts[1])

@@ -64,7 +64,8 @@ def soak(
     begun = time.perf_counter()
     with _compiled(experts, folder, say, jobs) as (store, made):
         say(f"{cycles} cycles over {experts} experts")
-        weights = Weights(store.segment_path)
+        budget_bytes = _places(made) * max(compiled.bytes for compiled in made)
+        weights = Weights(store.segment_path, budget_bytes=budget_bytes)
         sessions = Sessions(weights, runtime.CpuPlace(), activation_bytes=_ACTIVATION_BYTES)
         samples = list(_cycled(weights, sessions, made, cycles))
         _check_empty(weights)
@@ -97,7 +98,7 @@ def _found(samples: Sequence[_Sample], cycles: int, experts: int) -> dict[str, A
 
 def _cycled(weights: Weights, sessions: Sessions, experts: Sequence[Compiled], cycles: int) -> Iterator[_Sample]:
     """A sample now and then, and one at the end; in the end nothing is resident."""
-    places = max(len(experts) // 10, 1)
+    places = _places(experts)
     every = max(cycles // _SAMPLES, 1)
     resident: deque[Compiled] = deque()
     picture = np.random.default_rng(0).random((1, 3, _SIDE, _SIDE), np.float32)
@@ -121,6 +122,10 @@ def _cycled(weights: Weights, sessions: Sessions, experts: Sequence[Compiled], c
         evict()
 
 
+def _places(experts: Sequence[Compiled]) -> int:
+    return max(len(experts) // 10, 1)
+
+
 def _shuffled(experts: Sequence[Compiled], places: int, cycles: int) -> Iterator[Compiled]:
     """Experts at random, but none that is among the last `places`, so that every cycle is a load."""
     chance = random.Random(0)
@@ -136,7 +141,7 @@ def _shuffled(experts: Sequence[Compiled], places: int, cycles: int) -> Iterator
 def _sample(cycles: int, weights: Weights) -> _Sample:
     gc.collect()
     runtime.trim()
-    booked = weights.mapped_bytes
+    booked = weights.mapped_bytes + weights.spare_bytes
     descriptors = len(os.listdir("/proc/self/fd"))
     readers = sum(thread.name.startswith("weights-reader") for thread in threading.enumerate())
     threads = len(os.listdir("/proc/self/task")) - readers
