@@ -20,9 +20,9 @@ from types import MappingProxyType
 from typing import assert_never
 
 from appliance.core.graph import ExpertGraph, Progress, start
-from appliance.core.memory import Freed, Ledger, Residency
-from appliance.core.policies import APPLIANCE, ROOM_PATIENCE_SECONDS, Policy, Resident
-from appliance.core.ranking import Ranking
+from appliance.core.leaving import Leaving
+from appliance.core.memory import Ledger, Residency
+from appliance.core.policies import APPLIANCE, ROOM_PATIENCE_SECONDS, Policy
 from appliance.core.scheduler import Group, Queue, Scheduler, Task
 from appliance.core.steps import Steps
 from appliance.core.thrash import WINDOW_SECONDS, Sliding, Thrash, Thrashing
@@ -116,26 +116,27 @@ class Controller:
         self._coming = deque([*pinned, *preload])
         declared = {name: expert.probability for name, expert in experts.items()}
         self._usage = Usage(graph, declared, products)
-        self._weight = self._usage.weight if policy.learns else declared.__getitem__
+        weight = self._usage.weight if policy.learns else declared.__getitem__
         # Where queues are worked off in order, a step may stand behind the very experts that it would hold back.
         steps = Steps({} if policy.in_order else graph.limits, graph.before)
-        self.scheduler = Scheduler(tuple(executors), experts, self._weight, policy, steps)
+        self.scheduler = Scheduler(tuple(executors), experts, weight, policy, steps)
         self._policy = policy
         self._head_starts = {line: policy.head_start_seconds(priority) for line, priority in priorities.items()}
         self.counts: Counter[str] = Counter()
-        self.evictions: Counter[Rule] = Counter()
         self.asked: Counter[Residency] = Counter()
         """Tasks, by where their expert was when they were queued: ready is a hit, absent a miss."""
         self.load_waits = LoadWaits()
-        self.idle_seconds = 0.0
-        """How long those who were evicted had not been used by then, together."""
         self._thrash = {device.name: Thrash(device.load_slots) for device in devices}
+        # What it is given it reads as it is at the time: who is unavailable, what ledgers and queues hold.
+        self._leaving = Leaving(
+            graph, experts, weight, self.unavailable, self.ledgers, self.scheduler, self._thrash, self.counts
+        )
+        self.evictions = self._leaving.evictions
         self._answered = Sliding()
         self._began_seconds: dict[tuple[str, str], float] = {}  # loads in work
         self.progress: dict[str, Progress] = {}
         self._most_waiting, self._overflow = most_waiting, overflow
         self._untouched: OrderedDict[str, None] = OrderedDict()  # of `progress`, those for which no run has begun
-        self._led_to: Counter[str] = Counter()  # by how many batches in work
         self._claimed: set[tuple[str, str]] = set()
         self._failed_loads: Counter[tuple[str, str]] = Counter()
         self._ahead: set[tuple[str, str]] = set()  # loads in work that began ahead
@@ -145,13 +146,8 @@ class Controller:
         self._retried: dict[tuple[str, str], frozenset[str]] = {}  # request and expert: where it is barred by now
         self._deadlines: list[tuple[float, str]] = []
         self._decided_seconds = inf
-        self._subsequent = frozenset(name for name in graph.before if graph.is_subsequent(name))
-        self._leaving = {device.name: Ranking[str, tuple[bool, float]]() for device in devices}
-        self._changes: Counter[str] = Counter()  # by device: of who may leave and of what is held
         self._blocked: dict[str, tuple[tuple[str, int, int], float]] = {}
         """By device: the load that found no room and after which changes, and until when trying again is in vain."""
-        self._loaded_seconds: dict[tuple[str, str], float] = {}
-        self._used_seconds: dict[tuple[str, str], float] = {}
         for number, (device, name) in enumerate(residents):
             self.ledgers[device].begin_load(name)
             came = self._began_seconds[device, name] = float(number - len(residents))
@@ -225,19 +221,17 @@ class Controller:
 
     def _thrashing(self, device: str, now: float) -> Thrashing:
         thrash, pictures = self._thrash[device], max(self._answered.sum(now), 1.0)
-        footprints = [
-            expert.footprints[device]
-            for name, expert in self._experts.items()
-            if self._used_seconds.get((device, name), -inf) > now - WINDOW_SECONDS
-            or self.scheduler.demand(device, name)
-        ]
-        segments = {segment.id: segment.bytes for footprint in footprints for segment in footprint.segments}
         return Thrashing(
             thrash.loads.sum(now) / pictures,
             thrash.came_back.sum(now) / pictures,
-            sum(segments.values()) + sum(footprint.private_bytes for footprint in footprints),
+            self._leaving.working_set_bytes(device, now - WINDOW_SECONDS),
             self.ledgers[device].device.budget_bytes,
         )
+
+    @property
+    def idle_seconds(self) -> float:
+        """How long those who were evicted had not been used by then, together."""
+        return self._leaving.idle_seconds
 
     # Events
 
@@ -257,7 +251,8 @@ class Controller:
         if request.deadline_seconds is not None:
             heapq.heappush(self._deadlines, (request.deadline_seconds, request.id))
         if self._policy.learns and self._usage.changes(request):
-            self._rank_all(now)
+            self.scheduler.reweigh_all()
+            self._leaving.reweigh_all(now)
         self._ask(begun, tuple(begun.waiting_for), now, actions)
 
     def _has_place(self, now: float, actions: list[Action]) -> bool:
@@ -277,14 +272,13 @@ class Controller:
         ledger = self.ledgers[device]
         ledger.finish_load(expert)
         self._count_load(device, expert, now)
-        self._loaded_seconds[device, expert] = self._used_seconds[device, expert] = now
         self._failed_loads.pop((device, expert), None)
         self._forget_ahead(device, expert)
         is_held = self.scheduler.steps.is_held(expert)
         if self.scheduler.demand(device, expert) and not is_held and not self._policy.in_order:
             ledger.pin(expert)
             self._claimed.add((device, expert))
-        self._moved(ledger, expert, now)
+        self._leaving.came(ledger, expert, now)
 
     def _count_load(self, device: str, expert: str, now: float) -> None:
         """How long who waits for this load has done so: since it asked, or since the expert left in spite of that."""
@@ -307,7 +301,7 @@ class Controller:
         actions.append(Evict(device, expert, ledger.abort_load(expert), Rule.NOT_LOADED))
         self._forget_ahead(device, expert)
         del self._began_seconds[device, expert]
-        self._moved(ledger, expert, now)
+        self._leaving.moved(ledger, expert, now)
         if refusal.reason == CANCELLED:
             self.counts["cancelled_loads"] += 1
             if expert in ledger.pinned:
@@ -316,11 +310,12 @@ class Controller:
         is_wanted = self.scheduler.demand(device, expert) > 0
         if refusal.reason == FRAGMENTED:
             self.counts["fragmented"] += 1
-            if is_wanted and self._evict_one(ledger, Rule.FRAGMENTED, now, actions):  # and it is tried again
+            if is_wanted and (evicted := self._leaving.evict_one(ledger, Rule.FRAGMENTED, now)) is not None:
+                actions.append(evicted)  # and it is tried again
                 return
         self.counts["load_failures"] += 1
         if refusal.reason == OUT_OF_MEMORY:
-            self._make_do_with_less(ledger, 0, now, actions)
+            actions.extend(self._leaving.withhold(ledger, 0, now))
         if not is_wanted and expert not in ledger.pinned:
             return
         self._failed_loads[device, expert] += 1
@@ -368,8 +363,8 @@ class Controller:
             self.counts["run_failures"] += 1
         if refusal.reason == OUT_OF_MEMORY:
             footprint = self._experts[batch.expert].footprints[batch.device]
-            ledger = self.ledgers[batch.device]
-            self._make_do_with_less(ledger, footprint.activation_bytes(len(batch.requests)), now, actions)
+            less_bytes = footprint.activation_bytes(len(batch.requests))
+            actions.extend(self._leaving.withhold(self.ledgers[batch.device], less_bytes, now))
         open_requests = [request for request in batch.requests if request in self.progress]
         if refusal.reason == GOLDEN_MISMATCH:
             self._quarantine(batch.expert, refusal, open_requests, now, actions)
@@ -395,7 +390,7 @@ class Controller:
         for ledger in self.ledgers.values():
             ledger.give_up(expert)
             if ledger.is_evictable(expert):
-                self._evict(ledger, expert, Rule.QUARANTINED, now, actions)
+                actions.append(self._leaving.evict(ledger, expert, Rule.QUARANTINED, now))
 
     def _ask_elsewhere(self, request: str, expert: str, device: str, now: float) -> bool:
         """Give the request's task to another device that can hold the expert, if there is one."""
@@ -412,32 +407,6 @@ class Controller:
         """Where a device thrashes, who was loaded stays for all who waited for it: each load serves more."""
         if self._thrash[device].look(now) and not self._policy.in_order:
             self.scheduler.thrashing ^= {device}
-
-    def _make_do_with_less(self, ledger: Ledger, less_bytes: int, now: float, actions: list[Action]) -> None:
-        """The device ran out of memory: it gets less from now on, and what is too much leaves, idle experts first."""
-        self.counts["out_of_memory"] += 1
-        ledger.withhold(less_bytes, now)
-        while ledger.excess_bytes and self._evict_one(ledger, Rule.WITHHELD, now, actions):
-            pass
-
-    def _evict_one(self, ledger: Ledger, rule: Rule, now: float, actions: list[Action]) -> bool:
-        """Let the one leave that is wanted least; False if nobody can."""
-        expert = next(self._leavers(ledger, -inf), None)
-        if expert is None:
-            return False
-        self._evict(ledger, expert, rule, now, actions)
-        return True
-
-    def _evict(self, ledger: Ledger, expert: str, rule: Rule, now: float, actions: list[Action]) -> None:
-        self._left(ledger, ledger.evict(expert), rule, now, actions)
-
-    def _left(self, ledger: Ledger, freed: Freed, rule: Rule, now: float, actions: list[Action]) -> None:
-        self.counts["evictions"] += 1
-        self.evictions[rule] += 1
-        self.idle_seconds += now - self._used_seconds[ledger.device.name, freed.expert]
-        self._thrash[ledger.device.name].left(freed.expert, rule is Rule.OVERDUE, now)
-        actions.append(Evict(ledger.device.name, freed.expert, freed.segments, rule))
-        self._moved(ledger, freed.expert, now)
 
     # Commands: they are obeyed or refused at once, but for a load, whose end is awaited.
 
@@ -488,10 +457,10 @@ class Controller:
         if ledger.loading_count >= slots:
             return Refusal("busy", f"all {slots} load slots of {name} are taken")
         try:
-            leaving = ledger.victims(self._leavers(ledger, None), expert)
+            leaving = self._leaving.victims(ledger, expert, None)
         except NoRoom as error:
             return Refusal(error.reason, f"on {name} {error.what} from experts that nobody needs now")
-        self._begin_ahead(ledger, expert, {other: self._rule(ledger, other) for other in leaving}, now, actions)
+        self._begin_ahead(ledger, expert, leaving, now, actions)
         return None
 
     def _acknowledge_loads(self, device: str, expert: str, refusal: Refusal | None, actions: list[Action]) -> None:
@@ -512,7 +481,7 @@ class Controller:
             if shut_out is None:
                 ledger.keep(expert)
                 self._coming.appendleft(expert)
-                self._changed_who_stays(ledger, expert, now)
+                self._leaving.changed_who_stays(ledger, expert, now)
                 return None
             name, need_bytes = shut_out
             detail = f"{name} and all that are pinned would need {need_bytes} of {ledger.device.budget_bytes} bytes"
@@ -523,13 +492,8 @@ class Controller:
         keeping = [ledger for ledger in self.ledgers.values() if expert in ledger.pinned]
         for ledger in keeping:
             ledger.give_up(expert)
-            self._changed_who_stays(ledger, expert, now)
+            self._leaving.changed_who_stays(ledger, expert, now)
         return None if keeping else Refusal("not-pinned", f"{expert} is not pinned")
-
-    def _changed_who_stays(self, ledger: Ledger, expert: str, now: float) -> None:
-        self.scheduler.forget_who_fits()
-        self._changes[ledger.device.name] += 1
-        self._rank(ledger, expert, now)
 
     def _evict_idle(self, expert: str, now: float, actions: list[Action]) -> Refusal | None:
         """From all devices or from none."""
@@ -545,7 +509,7 @@ class Controller:
             if not ledger.is_evictable(expert):
                 return Refusal("in-use", f"a batch of {expert} runs on {device}")
         for ledger in there:
-            self._evict(ledger, expert, Rule.COMMANDED, now, actions)
+            actions.append(self._leaving.evict(ledger, expert, Rule.COMMANDED, now))
         return None
 
     # Steps
@@ -558,21 +522,15 @@ class Controller:
                 return
             self._put(self._task(progress.request.id, expert, now, alone=progress.request.alone), now)
             if self._policy.learns:
-                self._learn(progress.request, expert, now)
-
-    def _learn(self, request: Request, expert: str, now: float) -> None:
-        """The picture asks the expert: it is worth more now, wherever it is and nobody queues for it."""
-        self._usage.asked(request, expert)
-        self.scheduler.reweigh(expert)
-        for device, ledger in self.ledgers.items():
-            if expert in self._leaving[device] and not self.scheduler.demand(device, expert):
-                self._rank(ledger, expert, now)
+                self._usage.asked(progress.request, expert)
+                self.scheduler.reweigh(expert)
+                self._leaving.reweigh(expert, now)
 
     def _put(self, task: Task, now: float) -> None:
         device = self.scheduler.put(task, self.ledgers)
         self.asked[self.ledgers[device].residency(task.expert)] += 1
         if self.scheduler.demand(device, task.expert) == 1:
-            self._rank(self.ledgers[device], task.expert, now)
+            self._leaving.rank(self.ledgers[device], task.expert, now)
 
     def _drop(self, request: str, expert: str, now: float) -> None:
         """Nobody waits for this answer. Whom nobody queues for any more may go when memory is needed."""
@@ -580,7 +538,7 @@ class Controller:
         for device, ledger in self.ledgers.items():
             if not self.scheduler.demand(device, expert):
                 self._release_claim(device, expert)
-            self._rank(ledger, expert, now)
+            self._leaving.rank(ledger, expert, now)
 
     def _task(
         self, name: str, expert: str, now: float, *, alone: bool = False, barred: frozenset[str] = frozenset()
@@ -642,7 +600,7 @@ class Controller:
         for device, expert in sorted(self._claimed):
             if self.scheduler.steps.is_held(expert):
                 self._release_claim(device, expert)
-                self._rank(self.ledgers[device], expert, now)
+                self._leaving.rank(self.ledgers[device], expert, now)
         return True
 
     def _start_runs(self, now: float, actions: list[Action]) -> list[Batch]:
@@ -660,9 +618,7 @@ class Controller:
                 ledger.begin_run(batch.expert, len(batch.requests), self._experts[batch.expert].max_batch)
                 if not self.scheduler.is_fresh(batch.device, batch.expert):
                     self._release_claim(batch.device, batch.expert)
-                self._used_seconds[batch.device, batch.expert] = now
-                self._rank(ledger, batch.expert, now)
-                self._lead(batch, 1, now)
+                self._leaving.began(batch, now)
                 self.counts["runs"] += 1
                 for request in batch.requests:
                     self._untouched.pop(request, None)
@@ -707,30 +663,23 @@ class Controller:
     def _load(self, group: Group, ledger: Ledger, now: float, actions: list[Action]) -> bool:
         """Make room for the group's expert and load it; False when it has to wait for its turn."""
         device, expert = ledger.device.name, group.expert
-        attempt = (expert, self._changes[device], ledger.withheld_bytes)
+        attempt = (expert, self._leaving.changes[device], ledger.withheld_bytes)
         blocked, until = self._blocked.get(device, (None, inf))
         if blocked == attempt and now < until:
             return False
         due = self.scheduler.group_due_seconds(group) if self._policy.spares_queued else inf
         held_until = min(due, self.scheduler.held_until(device, group))
         is_held = now < held_until
-        leaving: list[str] | None
+        leaving: dict[str, Rule] | None
         try:
-            leaving = ledger.victims(self._leavers(ledger, self._may_give_way(group, now)), expert)
+            leaving = self._leaving.victims(ledger, expert, self._may_give_way(group, now))
         except NoRoom:
             leaving = None
         if leaving is None or (leaving and is_held):
             self._blocked[device] = attempt, min((at for at in (held_until, due) if at > now), default=inf)
             return False
-        self._begin_load(ledger, expert, {name: self._rule(ledger, name) for name in leaving}, now, actions)
+        self._begin_load(ledger, expert, leaving, now, actions)
         return True
-
-    def _rule(self, ledger: Ledger, leaving: str) -> Rule:
-        """By which of its rules the policy lets the expert go; `_leavers` gives them in this order."""
-        if self._policy.orphans_first and self._is_orphan(ledger, leaving):
-            return Rule.ORPHANED
-        reluctance = self._leaving[ledger.device.name].key(leaving)
-        return Rule.OVERDUE if reluctance is not None and reluctance[0] else Rule.LEAST_WORTH
 
     def _begin_load(
         self,
@@ -747,9 +696,9 @@ class Controller:
         self.counts["switches"] += bool(leaving)
         self._began_seconds[device, expert] = now
         for left in freed:
-            self._left(ledger, left, leaving[left.expert], now, actions)
+            actions.append(self._leaving.left(ledger, left, leaving[left.expert], now))
         actions.append(Load(device, expert, missing, ahead))
-        self._moved(ledger, expert, now)
+        self._leaving.moved(ledger, expert, now)
 
     def _load_ahead(self, begun: Sequence[Batch], now: float, actions: list[Action]) -> None:
         """While a batch runs, bring whom it may lead to, as far as slots and memory are free anyway."""
@@ -779,10 +728,9 @@ class Controller:
             if ledger.loading_count >= ledger.device.load_slots or self.scheduler.cold[ledger.device.name]:
                 return
             is_pinned = expert in ledger.pinned
-            ranked = self._leavers(ledger, None) if is_pinned else ()
             try:
-                leaving = dict.fromkeys(ledger.victims(ranked, expert), Rule.PINNED)
-                self._begin_ahead(ledger, expert, leaving, now, actions)
+                victims = self._leaving.victims(ledger, expert, None) if is_pinned else ledger.victims((), expert)
+                self._begin_ahead(ledger, expert, dict.fromkeys(victims, Rule.PINNED), now, actions)
             except NoRoom:
                 if is_pinned:  # what runs now will end
                     return
@@ -822,93 +770,12 @@ class Controller:
         due = self.scheduler.group_due_seconds(group)
         return min(now, due + self._policy.patience_seconds) if now >= due else None
 
-    def _leavers(self, ledger: Ledger, needed_after: float | None) -> Iterator[str]:
-        """Who may leave, least worth first; then who is needed by queued tasks, if after that second alone."""
-        device = ledger.device.name
-        if self._policy.orphans_first:
-            yield from self._orphans(ledger)
-        for (is_needed, worth), expert in self._leaving[device].ranked():
-            if is_needed:
-                if needed_after is None or -worth <= needed_after:
-                    return
-                due = self.scheduler.due_seconds(device, expert)
-                if self.scheduler.steps.is_pressing(expert) or (due is not None and due <= needed_after):
-                    continue
-            if not self._policy.orphans_first or not self._is_orphan(ledger, expert):
-                yield expert
-
-    def _orphans(self, ledger: Ledger) -> Iterator[str]:
-        device = ledger.device.name
-        orphans = [e for e in self._subsequent if e in self._leaving[device] and self._is_orphan(ledger, e)]
-        yield from sorted(orphans, key=lambda e: (-self._experts[e].footprints[device].weights_bytes, e))
-
-    def _is_orphan(self, ledger: Ledger, expert: str) -> bool:
-        """A subsequent expert none of whose preliminary experts is there (CoServe §4.4)."""
-        return expert in self._subsequent and all(ledger.is_absent(before) for before in self._graph.before[expert])
-
-    def _moved(self, ledger: Ledger, expert: str, now: float) -> None:
-        """The expert is loading, ready or gone: tell who waits for it, and who may leave."""
-        self.scheduler.moved(ledger.device.name, expert, ledger)
-        self._changes[ledger.device.name] += 1
-        self._rank(ledger, expert, now)
-
-    def _rank(self, ledger: Ledger, expert: str, now: float) -> None:
-        """Whether the expert may leave by now, and how soon."""
-        device = ledger.device.name
-        leaving = self._leaving[device]
-        if not ledger.is_evictable(expert):
-            changed = leaving.drop(expert)
-        else:
-            changed = leaving.put(expert, self._reluctance(device, expert, now))
-        self._changes[device] += changed
-
-    def _rank_all(self, now: float) -> None:
-        """Whoever may leave or waits to be loaded is worth something else now: rare, as with a line's next product."""
-        self.scheduler.reweigh_all()
-        for device, ledger in self.ledgers.items():
-            for expert in tuple(self._leaving[device]):
-                self._rank(ledger, expert, now)
-
-    def _reluctance(self, device: str, expert: str, now: float) -> tuple[bool, float]:
-        """Whether the expert is spared for queued tasks, whoever has to wait for them longest first; and its worth."""
-        if expert in self.unavailable:
-            return False, -inf
-        due = self.scheduler.due_seconds(device, expert) if self._policy.spares_queued else None
-        if due is not None:
-            return True, -due
-        return False, inf if self._led_to[expert] else self._policy.worth(self._resident(device, expert), now)
-
-    def _lead(self, batch: Batch, batches: int, now: float) -> None:
-        """So many more batches run that may lead to the experts behind this one's, or fewer: of those whom no queued
-        task needs, these leave last."""
-        if not self._policy.spares_queued:
-            return
-        for expert in (edge.to for edge in self._graph.edges.get(batch.expert, ())):
-            before = self._led_to[expert]
-            self._led_to[expert] += batches
-            if not before or not self._led_to[expert]:
-                for ledger in self.ledgers.values():
-                    if ledger.is_evictable(expert):
-                        self._rank(ledger, expert, now)
-
-    def _resident(self, device: str, name: str) -> Resident:
-        expert = self._experts[name]
-        return Resident(
-            name,
-            expert.footprints[device].weights_bytes,
-            expert.costs[device].load_seconds,
-            self._weight(name),
-            self._loaded_seconds[device, name],
-            self._used_seconds[device, name],
-        )
-
     def _free(self, batch: Batch, now: float) -> None:
         self.scheduler.finished(batch)
         self._cancelled_runs.discard(batch.id)
         ledger = self.ledgers[batch.device]
         ledger.end_run(batch.expert, len(batch.requests), self._experts[batch.expert].max_batch)
-        self._lead(batch, -1, now)
-        self._rank(ledger, batch.expert, now)
+        self._leaving.ended(batch, now)
 
     def _release_claim(self, device: str, expert: str) -> None:
         if (device, expert) in self._claimed:
