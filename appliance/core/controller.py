@@ -1,9 +1,8 @@
 """The one who decides: `handle(event, now)` returns the actions to take, in order.
 
 Every request that arrives gets exactly one verdict. How tasks are given out and who is evicted is the policy's; ours
-runs loads beside batches: executors take what is ready while the loading slots bring in what is due first. An expert
-loaded for waiting tasks is *claimed*, that is pinned until its first batch starts, so that every load leads to a run. A
-slot that nobody needs loads *ahead*, into free memory alone, whom the running batch may lead to.
+runs loads beside batches: executors take what is ready (here) while the loading slots bring in what is due first
+(`loading`, which asks `leaving` for room).
 
 A device that runs out of memory, whatever the ledger says, gets less from then on: what is idle leaves, the load or
 run is tried once more, then on another device, and then its requests are told.
@@ -12,24 +11,23 @@ run is tried once more, then on another device, and then its requests are told.
 from __future__ import annotations
 
 import heapq
-from collections import Counter, OrderedDict, deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter, OrderedDict
+from collections.abc import Mapping, Sequence
 from math import inf
 from types import MappingProxyType
 from typing import assert_never
 
 from appliance.core.graph import ExpertGraph, Progress, start
 from appliance.core.leaving import Leaving
+from appliance.core.loading import Loading
 from appliance.core.memory import Ledger, Residency
 from appliance.core.policies import APPLIANCE, ROOM_PATIENCE_SECONDS, Policy
-from appliance.core.scheduler import Group, Queue, Scheduler, Task
+from appliance.core.scheduler import Queue, Scheduler, Task
 from appliance.core.steps import Steps
 from appliance.core.thrash import WINDOW_SECONDS, Sliding, Thrash, Thrashing
 from appliance.core.types import (
     CANCELLED,
     DEVICE,
-    FRAGMENTED,
     GOLDEN_MISMATCH,
     OUT_OF_MEMORY,
     QUEUE_FULL,
@@ -37,18 +35,14 @@ from appliance.core.types import (
     Action,
     Arrived,
     Batch,
-    CancelLoad,
     CancelRun,
     Command,
     Device,
     Event,
-    Evict,
     Executor,
     Expert,
     Finding,
     Finished,
-    HurryLoad,
-    Load,
     Loaded,
     LoadFailed,
     Outcome,
@@ -69,17 +63,6 @@ from appliance.core.usage import Usage
 from appliance.errors import NoRoom
 
 ELSEWHERE = {OUT_OF_MEMORY, DEVICE}  # what another device may do better
-LOAD_ATTEMPTS = 2  # a load that failed twice in a row fails everyone who waits for it
-
-
-@dataclass(slots=True)
-class LoadWaits:
-    """Of so many tasks whose expert was not ready: seconds for their turn to be loaded, a slot and room, together; and
-    seconds while it was loaded. A task waits once more when its expert leaves before it has run."""
-
-    tasks: int = 0
-    turn_seconds: float = 0.0
-    load_seconds: float = 0.0
 
 
 class Controller:
@@ -113,7 +96,6 @@ class Controller:
         self._experts = experts
         self.unavailable = dict(unavailable)
         self.ledgers = _ledgers(experts, devices, pinned)
-        self._coming = deque([*pinned, *preload])
         declared = {name: expert.probability for name, expert in experts.items()}
         self._usage = Usage(graph, declared, products)
         weight = self._usage.weight if policy.learns else declared.__getitem__
@@ -125,33 +107,33 @@ class Controller:
         self.counts: Counter[str] = Counter()
         self.asked: Counter[Residency] = Counter()
         """Tasks, by where their expert was when they were queued: ready is a hit, absent a miss."""
-        self.load_waits = LoadWaits()
         self._thrash = {device.name: Thrash(device.load_slots) for device in devices}
-        # What it is given it reads as it is at the time: who is unavailable, what ledgers and queues hold.
+        # What these are given they read as it is at the time: who is unavailable, what ledgers and queues hold.
         self._leaving = Leaving(
             graph, experts, weight, self.unavailable, self.ledgers, self.scheduler, self._thrash, self.counts
         )
-        self.evictions = self._leaving.evictions
+        self._loading = Loading(
+            graph,
+            self.unavailable,
+            self.ledgers,
+            self.scheduler,
+            self._leaving,
+            self._thrash,
+            self.counts,
+            (*pinned, *preload),
+        )
+        self.evictions, self.load_waits = self._leaving.evictions, self._loading.waits
         self._answered = Sliding()
-        self._began_seconds: dict[tuple[str, str], float] = {}  # loads in work
         self.progress: dict[str, Progress] = {}
         self._most_waiting, self._overflow = most_waiting, overflow
         self._untouched: OrderedDict[str, None] = OrderedDict()  # of `progress`, those for which no run has begun
-        self._claimed: set[tuple[str, str]] = set()
-        self._failed_loads: Counter[tuple[str, str]] = Counter()
-        self._ahead: set[tuple[str, str]] = set()  # loads in work that began ahead
-        self._cancelled_loads: set[tuple[str, str]] = set()
         self._cancelled_runs: set[int] = set()
         self._commanded: dict[tuple[str, str], list[int]] = {}  # loads in work, and the commands that wait for them
         self._retried: dict[tuple[str, str], frozenset[str]] = {}  # request and expert: where it is barred by now
         self._deadlines: list[tuple[float, str]] = []
         self._decided_seconds = inf
-        self._blocked: dict[str, tuple[tuple[str, int, int], float]] = {}
-        """By device: the load that found no room and after which changes, and until when trying again is in vain."""
         for number, (device, name) in enumerate(residents):
-            self.ledgers[device].begin_load(name)
-            came = self._began_seconds[device, name] = float(number - len(residents))
-            self._loaded(device, name, came)
+            self._loading.was_there(device, name, float(number - len(residents)))
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """Decide what follows from `event`, at monotonic second `now`."""
@@ -161,12 +143,12 @@ class Controller:
             ledger.recover(now)
         for device, thrash in self._thrash.items():
             if thrash.is_thrashing:
-                self._look_for_thrash(device, now)
+                self._loading.look_for_thrash(device, now)
         match event:
             case Arrived(request):
                 self._arrived(request, now, actions)
             case Loaded(device, expert):
-                self._loaded(device, expert, now)
+                self._loading.loaded(device, expert, now)
                 self._acknowledge_loads(device, expert, None, actions)
             case LoadFailed(device, expert, refusal):
                 self._load_failed(device, expert, refusal, now, actions)
@@ -186,11 +168,11 @@ class Controller:
         begun = self._start_runs(now, actions)
         while self._mind_steps(now):  # a step took a batch, and is full no more
             begun += self._start_runs(now, actions)
-        self._start_loads(now, actions)
+        self._loading.begin(now, actions)
         if begun and not self._policy.in_order:
-            self._load_ahead(begun, now, actions)
-        if self._coming:
-            self._preload(now, actions)
+            self._loading.begin_behind(begun, now, actions)
+        if self._loading.coming:
+            self._loading.begin_coming(now, actions)
         return actions
 
     def room(self, wanted: int) -> int:
@@ -268,61 +250,9 @@ class Controller:
         detail = f"{self._most_waiting} pictures were open (limits.waiting_pictures)"
         return Refusal(QUEUE_FULL, f"{detail}: send it again later, under another request-id")
 
-    def _loaded(self, device: str, expert: str, now: float) -> None:
-        ledger = self.ledgers[device]
-        ledger.finish_load(expert)
-        self._count_load(device, expert, now)
-        self._failed_loads.pop((device, expert), None)
-        self._forget_ahead(device, expert)
-        is_held = self.scheduler.steps.is_held(expert)
-        if self.scheduler.demand(device, expert) and not is_held and not self._policy.in_order:
-            ledger.pin(expert)
-            self._claimed.add((device, expert))
-        self._leaving.came(ledger, expert, now)
-
-    def _count_load(self, device: str, expert: str, now: float) -> None:
-        """How long who waits for this load has done so: since it asked, or since the expert left in spite of that."""
-        began = self._began_seconds.pop((device, expert))
-        asked = self.scheduler.since_seconds(device, expert)
-        if not asked:
-            return
-        thrash = self._thrash[device]
-        left = thrash.left_seconds(expert)
-        for since in asked:
-            since = since if left is None else max(since, left)
-            self.load_waits.tasks += 1
-            self.load_waits.turn_seconds += max(began - since, 0.0)
-            self.load_waits.load_seconds += now - max(since, began)
-        self.counts["came_back"] += thrash.loaded(expert, began, now)
-        self._look_for_thrash(device, now)
-
     def _load_failed(self, device: str, expert: str, refusal: Refusal, now: float, actions: list[Action]) -> None:
-        ledger = self.ledgers[device]
-        actions.append(Evict(device, expert, ledger.abort_load(expert), Rule.NOT_LOADED))
-        self._forget_ahead(device, expert)
-        del self._began_seconds[device, expert]
-        self._leaving.moved(ledger, expert, now)
-        if refusal.reason == CANCELLED:
-            self.counts["cancelled_loads"] += 1
-            if expert in ledger.pinned:
-                self._coming.append(expert)
+        if not self._loading.failed(device, expert, refusal, now, actions):
             return
-        is_wanted = self.scheduler.demand(device, expert) > 0
-        if refusal.reason == FRAGMENTED:
-            self.counts["fragmented"] += 1
-            if is_wanted and (evicted := self._leaving.evict_one(ledger, Rule.FRAGMENTED, now)) is not None:
-                actions.append(evicted)  # and it is tried again
-                return
-        self.counts["load_failures"] += 1
-        if refusal.reason == OUT_OF_MEMORY:
-            actions.extend(self._leaving.withhold(ledger, 0, now))
-        if not is_wanted and expert not in ledger.pinned:
-            return
-        self._failed_loads[device, expert] += 1
-        if self._failed_loads[device, expert] < LOAD_ATTEMPTS:
-            self._coming.extend([expert] if expert in ledger.pinned else [])
-            return
-        del self._failed_loads[device, expert]
         for request in self.scheduler.waiting(device, expert):
             if refusal.reason in ELSEWHERE and self._ask_elsewhere(request, expert, device, now):
                 continue
@@ -403,11 +333,6 @@ class Controller:
         self._put(self._task(request, expert, now, alone=True, barred=barred), now)
         return True
 
-    def _look_for_thrash(self, device: str, now: float) -> None:
-        """Where a device thrashes, who was loaded stays for all who waited for it: each load serves more."""
-        if self._thrash[device].look(now) and not self._policy.in_order:
-            self.scheduler.thrashing ^= {device}
-
     # Commands: they are obeyed or refused at once, but for a load, whose end is awaited.
 
     def _command(self, command: Command, now: float, actions: list[Action]) -> None:
@@ -428,11 +353,6 @@ class Controller:
                 case _:
                     assert_never(command.verb)
         actions.append(Acknowledge(command.number, refusal))
-
-    def _unservable(self, expert: str) -> Refusal | None:
-        if expert not in self._experts and expert not in self.unavailable:
-            return Refusal("unknown-expert", f"there is no expert {expert}")
-        return self.unavailable.get(expert) or self._too_large(expert)
 
     def _load_for_later(self, expert: str, now: float, actions: list[Action]) -> Refusal | None:
         """Unless it is somewhere already. Like all that is loaded ahead, it gives way to who waits."""
@@ -460,7 +380,7 @@ class Controller:
             leaving = self._leaving.victims(ledger, expert, None)
         except NoRoom as error:
             return Refusal(error.reason, f"on {name} {error.what} from experts that nobody needs now")
-        self._begin_ahead(ledger, expert, leaving, now, actions)
+        self._loading.begin_ahead(ledger, expert, leaving, now, actions)
         return None
 
     def _acknowledge_loads(self, device: str, expert: str, refusal: Refusal | None, actions: list[Action]) -> None:
@@ -480,7 +400,7 @@ class Controller:
             shut_out = ledger.shut_out_by(expert)
             if shut_out is None:
                 ledger.keep(expert)
-                self._coming.appendleft(expert)
+                self._loading.coming.appendleft(expert)
                 self._leaving.changed_who_stays(ledger, expert, now)
                 return None
             name, need_bytes = shut_out
@@ -516,7 +436,7 @@ class Controller:
 
     def _ask(self, progress: Progress, experts: Sequence[str], now: float, actions: list[Action]) -> None:
         for expert in experts:
-            refusal = self.unavailable.get(expert) or self._too_large(expert)
+            refusal = self._unservable(expert)
             if refusal is not None:
                 self._conclude(progress.request.id, Outcome.ERROR, now, actions, refusal)
                 return
@@ -537,7 +457,7 @@ class Controller:
         self.scheduler.drop(request, expert, self.ledgers)
         for device, ledger in self.ledgers.items():
             if not self.scheduler.demand(device, expert):
-                self._release_claim(device, expert)
+                self._loading.release(device, expert)
             self._leaving.rank(ledger, expert, now)
 
     def _task(
@@ -548,7 +468,12 @@ class Controller:
         head_start, deadline = self._head_starts.get(request.line, 0.0), request.deadline_seconds
         return Task(name, expert, now - head_start, alone, barred, None if deadline is None else deadline - head_start)
 
-    def _too_large(self, expert: str) -> Refusal | None:
+    def _unservable(self, expert: str) -> Refusal | None:
+        """Why the expert can answer nobody."""
+        if expert in self.unavailable:
+            return self.unavailable[expert]
+        if expert not in self._experts:
+            return Refusal("unknown-expert", f"there is no expert {expert}")
         if self.scheduler.able(expert, self.ledgers):
             return None
         needs = ", ".join(
@@ -592,15 +517,10 @@ class Controller:
             actions.append(CancelRun(batch))
 
     def _mind_steps(self, now: float) -> bool:
-        """When a step became full, or is so no more: whom it holds back may leave, were it loaded a moment ago, so that
-        there is room for the step. Returns whether others may begin than before."""
+        """When a step became full, or is so no more. Returns whether others may begin than before."""
         if not self.scheduler.mind_steps(self.ledgers):
             return False
-        self._blocked.clear()
-        for device, expert in sorted(self._claimed):
-            if self.scheduler.steps.is_held(expert):
-                self._release_claim(device, expert)
-                self._leaving.rank(self.ledgers[device], expert, now)
+        self._loading.mind_steps(now)
         return True
 
     def _start_runs(self, now: float, actions: list[Action]) -> list[Batch]:
@@ -617,7 +537,7 @@ class Controller:
             if batch is not None:
                 ledger.begin_run(batch.expert, len(batch.requests), self._experts[batch.expert].max_batch)
                 if not self.scheduler.is_fresh(batch.device, batch.expert):
-                    self._release_claim(batch.device, batch.expert)
+                    self._loading.release(batch.device, batch.expert)
                 self._leaving.began(batch, now)
                 self.counts["runs"] += 1
                 for request in batch.requests:
@@ -634,153 +554,12 @@ class Controller:
         urgency = self.scheduler.urgency_seconds
         return sorted(free, key=lambda queue: urgency(queue, self.ledgers[queue.executor.device]))
 
-    def _start_loads(self, now: float, actions: list[Action]) -> None:
-        if self._ahead:
-            self._hurry(actions)
-        for ledger in self.ledgers.values():
-            if ledger.loading_count >= ledger.device.load_slots and not self._ahead:
-                continue
-            for group in self._wanted(ledger, now):
-                has_slot = ledger.loading_count < ledger.device.load_slots
-                if not has_slot or not self._load(group, ledger, now, actions):
-                    self._cancel_ahead(ledger, actions)
-                    break
-
-    def _wanted(self, ledger: Ledger, now: float) -> Iterator[Group]:
-        """The groups whose expert has to be loaded now, in order of their turns; each is loading when it goes on.
-
-        Where queues are worked off in order, these are the heads for which an idle executor waits.
-        """
-        device = ledger.device.name
-        if self._policy.in_order:
-            for queue in self.scheduler.on(device):
-                if queue.running is None and (head := self.scheduler.head(queue)) and ledger.is_absent(head.expert):
-                    yield head
-            return
-        while (group := self.scheduler.next_cold(device, now)) is not None:
-            yield group
-
-    def _load(self, group: Group, ledger: Ledger, now: float, actions: list[Action]) -> bool:
-        """Make room for the group's expert and load it; False when it has to wait for its turn."""
-        device, expert = ledger.device.name, group.expert
-        attempt = (expert, self._leaving.changes[device], ledger.withheld_bytes)
-        blocked, until = self._blocked.get(device, (None, inf))
-        if blocked == attempt and now < until:
-            return False
-        due = self.scheduler.group_due_seconds(group) if self._policy.spares_queued else inf
-        held_until = min(due, self.scheduler.held_until(device, group))
-        is_held = now < held_until
-        leaving: dict[str, Rule] | None
-        try:
-            leaving = self._leaving.victims(ledger, expert, self._may_give_way(group, now))
-        except NoRoom:
-            leaving = None
-        if leaving is None or (leaving and is_held):
-            self._blocked[device] = attempt, min((at for at in (held_until, due) if at > now), default=inf)
-            return False
-        self._begin_load(ledger, expert, leaving, now, actions)
-        return True
-
-    def _begin_load(
-        self,
-        ledger: Ledger,
-        expert: str,
-        leaving: Mapping[str, Rule],
-        now: float,
-        actions: list[Action],
-        ahead: bool = False,
-    ) -> None:
-        device = ledger.device.name
-        freed, missing = ledger.begin_load(expert, tuple(leaving))
-        self.counts["loads"] += 1
-        self.counts["switches"] += bool(leaving)
-        self._began_seconds[device, expert] = now
-        for left in freed:
-            actions.append(self._leaving.left(ledger, left, leaving[left.expert], now))
-        actions.append(Load(device, expert, missing, ahead))
-        self._leaving.moved(ledger, expert, now)
-
-    def _load_ahead(self, begun: Sequence[Batch], now: float, actions: list[Action]) -> None:
-        """While a batch runs, bring whom it may lead to, as far as slots and memory are free anyway."""
-        for batch in begun:
-            ledger = self.ledgers[batch.device]
-            if self.scheduler.cold[batch.device]:
-                continue
-            for expert in (edge.to for edge in self._graph.edges.get(batch.expert, ())):
-                if (
-                    expert not in self.unavailable
-                    and ledger.ever_fits(expert)
-                    and ledger.is_absent(expert)
-                    and ledger.loading_count < ledger.device.load_slots
-                    and ledger.missing_bytes(expert) <= ledger.free_bytes(expert)
-                ):
-                    self._begin_ahead(ledger, expert, {}, now, actions)
-
-    def _preload(self, now: float, actions: list[Action]) -> None:
-        """One after the other, while nobody waits; for a pinned one what is idle leaves, as it will stay."""
-        while self._coming:
-            expert = self._coming[0]
-            able = [ledger for ledger in self.ledgers.values() if ledger.ever_fits(expert)]
-            ledger = next((ledger for ledger in able if expert in ledger.pinned), able[0] if able else None)
-            if ledger is None or expert in self.unavailable or not ledger.is_absent(expert):
-                self._coming.popleft()
-                continue
-            if ledger.loading_count >= ledger.device.load_slots or self.scheduler.cold[ledger.device.name]:
-                return
-            is_pinned = expert in ledger.pinned
-            try:
-                victims = self._leaving.victims(ledger, expert, None) if is_pinned else ledger.victims((), expert)
-                self._begin_ahead(ledger, expert, dict.fromkeys(victims, Rule.PINNED), now, actions)
-            except NoRoom:
-                if is_pinned:  # what runs now will end
-                    return
-            self._coming.popleft()
-
-    def _begin_ahead(
-        self, ledger: Ledger, expert: str, leaving: Mapping[str, Rule], now: float, actions: list[Action]
-    ) -> None:
-        self._ahead.add((ledger.device.name, expert))
-        self.counts["loads_ahead"] += 1
-        self._begin_load(ledger, expert, leaving, now, actions, ahead=True)
-
-    def _hurry(self, actions: list[Action]) -> None:
-        for device, expert in sorted(self._ahead - self._cancelled_loads):
-            if self.scheduler.demand(device, expert):
-                self._ahead.remove((device, expert))
-                actions.append(HurryLoad(device, expert))
-
-    def _cancel_ahead(self, ledger: Ledger, actions: list[Action]) -> None:
-        """Somebody waits for a slot or for memory: what is loaded ahead gives way."""
-        for device, expert in sorted(self._ahead - self._cancelled_loads):
-            if device == ledger.device.name:
-                self._cancelled_loads.add((device, expert))
-                actions.append(CancelLoad(device, expert))
-
-    def _forget_ahead(self, device: str, expert: str) -> None:
-        self._ahead.discard((device, expert))
-        self._cancelled_loads.discard((device, expert))
-
-    def _may_give_way(self, group: Group, now: float) -> float | None:
-        """For the group's load, who is needed by tasks due later than this alone may leave; None: nobody queued for.
-
-        Who is overdue displaces who is not. Where everybody is, patience is the lead that counts.
-        """
-        if not self._policy.spares_queued:
-            return -inf
-        due = self.scheduler.group_due_seconds(group)
-        return min(now, due + self._policy.patience_seconds) if now >= due else None
-
     def _free(self, batch: Batch, now: float) -> None:
         self.scheduler.finished(batch)
         self._cancelled_runs.discard(batch.id)
         ledger = self.ledgers[batch.device]
         ledger.end_run(batch.expert, len(batch.requests), self._experts[batch.expert].max_batch)
         self._leaving.ended(batch, now)
-
-    def _release_claim(self, device: str, expert: str) -> None:
-        if (device, expert) in self._claimed:
-            self._claimed.remove((device, expert))
-            self.ledgers[device].unpin(expert)
 
 
 def _ledgers(experts: Mapping[str, Expert], devices: Sequence[Device], pinned: Sequence[str]) -> dict[str, Ledger]:
