@@ -2,7 +2,7 @@
 
 Every request that arrives gets exactly one verdict. How tasks are given out and who is evicted is the policy's; ours
 runs loads beside batches: executors take what is ready (here) while the loading slots bring in what is due first
-(`loading`, which asks `leaving` for room).
+(`loading`, which asks `leaving` for room). What operators want is obeyed in between (`commands`).
 
 A device that runs out of memory, whatever the ledger says, gets less from then on: what is idle leaves, the load or
 run is tried once more, then on another device, and then its requests are told.
@@ -17,6 +17,7 @@ from math import inf
 from types import MappingProxyType
 from typing import assert_never
 
+from appliance.core.commands import Commands
 from appliance.core.graph import ExpertGraph, Progress, start
 from appliance.core.leaving import Leaving
 from appliance.core.loading import Loading
@@ -31,7 +32,6 @@ from appliance.core.types import (
     GOLDEN_MISMATCH,
     OUT_OF_MEMORY,
     QUEUE_FULL,
-    Acknowledge,
     Action,
     Arrived,
     Batch,
@@ -56,11 +56,9 @@ from appliance.core.types import (
     RunFailed,
     Step,
     Tick,
-    Verb,
     Verdict,
 )
 from appliance.core.usage import Usage
-from appliance.errors import NoRoom
 
 ELSEWHERE = {OUT_OF_MEMORY, DEVICE}  # what another device may do better
 
@@ -122,13 +120,13 @@ class Controller:
             self.counts,
             (*pinned, *preload),
         )
+        self._commands = Commands(self.ledgers, self.scheduler, self._leaving, self._loading)
         self.evictions, self.load_waits = self._leaving.evictions, self._loading.waits
         self._answered = Sliding()
         self.progress: dict[str, Progress] = {}
         self._most_waiting, self._overflow = most_waiting, overflow
         self._untouched: OrderedDict[str, None] = OrderedDict()  # of `progress`, those for which no run has begun
         self._cancelled_runs: set[int] = set()
-        self._commanded: dict[tuple[str, str], list[int]] = {}  # loads in work, and the commands that wait for them
         self._retried: dict[tuple[str, str], frozenset[str]] = {}  # request and expert: where it is barred by now
         self._deadlines: list[tuple[float, str]] = []
         self._decided_seconds = inf
@@ -149,16 +147,16 @@ class Controller:
                 self._arrived(request, now, actions)
             case Loaded(device, expert):
                 self._loading.loaded(device, expert, now)
-                self._acknowledge_loads(device, expert, None, actions)
+                self._commands.ended(device, expert, None, actions)
             case LoadFailed(device, expert, refusal):
                 self._load_failed(device, expert, refusal, now, actions)
-                self._acknowledge_loads(device, expert, refusal, actions)
+                self._commands.ended(device, expert, refusal, actions)
             case Finished(batch, answers, seconds):
                 self._finished(batch, answers, seconds, now, actions)
             case RunFailed(batch, refusal):
                 self._run_failed(batch, refusal, now, actions)
             case Command():
-                self._command(event, now, actions)
+                self._commands.obey(event, self._unservable(event.expert), now, actions)
             case Tick():
                 pass
             case _:
@@ -332,105 +330,6 @@ class Controller:
         self.counts["fallbacks"] += 1
         self._put(self._task(request, expert, now, alone=True, barred=barred), now)
         return True
-
-    # Commands: they are obeyed or refused at once, but for a load, whose end is awaited.
-
-    def _command(self, command: Command, now: float, actions: list[Action]) -> None:
-        expert, refusal = command.expert, self._unservable(command.expert)
-        if refusal is None:
-            match command.verb:
-                case Verb.LOAD:
-                    refusal = self._load_for_later(expert, now, actions)
-                    if refusal is None and (device := self._is_coming_to(expert)) is not None:
-                        self._commanded.setdefault((device, expert), []).append(command.number)
-                        return
-                case Verb.PIN:
-                    refusal = self._keep(expert, now)
-                case Verb.UNPIN:
-                    refusal = self._give_up(expert, now)
-                case Verb.EVICT:
-                    refusal = self._evict_idle(expert, now, actions)
-                case _:
-                    assert_never(command.verb)
-        actions.append(Acknowledge(command.number, refusal))
-
-    def _load_for_later(self, expert: str, now: float, actions: list[Action]) -> Refusal | None:
-        """Unless it is somewhere already. Like all that is loaded ahead, it gives way to who waits."""
-        refusal = None
-        if all(ledger.is_absent(expert) for ledger in self.ledgers.values()):
-            for ledger in self.ledgers.values():
-                refusal = self._begin_for_later(ledger, expert, now, actions)
-                if refusal is None:
-                    break
-        return refusal
-
-    def _is_coming_to(self, expert: str) -> str | None:
-        """The device on which it is being loaded; None when it is ready on one."""
-        there = {name: ledger for name, ledger in self.ledgers.items() if not ledger.is_absent(expert)}
-        return None if any(ledger.is_ready(expert) for ledger in there.values()) else next(iter(there))
-
-    def _begin_for_later(self, ledger: Ledger, expert: str, now: float, actions: list[Action]) -> Refusal | None:
-        """For a load by command somebody may leave, but nobody whom queued pictures need."""
-        name, slots = ledger.device.name, ledger.device.load_slots
-        if not ledger.ever_fits(expert):
-            return Refusal("no-room", f"{expert} has no room on {name} beside those that are pinned")
-        if ledger.loading_count >= slots:
-            return Refusal("busy", f"all {slots} load slots of {name} are taken")
-        try:
-            leaving = self._leaving.victims(ledger, expert, None)
-        except NoRoom as error:
-            return Refusal(error.reason, f"on {name} {error.what} from experts that nobody needs now")
-        self._loading.begin_ahead(ledger, expert, leaving, now, actions)
-        return None
-
-    def _acknowledge_loads(self, device: str, expert: str, refusal: Refusal | None, actions: list[Action]) -> None:
-        if refusal is not None and refusal.reason == CANCELLED:
-            refusal = Refusal(CANCELLED, "it gave way to an expert for which pictures wait")
-        for number in self._commanded.pop((device, expert), ()):
-            actions.append(Acknowledge(number, refusal))
-
-    def _keep(self, expert: str, now: float) -> Refusal | None:
-        """On the first device where it, and everybody else still, has room beside all that are pinned."""
-        if any(expert in ledger.pinned for ledger in self.ledgers.values()):
-            return None
-        refusal = None
-        for ledger in self.ledgers.values():
-            if not ledger.ever_fits(expert):
-                continue
-            shut_out = ledger.shut_out_by(expert)
-            if shut_out is None:
-                ledger.keep(expert)
-                self._loading.coming.appendleft(expert)
-                self._leaving.changed_who_stays(ledger, expert, now)
-                return None
-            name, need_bytes = shut_out
-            detail = f"{name} and all that are pinned would need {need_bytes} of {ledger.device.budget_bytes} bytes"
-            refusal = Refusal("no-room", f"{detail} on {ledger.device.name}")
-        return refusal
-
-    def _give_up(self, expert: str, now: float) -> Refusal | None:
-        keeping = [ledger for ledger in self.ledgers.values() if expert in ledger.pinned]
-        for ledger in keeping:
-            ledger.give_up(expert)
-            self._leaving.changed_who_stays(ledger, expert, now)
-        return None if keeping else Refusal("not-pinned", f"{expert} is not pinned")
-
-    def _evict_idle(self, expert: str, now: float, actions: list[Action]) -> Refusal | None:
-        """From all devices or from none."""
-        there = [ledger for ledger in self.ledgers.values() if not ledger.is_absent(expert)]
-        for ledger in there:
-            device = ledger.device.name
-            if expert in ledger.pinned:
-                return Refusal("pinned", f"{expert} is pinned on {device}: unpin it first")
-            if not ledger.is_ready(expert):
-                return Refusal("busy", f"{expert} is being loaded on {device}")
-            if waiting := self.scheduler.demand(device, expert):
-                return Refusal("in-use", f"pictures wait for {expert} on {device}: {waiting}")
-            if not ledger.is_evictable(expert):
-                return Refusal("in-use", f"a batch of {expert} runs on {device}")
-        for ledger in there:
-            actions.append(self._leaving.evict(ledger, expert, Rule.COMMANDED, now))
-        return None
 
     # Steps
 
