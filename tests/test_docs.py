@@ -18,6 +18,7 @@ from tests.test_imports import project_files
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
@@ -67,6 +68,13 @@ def test_the_readme_names_every_room_and_no_other() -> None:
     assert rooms - named == set(), "the section on rooms in README.md does not name these"
     inner = {path.name for path in project_files()}
     assert named - rooms - inner == set(), "the section on rooms in README.md names what is not there"
+
+
+def test_the_table_of_who_decides_names_every_module_of_the_core_and_no_other() -> None:
+    section = _section(ARCHITECTURE.read_text("utf-8"), "decides")
+    named = re.findall(r"`(\w+\.py)`", "".join(line.split("|")[1] for line in section.splitlines() if "|" in line))
+    modules = {path.name for path in (ROOT / "appliance" / "core").glob("*.py")} - {"__init__.py"}
+    assert sorted(named) == sorted(modules)
 
 
 def test_the_version_is_the_same_everywhere() -> None:

@@ -1,9 +1,8 @@
 """The one who decides: `handle(event, now)` returns the actions to take, in order.
 
 Every request that arrives gets exactly one verdict. How tasks are given out and who is evicted is the policy's; ours
-runs loads beside batches: executors take what is ready while the loading slots bring in what is due first. An expert
-loaded for waiting tasks is *claimed*, that is pinned until its first batch starts, so that every load leads to a run. A
-slot that nobody needs loads *ahead*, into free memory alone, whom the running batch may lead to.
+runs loads beside batches: executors take what is ready (here) while the loading slots bring in what is due first
+(`loading`, which asks `leaving` for room). What operators want is obeyed in between (`commands`).
 
 A device that runs out of memory, whatever the ledger says, gets less from then on: what is idle leaves, the load or
 run is tried once more, then on another device, and then its requests are told.
@@ -12,43 +11,38 @@ run is tried once more, then on another device, and then its requests are told.
 from __future__ import annotations
 
 import heapq
-from collections import Counter, OrderedDict, deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter, OrderedDict
+from collections.abc import Mapping, Sequence
 from math import inf
 from types import MappingProxyType
 from typing import assert_never
 
+from appliance.core.commands import Commands
 from appliance.core.graph import ExpertGraph, Progress, start
-from appliance.core.memory import Freed, Ledger, Residency
-from appliance.core.policies import APPLIANCE, ROOM_PATIENCE_SECONDS, Policy, Resident
-from appliance.core.ranking import Ranking
-from appliance.core.scheduler import Group, Queue, Scheduler, Task
+from appliance.core.leaving import Leaving
+from appliance.core.loading import Loading
+from appliance.core.memory import Ledger, Residency
+from appliance.core.policies import APPLIANCE, ROOM_PATIENCE_SECONDS, Policy
+from appliance.core.scheduler import Queue, Scheduler, Task
 from appliance.core.steps import Steps
 from appliance.core.thrash import WINDOW_SECONDS, Sliding, Thrash, Thrashing
 from appliance.core.types import (
     CANCELLED,
     DEVICE,
-    FRAGMENTED,
     GOLDEN_MISMATCH,
     OUT_OF_MEMORY,
     QUEUE_FULL,
-    Acknowledge,
     Action,
     Arrived,
     Batch,
-    CancelLoad,
     CancelRun,
     Command,
     Device,
     Event,
-    Evict,
     Executor,
     Expert,
     Finding,
     Finished,
-    HurryLoad,
-    Load,
     Loaded,
     LoadFailed,
     Outcome,
@@ -62,24 +56,11 @@ from appliance.core.types import (
     RunFailed,
     Step,
     Tick,
-    Verb,
     Verdict,
 )
 from appliance.core.usage import Usage
-from appliance.errors import NoRoom
 
 ELSEWHERE = {OUT_OF_MEMORY, DEVICE}  # what another device may do better
-LOAD_ATTEMPTS = 2  # a load that failed twice in a row fails everyone who waits for it
-
-
-@dataclass(slots=True)
-class LoadWaits:
-    """Of so many tasks whose expert was not ready: seconds for their turn to be loaded, a slot and room, together; and
-    seconds while it was loaded. A task waits once more when its expert leaves before it has run."""
-
-    tasks: int = 0
-    turn_seconds: float = 0.0
-    load_seconds: float = 0.0
 
 
 class Controller:
@@ -113,49 +94,44 @@ class Controller:
         self._experts = experts
         self.unavailable = dict(unavailable)
         self.ledgers = _ledgers(experts, devices, pinned)
-        self._coming = deque([*pinned, *preload])
         declared = {name: expert.probability for name, expert in experts.items()}
         self._usage = Usage(graph, declared, products)
-        self._weight = self._usage.weight if policy.learns else declared.__getitem__
+        weight = self._usage.weight if policy.learns else declared.__getitem__
         # Where queues are worked off in order, a step may stand behind the very experts that it would hold back.
         steps = Steps({} if policy.in_order else graph.limits, graph.before)
-        self.scheduler = Scheduler(tuple(executors), experts, self._weight, policy, steps)
+        self.scheduler = Scheduler(tuple(executors), experts, weight, policy, steps)
         self._policy = policy
         self._head_starts = {line: policy.head_start_seconds(priority) for line, priority in priorities.items()}
         self.counts: Counter[str] = Counter()
-        self.evictions: Counter[Rule] = Counter()
         self.asked: Counter[Residency] = Counter()
         """Tasks, by where their expert was when they were queued: ready is a hit, absent a miss."""
-        self.load_waits = LoadWaits()
-        self.idle_seconds = 0.0
-        """How long those who were evicted had not been used by then, together."""
         self._thrash = {device.name: Thrash(device.load_slots) for device in devices}
+        # What these are given they read as it is at the time: who is unavailable, what ledgers and queues hold.
+        self._leaving = Leaving(
+            graph, experts, weight, self.unavailable, self.ledgers, self.scheduler, self._thrash, self.counts
+        )
+        self._loading = Loading(
+            graph,
+            self.unavailable,
+            self.ledgers,
+            self.scheduler,
+            self._leaving,
+            self._thrash,
+            self.counts,
+            (*pinned, *preload),
+        )
+        self._commands = Commands(self.ledgers, self.scheduler, self._leaving, self._loading)
+        self.evictions, self.load_waits = self._leaving.evictions, self._loading.waits
         self._answered = Sliding()
-        self._began_seconds: dict[tuple[str, str], float] = {}  # loads in work
         self.progress: dict[str, Progress] = {}
         self._most_waiting, self._overflow = most_waiting, overflow
         self._untouched: OrderedDict[str, None] = OrderedDict()  # of `progress`, those for which no run has begun
-        self._led_to: Counter[str] = Counter()  # by how many batches in work
-        self._claimed: set[tuple[str, str]] = set()
-        self._failed_loads: Counter[tuple[str, str]] = Counter()
-        self._ahead: set[tuple[str, str]] = set()  # loads in work that began ahead
-        self._cancelled_loads: set[tuple[str, str]] = set()
         self._cancelled_runs: set[int] = set()
-        self._commanded: dict[tuple[str, str], list[int]] = {}  # loads in work, and the commands that wait for them
         self._retried: dict[tuple[str, str], frozenset[str]] = {}  # request and expert: where it is barred by now
         self._deadlines: list[tuple[float, str]] = []
         self._decided_seconds = inf
-        self._subsequent = frozenset(name for name in graph.before if graph.is_subsequent(name))
-        self._leaving = {device.name: Ranking[str, tuple[bool, float]]() for device in devices}
-        self._changes: Counter[str] = Counter()  # by device: of who may leave and of what is held
-        self._blocked: dict[str, tuple[tuple[str, int, int], float]] = {}
-        """By device: the load that found no room and after which changes, and until when trying again is in vain."""
-        self._loaded_seconds: dict[tuple[str, str], float] = {}
-        self._used_seconds: dict[tuple[str, str], float] = {}
         for number, (device, name) in enumerate(residents):
-            self.ledgers[device].begin_load(name)
-            came = self._began_seconds[device, name] = float(number - len(residents))
-            self._loaded(device, name, came)
+            self._loading.was_there(device, name, float(number - len(residents)))
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """Decide what follows from `event`, at monotonic second `now`."""
@@ -165,22 +141,22 @@ class Controller:
             ledger.recover(now)
         for device, thrash in self._thrash.items():
             if thrash.is_thrashing:
-                self._look_for_thrash(device, now)
+                self._loading.look_for_thrash(device, now)
         match event:
             case Arrived(request):
                 self._arrived(request, now, actions)
             case Loaded(device, expert):
-                self._loaded(device, expert, now)
-                self._acknowledge_loads(device, expert, None, actions)
+                self._loading.loaded(device, expert, now)
+                self._commands.ended(device, expert, None, actions)
             case LoadFailed(device, expert, refusal):
                 self._load_failed(device, expert, refusal, now, actions)
-                self._acknowledge_loads(device, expert, refusal, actions)
+                self._commands.ended(device, expert, refusal, actions)
             case Finished(batch, answers, seconds):
                 self._finished(batch, answers, seconds, now, actions)
             case RunFailed(batch, refusal):
                 self._run_failed(batch, refusal, now, actions)
             case Command():
-                self._command(event, now, actions)
+                self._commands.obey(event, self._unservable(event.expert), now, actions)
             case Tick():
                 pass
             case _:
@@ -190,11 +166,11 @@ class Controller:
         begun = self._start_runs(now, actions)
         while self._mind_steps(now):  # a step took a batch, and is full no more
             begun += self._start_runs(now, actions)
-        self._start_loads(now, actions)
+        self._loading.begin(now, actions)
         if begun and not self._policy.in_order:
-            self._load_ahead(begun, now, actions)
-        if self._coming:
-            self._preload(now, actions)
+            self._loading.begin_behind(begun, now, actions)
+        if self._loading.coming:
+            self._loading.begin_coming(now, actions)
         return actions
 
     def room(self, wanted: int) -> int:
@@ -225,19 +201,17 @@ class Controller:
 
     def _thrashing(self, device: str, now: float) -> Thrashing:
         thrash, pictures = self._thrash[device], max(self._answered.sum(now), 1.0)
-        footprints = [
-            expert.footprints[device]
-            for name, expert in self._experts.items()
-            if self._used_seconds.get((device, name), -inf) > now - WINDOW_SECONDS
-            or self.scheduler.demand(device, name)
-        ]
-        segments = {segment.id: segment.bytes for footprint in footprints for segment in footprint.segments}
         return Thrashing(
             thrash.loads.sum(now) / pictures,
             thrash.came_back.sum(now) / pictures,
-            sum(segments.values()) + sum(footprint.private_bytes for footprint in footprints),
+            self._leaving.working_set_bytes(device, now - WINDOW_SECONDS),
             self.ledgers[device].device.budget_bytes,
         )
+
+    @property
+    def idle_seconds(self) -> float:
+        """How long those who were evicted had not been used by then, together."""
+        return self._leaving.idle_seconds
 
     # Events
 
@@ -257,7 +231,8 @@ class Controller:
         if request.deadline_seconds is not None:
             heapq.heappush(self._deadlines, (request.deadline_seconds, request.id))
         if self._policy.learns and self._usage.changes(request):
-            self._rank_all(now)
+            self.scheduler.reweigh_all()
+            self._leaving.reweigh_all(now)
         self._ask(begun, tuple(begun.waiting_for), now, actions)
 
     def _has_place(self, now: float, actions: list[Action]) -> bool:
@@ -273,61 +248,9 @@ class Controller:
         detail = f"{self._most_waiting} pictures were open (limits.waiting_pictures)"
         return Refusal(QUEUE_FULL, f"{detail}: send it again later, under another request-id")
 
-    def _loaded(self, device: str, expert: str, now: float) -> None:
-        ledger = self.ledgers[device]
-        ledger.finish_load(expert)
-        self._count_load(device, expert, now)
-        self._loaded_seconds[device, expert] = self._used_seconds[device, expert] = now
-        self._failed_loads.pop((device, expert), None)
-        self._forget_ahead(device, expert)
-        is_held = self.scheduler.steps.is_held(expert)
-        if self.scheduler.demand(device, expert) and not is_held and not self._policy.in_order:
-            ledger.pin(expert)
-            self._claimed.add((device, expert))
-        self._moved(ledger, expert, now)
-
-    def _count_load(self, device: str, expert: str, now: float) -> None:
-        """How long who waits for this load has done so: since it asked, or since the expert left in spite of that."""
-        began = self._began_seconds.pop((device, expert))
-        asked = self.scheduler.since_seconds(device, expert)
-        if not asked:
-            return
-        thrash = self._thrash[device]
-        left = thrash.left_seconds(expert)
-        for since in asked:
-            since = since if left is None else max(since, left)
-            self.load_waits.tasks += 1
-            self.load_waits.turn_seconds += max(began - since, 0.0)
-            self.load_waits.load_seconds += now - max(since, began)
-        self.counts["came_back"] += thrash.loaded(expert, began, now)
-        self._look_for_thrash(device, now)
-
     def _load_failed(self, device: str, expert: str, refusal: Refusal, now: float, actions: list[Action]) -> None:
-        ledger = self.ledgers[device]
-        actions.append(Evict(device, expert, ledger.abort_load(expert), Rule.NOT_LOADED))
-        self._forget_ahead(device, expert)
-        del self._began_seconds[device, expert]
-        self._moved(ledger, expert, now)
-        if refusal.reason == CANCELLED:
-            self.counts["cancelled_loads"] += 1
-            if expert in ledger.pinned:
-                self._coming.append(expert)
+        if not self._loading.failed(device, expert, refusal, now, actions):
             return
-        is_wanted = self.scheduler.demand(device, expert) > 0
-        if refusal.reason == FRAGMENTED:
-            self.counts["fragmented"] += 1
-            if is_wanted and self._evict_one(ledger, Rule.FRAGMENTED, now, actions):  # and it is tried again
-                return
-        self.counts["load_failures"] += 1
-        if refusal.reason == OUT_OF_MEMORY:
-            self._make_do_with_less(ledger, 0, now, actions)
-        if not is_wanted and expert not in ledger.pinned:
-            return
-        self._failed_loads[device, expert] += 1
-        if self._failed_loads[device, expert] < LOAD_ATTEMPTS:
-            self._coming.extend([expert] if expert in ledger.pinned else [])
-            return
-        del self._failed_loads[device, expert]
         for request in self.scheduler.waiting(device, expert):
             if refusal.reason in ELSEWHERE and self._ask_elsewhere(request, expert, device, now):
                 continue
@@ -368,8 +291,8 @@ class Controller:
             self.counts["run_failures"] += 1
         if refusal.reason == OUT_OF_MEMORY:
             footprint = self._experts[batch.expert].footprints[batch.device]
-            ledger = self.ledgers[batch.device]
-            self._make_do_with_less(ledger, footprint.activation_bytes(len(batch.requests)), now, actions)
+            less_bytes = footprint.activation_bytes(len(batch.requests))
+            actions.extend(self._leaving.withhold(self.ledgers[batch.device], less_bytes, now))
         open_requests = [request for request in batch.requests if request in self.progress]
         if refusal.reason == GOLDEN_MISMATCH:
             self._quarantine(batch.expert, refusal, open_requests, now, actions)
@@ -395,7 +318,7 @@ class Controller:
         for ledger in self.ledgers.values():
             ledger.give_up(expert)
             if ledger.is_evictable(expert):
-                self._evict(ledger, expert, Rule.QUARANTINED, now, actions)
+                actions.append(self._leaving.evict(ledger, expert, Rule.QUARANTINED, now))
 
     def _ask_elsewhere(self, request: str, expert: str, device: str, now: float) -> bool:
         """Give the request's task to another device that can hold the expert, if there is one."""
@@ -408,179 +331,33 @@ class Controller:
         self._put(self._task(request, expert, now, alone=True, barred=barred), now)
         return True
 
-    def _look_for_thrash(self, device: str, now: float) -> None:
-        """Where a device thrashes, who was loaded stays for all who waited for it: each load serves more."""
-        if self._thrash[device].look(now) and not self._policy.in_order:
-            self.scheduler.thrashing ^= {device}
-
-    def _make_do_with_less(self, ledger: Ledger, less_bytes: int, now: float, actions: list[Action]) -> None:
-        """The device ran out of memory: it gets less from now on, and what is too much leaves, idle experts first."""
-        self.counts["out_of_memory"] += 1
-        ledger.withhold(less_bytes, now)
-        while ledger.excess_bytes and self._evict_one(ledger, Rule.WITHHELD, now, actions):
-            pass
-
-    def _evict_one(self, ledger: Ledger, rule: Rule, now: float, actions: list[Action]) -> bool:
-        """Let the one leave that is wanted least; False if nobody can."""
-        expert = next(self._leavers(ledger, -inf), None)
-        if expert is None:
-            return False
-        self._evict(ledger, expert, rule, now, actions)
-        return True
-
-    def _evict(self, ledger: Ledger, expert: str, rule: Rule, now: float, actions: list[Action]) -> None:
-        self._left(ledger, ledger.evict(expert), rule, now, actions)
-
-    def _left(self, ledger: Ledger, freed: Freed, rule: Rule, now: float, actions: list[Action]) -> None:
-        self.counts["evictions"] += 1
-        self.evictions[rule] += 1
-        self.idle_seconds += now - self._used_seconds[ledger.device.name, freed.expert]
-        self._thrash[ledger.device.name].left(freed.expert, rule is Rule.OVERDUE, now)
-        actions.append(Evict(ledger.device.name, freed.expert, freed.segments, rule))
-        self._moved(ledger, freed.expert, now)
-
-    # Commands: they are obeyed or refused at once, but for a load, whose end is awaited.
-
-    def _command(self, command: Command, now: float, actions: list[Action]) -> None:
-        expert, refusal = command.expert, self._unservable(command.expert)
-        if refusal is None:
-            match command.verb:
-                case Verb.LOAD:
-                    refusal = self._load_for_later(expert, now, actions)
-                    if refusal is None and (device := self._is_coming_to(expert)) is not None:
-                        self._commanded.setdefault((device, expert), []).append(command.number)
-                        return
-                case Verb.PIN:
-                    refusal = self._keep(expert, now)
-                case Verb.UNPIN:
-                    refusal = self._give_up(expert, now)
-                case Verb.EVICT:
-                    refusal = self._evict_idle(expert, now, actions)
-                case _:
-                    assert_never(command.verb)
-        actions.append(Acknowledge(command.number, refusal))
-
-    def _unservable(self, expert: str) -> Refusal | None:
-        if expert not in self._experts and expert not in self.unavailable:
-            return Refusal("unknown-expert", f"there is no expert {expert}")
-        return self.unavailable.get(expert) or self._too_large(expert)
-
-    def _load_for_later(self, expert: str, now: float, actions: list[Action]) -> Refusal | None:
-        """Unless it is somewhere already. Like all that is loaded ahead, it gives way to who waits."""
-        refusal = None
-        if all(ledger.is_absent(expert) for ledger in self.ledgers.values()):
-            for ledger in self.ledgers.values():
-                refusal = self._begin_for_later(ledger, expert, now, actions)
-                if refusal is None:
-                    break
-        return refusal
-
-    def _is_coming_to(self, expert: str) -> str | None:
-        """The device on which it is being loaded; None when it is ready on one."""
-        there = {name: ledger for name, ledger in self.ledgers.items() if not ledger.is_absent(expert)}
-        return None if any(ledger.is_ready(expert) for ledger in there.values()) else next(iter(there))
-
-    def _begin_for_later(self, ledger: Ledger, expert: str, now: float, actions: list[Action]) -> Refusal | None:
-        """For a load by command somebody may leave, but nobody whom queued pictures need."""
-        name, slots = ledger.device.name, ledger.device.load_slots
-        if not ledger.ever_fits(expert):
-            return Refusal("no-room", f"{expert} has no room on {name} beside those that are pinned")
-        if ledger.loading_count >= slots:
-            return Refusal("busy", f"all {slots} load slots of {name} are taken")
-        try:
-            leaving = ledger.victims(self._leavers(ledger, None), expert)
-        except NoRoom as error:
-            return Refusal(error.reason, f"on {name} {error.what} from experts that nobody needs now")
-        self._begin_ahead(ledger, expert, {other: self._rule(ledger, other) for other in leaving}, now, actions)
-        return None
-
-    def _acknowledge_loads(self, device: str, expert: str, refusal: Refusal | None, actions: list[Action]) -> None:
-        if refusal is not None and refusal.reason == CANCELLED:
-            refusal = Refusal(CANCELLED, "it gave way to an expert for which pictures wait")
-        for number in self._commanded.pop((device, expert), ()):
-            actions.append(Acknowledge(number, refusal))
-
-    def _keep(self, expert: str, now: float) -> Refusal | None:
-        """On the first device where it, and everybody else still, has room beside all that are pinned."""
-        if any(expert in ledger.pinned for ledger in self.ledgers.values()):
-            return None
-        refusal = None
-        for ledger in self.ledgers.values():
-            if not ledger.ever_fits(expert):
-                continue
-            shut_out = ledger.shut_out_by(expert)
-            if shut_out is None:
-                ledger.keep(expert)
-                self._coming.appendleft(expert)
-                self._changed_who_stays(ledger, expert, now)
-                return None
-            name, need_bytes = shut_out
-            detail = f"{name} and all that are pinned would need {need_bytes} of {ledger.device.budget_bytes} bytes"
-            refusal = Refusal("no-room", f"{detail} on {ledger.device.name}")
-        return refusal
-
-    def _give_up(self, expert: str, now: float) -> Refusal | None:
-        keeping = [ledger for ledger in self.ledgers.values() if expert in ledger.pinned]
-        for ledger in keeping:
-            ledger.give_up(expert)
-            self._changed_who_stays(ledger, expert, now)
-        return None if keeping else Refusal("not-pinned", f"{expert} is not pinned")
-
-    def _changed_who_stays(self, ledger: Ledger, expert: str, now: float) -> None:
-        self.scheduler.forget_who_fits()
-        self._changes[ledger.device.name] += 1
-        self._rank(ledger, expert, now)
-
-    def _evict_idle(self, expert: str, now: float, actions: list[Action]) -> Refusal | None:
-        """From all devices or from none."""
-        there = [ledger for ledger in self.ledgers.values() if not ledger.is_absent(expert)]
-        for ledger in there:
-            device = ledger.device.name
-            if expert in ledger.pinned:
-                return Refusal("pinned", f"{expert} is pinned on {device}: unpin it first")
-            if not ledger.is_ready(expert):
-                return Refusal("busy", f"{expert} is being loaded on {device}")
-            if waiting := self.scheduler.demand(device, expert):
-                return Refusal("in-use", f"pictures wait for {expert} on {device}: {waiting}")
-            if not ledger.is_evictable(expert):
-                return Refusal("in-use", f"a batch of {expert} runs on {device}")
-        for ledger in there:
-            self._evict(ledger, expert, Rule.COMMANDED, now, actions)
-        return None
-
     # Steps
 
     def _ask(self, progress: Progress, experts: Sequence[str], now: float, actions: list[Action]) -> None:
         for expert in experts:
-            refusal = self.unavailable.get(expert) or self._too_large(expert)
+            refusal = self._unservable(expert)
             if refusal is not None:
                 self._conclude(progress.request.id, Outcome.ERROR, now, actions, refusal)
                 return
             self._put(self._task(progress.request.id, expert, now, alone=progress.request.alone), now)
             if self._policy.learns:
-                self._learn(progress.request, expert, now)
-
-    def _learn(self, request: Request, expert: str, now: float) -> None:
-        """The picture asks the expert: it is worth more now, wherever it is and nobody queues for it."""
-        self._usage.asked(request, expert)
-        self.scheduler.reweigh(expert)
-        for device, ledger in self.ledgers.items():
-            if expert in self._leaving[device] and not self.scheduler.demand(device, expert):
-                self._rank(ledger, expert, now)
+                self._usage.asked(progress.request, expert)
+                self.scheduler.reweigh(expert)
+                self._leaving.reweigh(expert, now)
 
     def _put(self, task: Task, now: float) -> None:
         device = self.scheduler.put(task, self.ledgers)
         self.asked[self.ledgers[device].residency(task.expert)] += 1
         if self.scheduler.demand(device, task.expert) == 1:
-            self._rank(self.ledgers[device], task.expert, now)
+            self._leaving.rank(self.ledgers[device], task.expert, now)
 
     def _drop(self, request: str, expert: str, now: float) -> None:
         """Nobody waits for this answer. Whom nobody queues for any more may go when memory is needed."""
         self.scheduler.drop(request, expert, self.ledgers)
         for device, ledger in self.ledgers.items():
             if not self.scheduler.demand(device, expert):
-                self._release_claim(device, expert)
-            self._rank(ledger, expert, now)
+                self._loading.release(device, expert)
+            self._leaving.rank(ledger, expert, now)
 
     def _task(
         self, name: str, expert: str, now: float, *, alone: bool = False, barred: frozenset[str] = frozenset()
@@ -590,7 +367,12 @@ class Controller:
         head_start, deadline = self._head_starts.get(request.line, 0.0), request.deadline_seconds
         return Task(name, expert, now - head_start, alone, barred, None if deadline is None else deadline - head_start)
 
-    def _too_large(self, expert: str) -> Refusal | None:
+    def _unservable(self, expert: str) -> Refusal | None:
+        """Why the expert can answer nobody."""
+        if expert in self.unavailable:
+            return self.unavailable[expert]
+        if expert not in self._experts:
+            return Refusal("unknown-expert", f"there is no expert {expert}")
         if self.scheduler.able(expert, self.ledgers):
             return None
         needs = ", ".join(
@@ -634,15 +416,10 @@ class Controller:
             actions.append(CancelRun(batch))
 
     def _mind_steps(self, now: float) -> bool:
-        """When a step became full, or is so no more: whom it holds back may leave, were it loaded a moment ago, so that
-        there is room for the step. Returns whether others may begin than before."""
+        """When a step became full, or is so no more. Returns whether others may begin than before."""
         if not self.scheduler.mind_steps(self.ledgers):
             return False
-        self._blocked.clear()
-        for device, expert in sorted(self._claimed):
-            if self.scheduler.steps.is_held(expert):
-                self._release_claim(device, expert)
-                self._rank(self.ledgers[device], expert, now)
+        self._loading.mind_steps(now)
         return True
 
     def _start_runs(self, now: float, actions: list[Action]) -> list[Batch]:
@@ -659,10 +436,8 @@ class Controller:
             if batch is not None:
                 ledger.begin_run(batch.expert, len(batch.requests), self._experts[batch.expert].max_batch)
                 if not self.scheduler.is_fresh(batch.device, batch.expert):
-                    self._release_claim(batch.device, batch.expert)
-                self._used_seconds[batch.device, batch.expert] = now
-                self._rank(ledger, batch.expert, now)
-                self._lead(batch, 1, now)
+                    self._loading.release(batch.device, batch.expert)
+                self._leaving.began(batch, now)
                 self.counts["runs"] += 1
                 for request in batch.requests:
                     self._untouched.pop(request, None)
@@ -679,253 +454,12 @@ class Controller:
         urgency = self.scheduler.urgency_seconds
         return sorted(free, key=lambda queue: urgency(queue, self.ledgers[queue.executor.device]))
 
-    def _start_loads(self, now: float, actions: list[Action]) -> None:
-        if self._ahead:
-            self._hurry(actions)
-        for ledger in self.ledgers.values():
-            if ledger.loading_count >= ledger.device.load_slots and not self._ahead:
-                continue
-            for group in self._wanted(ledger, now):
-                has_slot = ledger.loading_count < ledger.device.load_slots
-                if not has_slot or not self._load(group, ledger, now, actions):
-                    self._cancel_ahead(ledger, actions)
-                    break
-
-    def _wanted(self, ledger: Ledger, now: float) -> Iterator[Group]:
-        """The groups whose expert has to be loaded now, in order of their turns; each is loading when it goes on.
-
-        Where queues are worked off in order, these are the heads for which an idle executor waits.
-        """
-        device = ledger.device.name
-        if self._policy.in_order:
-            for queue in self.scheduler.on(device):
-                if queue.running is None and (head := self.scheduler.head(queue)) and ledger.is_absent(head.expert):
-                    yield head
-            return
-        while (group := self.scheduler.next_cold(device, now)) is not None:
-            yield group
-
-    def _load(self, group: Group, ledger: Ledger, now: float, actions: list[Action]) -> bool:
-        """Make room for the group's expert and load it; False when it has to wait for its turn."""
-        device, expert = ledger.device.name, group.expert
-        attempt = (expert, self._changes[device], ledger.withheld_bytes)
-        blocked, until = self._blocked.get(device, (None, inf))
-        if blocked == attempt and now < until:
-            return False
-        if now < group.turn_seconds and self._can_wait(group, ledger):
-            return False
-        due = self.scheduler.group_due_seconds(group) if self._policy.spares_queued else inf
-        held_until = min(due, self.scheduler.held_until(device, group))
-        is_held = now < held_until
-        leaving: list[str] | None
-        try:
-            leaving = ledger.victims(self._leavers(ledger, self._may_give_way(group, now)), expert)
-        except NoRoom:
-            leaving = None
-        if leaving is None or (leaving and is_held):
-            self._blocked[device] = attempt, min((at for at in (held_until, due) if at > now), default=inf)
-            return False
-        self._begin_load(ledger, expert, {name: self._rule(ledger, name) for name in leaving}, now, actions)
-        return True
-
-    def _can_wait(self, group: Group, ledger: Ledger) -> bool:
-        """Whether somebody would have to leave for a load that nobody is in need of yet."""
-        if not self._policy.spares_queued or self.scheduler.steps.is_pressing(group.expert):
-            return False
-        load_seconds = self._experts[group.expert].costs[ledger.device.name].load_seconds
-        return self.scheduler.have_plenty(
-            ledger.device.name, load_seconds, ledger.device.load_slots
-        ) and ledger.missing_bytes(group.expert) > ledger.free_bytes(group.expert)
-
-    def _rule(self, ledger: Ledger, leaving: str) -> Rule:
-        """By which of its rules the policy lets the expert go; `_leavers` gives them in this order."""
-        if self._policy.orphans_first and self._is_orphan(ledger, leaving):
-            return Rule.ORPHANED
-        reluctance = self._leaving[ledger.device.name].key(leaving)
-        return Rule.OVERDUE if reluctance is not None and reluctance[0] else Rule.LEAST_WORTH
-
-    def _begin_load(
-        self,
-        ledger: Ledger,
-        expert: str,
-        leaving: Mapping[str, Rule],
-        now: float,
-        actions: list[Action],
-        ahead: bool = False,
-    ) -> None:
-        device = ledger.device.name
-        freed, missing = ledger.begin_load(expert, tuple(leaving))
-        self.counts["loads"] += 1
-        self.counts["switches"] += bool(leaving)
-        self._began_seconds[device, expert] = now
-        for left in freed:
-            self._left(ledger, left, leaving[left.expert], now, actions)
-        actions.append(Load(device, expert, missing, ahead))
-        self._moved(ledger, expert, now)
-
-    def _load_ahead(self, begun: Sequence[Batch], now: float, actions: list[Action]) -> None:
-        """While a batch runs, bring whom it may lead to, as far as slots and memory are free anyway."""
-        for batch in begun:
-            ledger = self.ledgers[batch.device]
-            if self.scheduler.cold[batch.device]:
-                continue
-            for expert in (edge.to for edge in self._graph.edges.get(batch.expert, ())):
-                if (
-                    expert not in self.unavailable
-                    and ledger.ever_fits(expert)
-                    and ledger.is_absent(expert)
-                    and ledger.loading_count < ledger.device.load_slots
-                    and ledger.missing_bytes(expert) <= ledger.free_bytes(expert)
-                ):
-                    self._begin_ahead(ledger, expert, {}, now, actions)
-
-    def _preload(self, now: float, actions: list[Action]) -> None:
-        """One after the other, while nobody waits; for a pinned one what is idle leaves, as it will stay."""
-        while self._coming:
-            expert = self._coming[0]
-            able = [ledger for ledger in self.ledgers.values() if ledger.ever_fits(expert)]
-            ledger = next((ledger for ledger in able if expert in ledger.pinned), able[0] if able else None)
-            if ledger is None or expert in self.unavailable or not ledger.is_absent(expert):
-                self._coming.popleft()
-                continue
-            if ledger.loading_count >= ledger.device.load_slots or self.scheduler.cold[ledger.device.name]:
-                return
-            is_pinned = expert in ledger.pinned
-            ranked = self._leavers(ledger, None) if is_pinned else ()
-            try:
-                leaving = dict.fromkeys(ledger.victims(ranked, expert), Rule.PINNED)
-                self._begin_ahead(ledger, expert, leaving, now, actions)
-            except NoRoom:
-                if is_pinned:  # what runs now will end
-                    return
-            self._coming.popleft()
-
-    def _begin_ahead(
-        self, ledger: Ledger, expert: str, leaving: Mapping[str, Rule], now: float, actions: list[Action]
-    ) -> None:
-        self._ahead.add((ledger.device.name, expert))
-        self.counts["loads_ahead"] += 1
-        self._begin_load(ledger, expert, leaving, now, actions, ahead=True)
-
-    def _hurry(self, actions: list[Action]) -> None:
-        for device, expert in sorted(self._ahead - self._cancelled_loads):
-            if self.scheduler.demand(device, expert):
-                self._ahead.remove((device, expert))
-                actions.append(HurryLoad(device, expert))
-
-    def _cancel_ahead(self, ledger: Ledger, actions: list[Action]) -> None:
-        """Somebody waits for a slot or for memory: what is loaded ahead gives way."""
-        for device, expert in sorted(self._ahead - self._cancelled_loads):
-            if device == ledger.device.name:
-                self._cancelled_loads.add((device, expert))
-                actions.append(CancelLoad(device, expert))
-
-    def _forget_ahead(self, device: str, expert: str) -> None:
-        self._ahead.discard((device, expert))
-        self._cancelled_loads.discard((device, expert))
-
-    def _may_give_way(self, group: Group, now: float) -> float | None:
-        """For the group's load, who is needed by tasks due later than this alone may leave; None: nobody queued for.
-
-        Who is overdue displaces who is not. Where everybody is, patience is the lead that counts.
-        """
-        if not self._policy.spares_queued:
-            return -inf
-        due = self.scheduler.group_due_seconds(group)
-        return min(now, due + self._policy.patience_seconds) if now >= due else None
-
-    def _leavers(self, ledger: Ledger, needed_after: float | None) -> Iterator[str]:
-        """Who may leave, least worth first; then who is needed by queued tasks, if after that second alone."""
-        device = ledger.device.name
-        if self._policy.orphans_first:
-            yield from self._orphans(ledger)
-        for (is_needed, worth), expert in self._leaving[device].ranked():
-            if is_needed:
-                if needed_after is None or -worth <= needed_after:
-                    return
-                due = self.scheduler.due_seconds(device, expert)
-                if self.scheduler.steps.is_pressing(expert) or (due is not None and due <= needed_after):
-                    continue
-            if not self._policy.orphans_first or not self._is_orphan(ledger, expert):
-                yield expert
-
-    def _orphans(self, ledger: Ledger) -> Iterator[str]:
-        device = ledger.device.name
-        orphans = [e for e in self._subsequent if e in self._leaving[device] and self._is_orphan(ledger, e)]
-        yield from sorted(orphans, key=lambda e: (-self._experts[e].footprints[device].weights_bytes, e))
-
-    def _is_orphan(self, ledger: Ledger, expert: str) -> bool:
-        """A subsequent expert none of whose preliminary experts is there (CoServe §4.4)."""
-        return expert in self._subsequent and all(ledger.is_absent(before) for before in self._graph.before[expert])
-
-    def _moved(self, ledger: Ledger, expert: str, now: float) -> None:
-        """The expert is loading, ready or gone: tell who waits for it, and who may leave."""
-        self.scheduler.moved(ledger.device.name, expert, ledger)
-        self._changes[ledger.device.name] += 1
-        self._rank(ledger, expert, now)
-
-    def _rank(self, ledger: Ledger, expert: str, now: float) -> None:
-        """Whether the expert may leave by now, and how soon."""
-        device = ledger.device.name
-        leaving = self._leaving[device]
-        if not ledger.is_evictable(expert):
-            changed = leaving.drop(expert)
-        else:
-            changed = leaving.put(expert, self._reluctance(device, expert, now))
-        self._changes[device] += changed
-
-    def _rank_all(self, now: float) -> None:
-        """Whoever may leave or waits to be loaded is worth something else now: rare, as with a line's next product."""
-        self.scheduler.reweigh_all()
-        for device, ledger in self.ledgers.items():
-            for expert in tuple(self._leaving[device]):
-                self._rank(ledger, expert, now)
-
-    def _reluctance(self, device: str, expert: str, now: float) -> tuple[bool, float]:
-        """Whether the expert is spared for queued tasks, whoever has to wait for them longest first; and its worth."""
-        if expert in self.unavailable:
-            return False, -inf
-        due = self.scheduler.due_seconds(device, expert) if self._policy.spares_queued else None
-        if due is not None:
-            return True, -due
-        return False, inf if self._led_to[expert] else self._policy.worth(self._resident(device, expert), now)
-
-    def _lead(self, batch: Batch, batches: int, now: float) -> None:
-        """So many more batches run that may lead to the experts behind this one's, or fewer: of those whom no queued
-        task needs, these leave last."""
-        if not self._policy.spares_queued:
-            return
-        for expert in (edge.to for edge in self._graph.edges.get(batch.expert, ())):
-            before = self._led_to[expert]
-            self._led_to[expert] += batches
-            if not before or not self._led_to[expert]:
-                for ledger in self.ledgers.values():
-                    if ledger.is_evictable(expert):
-                        self._rank(ledger, expert, now)
-
-    def _resident(self, device: str, name: str) -> Resident:
-        expert = self._experts[name]
-        return Resident(
-            name,
-            expert.footprints[device].weights_bytes,
-            expert.costs[device].load_seconds,
-            self._weight(name),
-            self._loaded_seconds[device, name],
-            self._used_seconds[device, name],
-        )
-
     def _free(self, batch: Batch, now: float) -> None:
         self.scheduler.finished(batch)
         self._cancelled_runs.discard(batch.id)
         ledger = self.ledgers[batch.device]
         ledger.end_run(batch.expert, len(batch.requests), self._experts[batch.expert].max_batch)
-        self._lead(batch, -1, now)
-        self._rank(ledger, batch.expert, now)
-
-    def _release_claim(self, device: str, expert: str) -> None:
-        if (device, expert) in self._claimed:
-            self._claimed.remove((device, expert))
-            self.ledgers[device].unpin(expert)
+        self._leaving.ended(batch, now)
 
 
 def _ledgers(experts: Mapping[str, Expert], devices: Sequence[Device], pinned: Sequence[str]) -> dict[str, Ledger]:

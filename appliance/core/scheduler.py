@@ -306,10 +306,10 @@ class Scheduler:
         times = (turn[0], self.group_due_seconds(group), self.held_until(device, following))
         return min((when for when in times if when > now), default=None)
 
-    def have_plenty(self, device: str, load_seconds: float, slots: int) -> bool:
-        """Whether a load may as well wait, for more tasks to need it: executors have enough to run for longer than it
+    def have_plenty(self, device: str, expert: str, slots: int) -> bool:
+        """Whether the expert's load may as well wait, for more tasks to need it: executors have work for longer than it
         takes, however the disk is shared, and runs, not loads, are what the backlog takes its time for."""
-        queues = self._on[device]
+        queues, load_seconds = self._on[device], self._experts[expert].costs[device].load_seconds
         ready = sum(queue.ready_seconds for queue in queues)
         running = sum(queue.total_seconds - queue.loading_seconds for queue in queues)
         return (
