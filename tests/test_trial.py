@@ -46,7 +46,7 @@ def test_ours_needs_hardly_more_loads_than_there_must_be_and_answers_most_much_s
 
 @pytest.mark.parametrize("machine", MACHINES.values(), ids=lambda machine: machine.name)
 def test_ours_is_near_the_bound_when_a_load_takes_what_its_bytes_take(machine: paper.Machine) -> None:
-    """The bound takes loads, runs and arrivals each as if the others cost nothing; docs/measurements.md has all cells."""
+    """The bound takes loads, runs and arrivals each as if the others cost nothing; all cells are in the docs."""
     found = trial.tried(machine, B2, "appliance", "segments")
     assert found["images_per_second"] >= 0.88 * found["bound_images_per_second"]
 

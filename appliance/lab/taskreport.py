@@ -18,7 +18,7 @@ from appliance.lab.plain import PLAIN
 
 _WIDTH, _LABELS, _VALUES, _ROW = 720, 120, 90, 26
 _PLOT = _WIDTH - _LABELS - _VALUES
-_CURVES = 220
+_CURVES, _LINE = 220, 14
 _TICKS = 5
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -45,7 +45,7 @@ svg text { fill: var(--ink); } svg .soft { fill: var(--soft); }
 svg .grid { stroke: var(--line); } svg .mark { stroke: var(--ink); stroke-width: 2; }
 .ours { fill: var(--ours); stroke: var(--ours); } .plain { fill: var(--plain); stroke: var(--plain); }
 .bound { fill: var(--bound); stroke: var(--bound); } .other { fill: var(--other); stroke: var(--other); }
-svg rect, svg circle { stroke: none; } svg path { fill: none; } svg path.curve { stroke-width: 2; }
+svg rect, svg circle { stroke: none; } svg path[d] { fill: none; } svg path.curve { stroke-width: 2; }
 svg path.first { opacity: 0.4; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; width: 100%; }
 th, td { text-align: right; padding: 5px 8px; border-bottom: 1px solid var(--line); white-space: nowrap; }
@@ -147,6 +147,7 @@ def _curves(points: Sequence[Mapping[str, Any]], bound: float) -> str:
         f'y2="{_rise(bound, top):.1f}"/>',
         f'<text x="{_LABELS - 8}" y="{_rise(bound, top) + 4:.1f}" text-anchor="end">{bound:.1f} /s</text>',
     ]
+    ends: list[tuple[float, float, str]] = []
     for policy in dict.fromkeys(point["policy"] for point in points):
         spots = [
             (across.at(p["budget_share"] * 100), _rise(p["images_per_second"], top), p["images_per_second"])
@@ -159,7 +160,11 @@ def _curves(points: Sequence[Mapping[str, Any]], bound: float) -> str:
             f'<circle class="{_kind(policy)}" cx="{x:.1f}" cy="{y:.1f}" r="4"><title>{rate:.1f} /s</title></circle>'
             for x, y, rate in spots
         ]
-        drawn.append(f'<text x="{spots[-1][0] + 8:.1f}" y="{spots[-1][1] + 4:.1f}">{escape(policy)}</text>')
+        ends.append((spots[-1][1], spots[-1][0], policy))
+    below = 0.0
+    for y, x, policy in sorted(ends):
+        below = max(y + 4, below + _LINE)  # lines that end beside each other are named below each other
+        drawn.append(f'<text x="{x + 8:.1f}" y="{below:.1f}">{escape(policy)}</text>')
     return _drawing(_CURVES, across, drawn, " %")
 
 
