@@ -73,11 +73,6 @@ class Usage:
         until a picture `changes` everything."""
         return self._weights[expert]
 
-    def probability(self, expert: str) -> float:
-        """That a picture asks the expert, of those that come now; 0..1."""
-        total = sum(part.total for part in self._parts.values()) or PRIOR_PICTURES
-        return min(1.0, self._weights[expert] / total)  # rounding
-
     def changes(self, request: Request) -> bool:
         """Note that the picture came. Whether that changes the weights also of experts that it does not ask."""
         self._step *= 1 + 1 / MEMORY_PICTURES
