@@ -86,6 +86,11 @@ def test_batch_latency_is_fitted_by_least_squares() -> None:
     assert round(Cost(slope, fixed, 1.0).run_seconds(10), 9) == 0.104
 
 
-def test_a_fit_is_never_negative_and_one_size_is_all_slope() -> None:
-    assert fit([(1, 0.02), (2, 0.01)])[0] == 0.0
+def test_a_fit_is_never_negative() -> None:
+    assert fit([(1, 1.0), (2, 3.0)]) == (2.0, 0.0)
+
+
+def test_where_nothing_tells_pictures_from_the_batch_all_of_it_is_theirs() -> None:
     assert fit([(4, 0.04), (4, 0.08)]) == (0.01, 0.0)
+    assert fit([(1, 0.02), (2, 0.02), (4, 0.02)]) == (0.005, 0.0)
+    assert fit([(1, 0.02), (2, 0.01)]) == (0.005, 0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean, linear_regression
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,16 +23,19 @@ class Cost:
 
 
 def fit(samples: Sequence[tuple[int, float]]) -> tuple[float, float]:
-    """Least squares over (batch size, seconds) pairs: (K, B), neither below zero.
+    """Least squares over (batch size, seconds) pairs: (K, B), B not below zero and K above it.
 
-    One batch size cannot tell K from B: everything is then K, the cautious reading.
+    One batch size cannot tell K from B, nor can runs so short that noise hides what a picture more takes: everything
+    is then K, for a queue whose pictures cost nothing would get them all.
     """
-    sizes = {n for n, _ in samples}
-    if len(sizes) < 2:
+    item_seconds = slope(samples)
+    if item_seconds <= 0:
         return min(s / n for n, s in samples), 0.0
-    count = len(samples)
-    mean_n = sum(n for n, _ in samples) / count
-    mean_s = sum(s for _, s in samples) / count
-    slope = sum((n - mean_n) * (s - mean_s) for n, s in samples) / sum((n - mean_n) ** 2 for n, _ in samples)
-    slope = max(slope, 0.0)
-    return slope, max(mean_s - slope * mean_n, 0.0)
+    return item_seconds, max(fmean(s for _, s in samples) - item_seconds * fmean(n for n, _ in samples), 0.0)
+
+
+def slope(samples: Sequence[tuple[int, float]]) -> float:
+    """Of the line through (batch size, value) pairs by least squares; 0 if there is but one size."""
+    if len({n for n, _ in samples}) < 2:
+        return 0.0
+    return linear_regression(*zip(*samples, strict=True)).slope

@@ -150,7 +150,7 @@ def ceiling(samples: Sequence[tuple[int, int]]) -> tuple[int, int]:
         [(count, size)] = samples
         return math.ceil(size / count), 0
     (before, smaller), (last, larger) = samples[-2:]
-    item = max(costs.fit(samples)[0], (larger - smaller) / (last - before))
+    item = max(0, costs.slope(samples), (larger - smaller) / (last - before))
     return math.ceil(item), max(0, *(math.ceil(size - math.ceil(item) * count) for count, size in samples))
 
 
