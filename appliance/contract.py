@@ -90,6 +90,11 @@ def status_topic(config: Config) -> str:
     return config.topic("box", config.box.name, "status")
 
 
+def box_topic(config: Config, name: str) -> str:
+    """What the box tells of itself: `info`, retained; `stats` and `cache`, while it is online."""
+    return config.topic("box", config.box.name, name)
+
+
 def alarm_topic(config: Config, name: str) -> str:
     """Retained while the alarm is raised, then cleared."""
     return config.topic("box", config.box.name, "alarm", name)

@@ -6,24 +6,20 @@ picture → intake → spool → Arrived → controller → Load, Run → Finish
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import signal
 import threading
 import time
-from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
 
 from appliance import __version__, contract
 from appliance import config as settings
 from appliance.config import Config
 from appliance.contract import Address, Message, Serving
 from appliance.core import suspects
-from appliance.core.drift import Balance
 from appliance.core.types import (
     Acknowledge,
     Action,
@@ -31,9 +27,7 @@ from appliance.core.types import (
     Batch,
     Device,
     Event,
-    Evict,
     Finished,
-    Load,
     Outcome,
     Overflow,
     Publish,
@@ -45,11 +39,11 @@ from appliance.core.types import (
     Tick,
     Verdict,
 )
-from appliance.drivers import devices, heads, runtime, systemd
-from appliance.drivers.alarms import Alarm, Alarms
+from appliance.drivers import heads, runtime, systemd
+from appliance.drivers.alarms import Alarms
 from appliance.drivers.album import Album, Subject
 from appliance.drivers.broker import Broker
-from appliance.drivers.commands import Commands
+from appliance.drivers.commands import CommandIntake
 from appliance.drivers.deadletters import DeadLetters
 from appliance.drivers.inbox import Inbox
 from appliance.drivers.intake import Intake, component_of
@@ -57,25 +51,21 @@ from appliance.drivers.journal import Journal, Opening
 from appliance.drivers.mqtt import Door, DoorState
 from appliance.drivers.outbox import Note, Outbox
 from appliance.drivers.records import Conclusion, Quota, Recorded, Records, Sort, Spooled
-from appliance.engine.engine import Engine, Engines, Order
+from appliance.engine.engine import Engine, Engines
 from appliance.engine.weights import Weights
 from appliance.errors import ApplianceError, BrokerError, DeviceError, MessageError, OutOfMemory
-from appliance.health import PROCESS, STUCK_SECONDS, Drift, Passing, Underway, process_balance, weights_balance
-from appliance.promise import promised_bytes
-from appliance.startup import CPU, Installation, demands, footprint, install
+from appliance.health import STUCK_SECONDS, Underway
+from appliance.startup import CPU, Installation, demands, install
 from appliance.store.store import Compiled
 from appliance.store.storecheck import StoreCheck
+from appliance.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
 
 TURN_SECONDS = 0.5  # the loop turns at least this often: a watchdog that is fed less often than it turns is honest
 STATS_SECONDS = 1.0
-TRIM_SECONDS = 10.0
-SPARE_SECONDS = 60.0
-"""Memory that experts gave back and nobody has taken for so long goes back to the machine."""
 DRAIN_SECONDS = 10.0
 LONGEST_WAIT_SECONDS = 3600.0
-RECENT_MOVES = 64
 FED_AT_ONCE = 1000
 
 
@@ -173,22 +163,14 @@ class Service:
         self._underway = Underway()
         self._gate = suspects.Gate()
         self._dead_letters = DeadLetters(records.folder / "quarantine", int(self._config.limits.quarantine))
-        self._moves: deque[dict[str, object]] = deque(maxlen=RECENT_MOVES)
-        self._outcomes: Counter[str] = Counter()
-        self._reasons: Counter[str] = Counter()
-        self._next_stats = self._next_trim = 0.0
-        self._memory = devices.MemoryWatch()
-        self._drift = Drift()
-        self._footprints = {
-            device.name: {name: footprint(compiled) for name, compiled in installation.compiled_on(device.name).items()}
-            for device in installation.devices
-        }
+        self._next_stats = 0.0
         self._store_checks = list(_store_checks(installation))
         self._album = self._make_album()
         bundles, report = installation.catalog.bundles, self._inbox.tell
         cap = installation.profile.batch_cap
         self._engines = Engines(engines, installation.executors, bundles, self._album.look, report, batch_cap=cap)
         self._join_broker()
+        self.telemetry = self._make_telemetry()
         self._journal = self._open_journal()
 
     def _opened(self, installation: Installation) -> tuple[dict[str, Engine], Installation]:
@@ -218,7 +200,9 @@ class Service:
             acknowledge=lambda message: self._door.acknowledge(message),
             spooled=self._spooled,
         )
-        self._commands = Commands(config, tell=self._inbox.tell, drain=self._drain_wanted.set, note=self._outbox.note)
+        self._commands = CommandIntake(
+            config, tell=self._inbox.tell, drain=self._drain_wanted.set, note=self._outbox.note
+        )
         self._door = Door(
             config,
             deliver=self._deliver,
@@ -227,6 +211,22 @@ class Service:
             state_changed=self._link_changed,
         )
         self._outbox.connect(self._door)
+
+    def _make_telemetry(self) -> Telemetry:
+        return Telemetry(
+            self._installation,
+            self._controller,
+            records=self._records,
+            engines=self._engines,
+            album=self._album,
+            intake=self._intake,
+            door=self._door,
+            alarms=self._alarms,
+            dead_letters=self._dead_letters,
+            underway=self._underway,
+            waiting=lambda: [asked.spooled.attempts for asked in self._open.values()],
+            say=self._say,
+        )
 
     def _engine(self, device: Device, installation: Installation) -> Engine:
         """Raises DeviceError or OutOfMemory when a GPU does not do what it says."""
@@ -246,14 +246,11 @@ class Service:
         self._door.start()
         gc.collect()
         runtime.trim()  # what was needed until now only would be missed later
-        self._memory.begin()
+        self.telemetry.begin()
         for check in self._store_checks:
             check.start()
-        self._alarm_of_experts()
-        self._alarm_of_budget()
-        self._alarm_of_gpus()
         self._decide(Tick())  # whoever is loaded before anybody asks
-        self._say.status(self._status())
+        self._say.status(self.telemetry.status())
         log.info(
             "serving experts=%d unavailable=%d", len(self._installation.compiled), len(self._installation.unavailable)
         )
@@ -287,7 +284,7 @@ class Service:
         now = time.monotonic()
         if now >= self._next_stats:
             self._next_stats = now + STATS_SECONDS
-            self._publish_stats()
+            self.telemetry.look()
         if self._is_progressing(now):
             self._say.alive()
 
@@ -325,14 +322,14 @@ class Service:
             case Publish(verdict):
                 self._conclude(verdict)
             case Quarantine():
-                self._alarm_of_experts()
+                self.telemetry.alarm_of_experts()
             case Acknowledge(command, refusal):
                 self._commands.acknowledge(command, refusal)
             case Run(batch):
                 is_suspect = any(suspects.is_suspect(asked.spooled.attempts) for asked in self._asked(batch))
                 self._begin_runs(self._gate.offer(batch, suspect=is_suspect))
             case _:
-                self._note(action)
+                self.telemetry.ordered(action)
                 self._underway.begun(action, time.monotonic())
                 self._engines.obey(action)
 
@@ -346,13 +343,6 @@ class Service:
     def _asked(self, batch: Batch) -> list[_Open]:
         """Of the batch's requests those that have no verdict yet."""
         return [self._open[request] for request in batch.requests if request in self._open]
-
-    def _note(self, order: Order) -> None:
-        match order:
-            case Load(expert=expert):
-                self._moves.append({"move": "load", "expert": expert})
-            case Evict(expert=expert):
-                self._moves.append({"move": "evict", "expert": expert})
 
     def _feed(self) -> None:
         """Pictures from the spool to the controller in order of acceptance, as many as it has room for."""
@@ -415,9 +405,7 @@ class Service:
     def _conclude(self, verdict: Verdict) -> None:
         asked = self._open.pop(verdict.request)
         picture, topic = asked.spooled.picture, asked.address.result_topic(self._config)
-        self._outcomes[verdict.outcome] += 1
-        if verdict.refusal is not None:
-            self._reasons[verdict.refusal.reason] += 1
+        self.telemetry.concluded(verdict)
         body = contract.verdict_body(
             verdict,
             address=asked.address,
@@ -482,199 +470,13 @@ class Service:
         log.info("mqtt state=%s", state)
         if state is DoorState.READY:
             self._outbox.note(Note(contract.status_topic(self._config), b"online", retain=True))
-            self._outbox.note(Note(self._box_topic("info"), self.info(), retain=True))
+            self._outbox.note(Note(contract.box_topic(self._config, "info"), self.telemetry.info(), retain=True))
             self._alarms.tell_all()
             self._outbox.ready()
             self._say.ready()
-        self._say.status(self._status())
-
-    def _status(self) -> str:
-        unavailable = self._controller.unavailable
-        serving = f"serving {len(self._installation.compiled.keys() - unavailable.keys())} experts"
-        broken = f", {len(unavailable)} unavailable" if unavailable else ""
-        link = "" if self._door.state is DoorState.READY else f"; broker: {self._door.state} {self._door.detail}"
-        disk = f"; the disk refuses to write: {self._records.trouble}" if self._records.trouble else ""
-        return serving + broken + link + disk
-
-    def info(self) -> bytes:
-        """What the box is, for its info topic."""
-        config = self._config
-        return json.dumps(
-            {
-                "schema_version": 1,
-                "version": __version__,
-                "runtime": self._installation.store.key,
-                "experts": len(self._installation.compiled),
-                "unavailable": {name: r.reason for name, r in self._controller.unavailable.items()},
-                "weights_budget_bytes": self._controller.ledgers[CPU].device.budget_bytes,
-                "configured_weights_budget_bytes": int(config.memory.weights),
-                "picture_bytes": int(config.limits.picture_bytes),
-                "picture_pixels": config.limits.picture_pixels,
-                "executors": [executor.name for executor in self._installation.executors],
-                "cores": devices.cores(),
-                "memory_bytes": devices.memory_bytes(),
-                "gpus": [gpu.name for gpu in self._installation.gpus.used],
-                "gpu_trouble": dict(self._installation.gpus.trouble),
-                "gpu_unavailable": {name: r.reason for name, r in self._installation.gpus.unavailable.items()},
-                "unpinned": list(self._installation.unpinned(self._controller.ledgers)),
-            }
-        ).encode()
-
-    def _publish_stats(self) -> None:
-        self._memory.look()
-        self._look_at_memory()
-        self._look_for_thrash()
-        self._say.status(self._status())
-        if self._door.state is not DoorState.READY:
-            return
-        cache = {
-            "schema_version": 1,
-            "resident": list(self._controller.ledgers[CPU].resident),
-            "pinned": sorted(self._controller.ledgers[CPU].pinned),
-            "moves": list(self._moves),
-            "switches": self._controller.counts["switches"],
-            "came_back": self._controller.counts["came_back"],
-            "idle_seconds": self._controller.idle_seconds,
-            "load_waits": asdict(self._controller.load_waits),
-        }
-        self._tell("stats", self._stats())
-        if self._tell("cache", cache):
-            self._moves.clear()
-
-    def _stats(self) -> dict[str, Any]:
-        ledger, counts, stored = self._controller.ledgers[CPU], self._controller.counts, self._records.counts
-        return {
-            "schema_version": 1,
-            "arrived": counts["arrived"],
-            "verdicts": dict(self._outcomes),
-            "verdicts_by_reason": dict(self._reasons),
-            "loads": counts["loads"],
-            "evictions": counts["evictions"],
-            "evictions_by_rule": dict(self._controller.evictions),
-            "asked": dict(self._controller.asked),
-            "runs": counts["runs"],
-            "waiting": len(self._open),
-            "spooled": stored.spooled,
-            "unpublished": stored.unpublished,
-            "suspects": sum(suspects.is_suspect(asked.spooled.attempts) for asked in self._open.values()),
-            "quarantine": self._dead_letters.numbers(),
-            "resident": len(ledger.resident),
-            "weights_bytes": self._engines.memory(CPU).mapped_bytes,
-            "weights_peak_bytes": self._engines.memory(CPU).peak_bytes,
-            "weights_budget_bytes": ledger.device.budget_bytes,
-            "devices": {name: self._numbers(name) for name in self._controller.ledgers},
-            "cancelled_runs": counts["cancelled_runs"],
-            "loads_ahead": counts["loads_ahead"],
-            "out_of_memory": counts["out_of_memory"],
-            "fallbacks": counts["fallbacks"],
-            "alarms": self._alarms.raised,
-            **self._memory.numbers(),
-            "memory_drift": self._drift.of(PROCESS),
-            "anonymous_promise_bytes": promised_bytes(
-                self._config,
-                weights_bytes=ledger.device.budget_bytes,
-                executors=len(self._installation.executors),
-                at_start_bytes=self._memory.at_start_bytes,
-            ),
-        }
-
-    def _numbers(self, device: str) -> dict[str, Any]:
-        ledger, memory = self._controller.ledgers[device], self._engines.memory(device)
-        return {
-            "resident": len(ledger.resident),
-            "weights_booked_bytes": ledger.used_bytes,
-            "weights_bytes": memory.mapped_bytes,
-            "weights_budget_bytes": ledger.device.budget_bytes,
-            "withheld_bytes": ledger.withheld_bytes,
-            "activations_bytes": ledger.running_bytes,
-            "activations_peak_bytes": ledger.running_peak_bytes,
-            "activations_budget_bytes": ledger.device.activation_bytes,
-            "hits": dict(memory.hits),
-            "memory_drift": self._drift.of(device),
-        }
-
-    def _tell(self, name: str, numbers: dict[str, Any]) -> bool:
-        """Best effort: the next second brings newer ones. A broker that takes no message of this size gets none."""
-        try:
-            return self._door.publish(self._box_topic(name), json.dumps(numbers).encode(), qos=0)
-        except MessageError as error:
-            log.debug("untold topic=%s why=%s", name, error)
-            return False
-
-    def _box_topic(self, name: str) -> str:
-        return self._config.topic("box", self._config.box.name, name)
+        self._say.status(self.telemetry.status())
 
     # Health.
-
-    def _look_at_memory(self) -> None:
-        """Compare what is booked with what is there, and say when the two part, or when a device refused memory."""
-        now = time.monotonic()
-        for device in self._controller.ledgers:
-            self._engines.memory(device).trim(idle_seconds=SPARE_SECONDS)
-        wrong = self._drift.look(self._balances(), now)
-        if self._drift.of(PROCESS) > 0 and now >= self._next_trim:
-            self._next_trim = now + TRIM_SECONDS
-            runtime.trim()  # what only the C heap keeps is no leak; the next look tells
-        self._alarms.set(Alarm.MEMORY_DRIFT, {"memory": dict(wrong)} if wrong else None)
-        short = {name: ledger.withheld_bytes for name, ledger in self._controller.ledgers.items()}
-        if not any(short.values()):
-            self._alarms.set(Alarm.OUT_OF_MEMORY, None)
-        elif Alarm.OUT_OF_MEMORY not in self._alarms.raised:
-            self._alarms.set(Alarm.OUT_OF_MEMORY, {"withheld_bytes": short})
-
-    def _look_for_thrash(self) -> None:
-        """Told with the numbers of when it began: they change every second."""
-        found = self._controller.thrashing(time.monotonic())
-        if not found:
-            self._alarms.set(Alarm.THRASHING, None)
-        elif Alarm.THRASHING not in self._alarms.raised:
-            numbers = {device: asdict(thrashing) for device, thrashing in found.items()}
-            remedy = "raise memory.weights, or see `appliance check`"
-            self._alarms.set(Alarm.THRASHING, {"devices": numbers, "remedy": remedy})
-
-    def _balances(self) -> dict[str, Balance]:
-        passing = Passing(
-            queued_bytes=self._intake.held_bytes + self._records.queued_bytes,
-            largest_payload_bytes=self._intake.largest_bytes,
-            decoded_bytes=self._album.cached_bytes,
-            pictures_in_work=self._underway.pictures,
-            largest_pixels=self._album.largest_pixels,
-        )
-        ledgers = self._controller.ledgers
-        process = process_balance(
-            ledgers[CPU],
-            self._footprints[CPU],
-            passing,
-            at_start_bytes=self._memory.at_start_bytes,
-            kept_bytes=int(self._config.memory.activations) + self._engines.memory(CPU).spare_bytes,
-            measured_bytes=self._memory.now_bytes,
-            gpus=len(self._installation.gpus.used),
-        )
-        weights = {
-            name: weights_balance(ledger, self._footprints[name], self._engines.memory(name).mapped_bytes)
-            for name, ledger in ledgers.items()
-        }
-        return {PROCESS: process, **weights}
-
-    def _alarm_of_gpus(self) -> None:
-        gpus = self._installation.gpus
-        wrong: dict[str, Any] = {"gpus": dict(gpus.trouble)} if gpus.trouble else {}
-        if gpus.unavailable:
-            wrong["experts"] = {name: {"reason": r.reason, "detail": r.detail} for name, r in gpus.unavailable.items()}
-        if unpinned := self._installation.unpinned(self._controller.ledgers):
-            why = "has no room beside the other experts of experts.pin without what the GPU lacks, and may leave"
-            wrong["unpinned"] = dict.fromkeys(unpinned, why)
-        self._alarms.set(Alarm.GPU, wrong or None)
-
-    def _alarm_of_budget(self) -> None:
-        made, wanted = self._installation, int(self._config.memory.weights)
-        given = self._controller.ledgers[CPU].device.budget_bytes
-        numbers = {"weights_bytes": given, "configured_bytes": wanted, "memory_bytes": made.memory_bytes}
-        self._alarms.set(Alarm.MEMORY_BUDGET, numbers if given < wanted else None)
-
-    def _alarm_of_experts(self) -> None:
-        broken = {name: {"reason": r.reason, "detail": r.detail} for name, r in self._controller.unavailable.items()}
-        self._alarms.set(Alarm.EXPERTS, {"experts": broken} if broken else None)
 
     def _is_progressing(self, now: float) -> bool:
         """The loop turns, no batch or load hangs, and neither do the threads that every picture passes."""

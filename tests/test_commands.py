@@ -8,7 +8,7 @@ from typing import Any
 from appliance.config import Config
 from appliance.contract import Message
 from appliance.core.types import Command, Refusal, Verb
-from appliance.drivers.commands import WAITING_COMMANDS, Commands
+from appliance.drivers.commands import WAITING_COMMANDS, CommandIntake
 from appliance.drivers.outbox import Note
 
 TOPIC = "coe/v1/plant/box/box1/cmd/"
@@ -21,7 +21,7 @@ class Office:
         self.told: list[Command] = []
         self.notes: list[Note] = []
         self.drained = 0
-        self.commands = Commands(Config(), tell=self.told.append, drain=self._drain, note=self.notes.append)
+        self.commands = CommandIntake(Config(), tell=self.told.append, drain=self._drain, note=self.notes.append)
 
     def _drain(self) -> None:
         self.drained += 1

@@ -39,7 +39,16 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "appliance.promise": (*WORLD, *FRONT),
     "appliance.startup": ("appliance.promise", *WORLD, *FRONT, "appliance.core"),
     "appliance.health": ("appliance.promise", *WORLD, *FRONT, "appliance.core"),
+    "appliance.telemetry": (
+        "appliance.startup",
+        "appliance.health",
+        "appliance.promise",
+        *WORLD,
+        *FRONT,
+        "appliance.core",
+    ),
     "appliance.service": (
+        "appliance.telemetry",
         "appliance.startup",
         "appliance.health",
         "appliance.promise",

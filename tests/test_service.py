@@ -620,7 +620,7 @@ def test_a_gpu_that_fails_when_it_is_opened_leaves_its_work_to_the_cpu(
     config = Config(paths=paths, memory=Memory.model_validate({"weights": 1}), experts=Experts(pin=("e0",)))
     with Records.open(paths.state, spool_bytes=1 << 20, verdict_days=1) as records:
         service = Service(install(config), records, Supervisor(None, None), None)
-        info = json.loads(service.info())
+        info = json.loads(service.telemetry.info())
         service.close()
     assert info["unpinned"] == ["e0"], "its pin fitted only thanks to the GPU, and stops nobody"
     assert (info["weights_budget_bytes"], info["configured_weights_budget_bytes"]) == (1, 1)

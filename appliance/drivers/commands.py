@@ -25,7 +25,7 @@ WAITING_COMMANDS = 64
 STOPPING = Refusal("stopping", "the box stops")
 
 
-class Commands:
+class CommandIntake:
     """Every command gets one acknowledgement, also to its response topic if it names one.
 
     `tell` hands an event to whoever decides, `drain` ends the service in good order, `note` publishes; all must only
