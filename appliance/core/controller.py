@@ -161,10 +161,13 @@ class Controller:
                 pass
             case _:
                 assert_never(event)
-        self._expire(now, actions)
-        self._mind_steps(now)
+        if self._deadlines:
+            self._expire(now, actions)
+        if self.scheduler.steps.have_turned:
+            self._mind_steps(now)
         begun = self._start_runs(now, actions)
-        while self._mind_steps(now):  # a step took a batch, and is full no more
+        while self.scheduler.steps.have_turned:  # a step took a batch, and is full no more
+            self._mind_steps(now)
             begun += self._start_runs(now, actions)
         self._loading.begin(now, actions)
         if begun and not self._policy.in_order:
@@ -387,7 +390,7 @@ class Controller:
         """The request's one verdict. Whatever is still queued for it is dropped."""
         progress = self.progress.pop(request)
         self._untouched.pop(request, None)
-        for expert in progress.waiting_for:
+        for expert in sorted(progress.waiting_for):  # a set has another order in another process
             self._drop(request, expert, now)
             self._retried.pop((request, expert), None)
         self.counts[outcome] += 1
@@ -415,12 +418,10 @@ class Controller:
             self._cancelled_runs.add(batch.id)
             actions.append(CancelRun(batch))
 
-    def _mind_steps(self, now: float) -> bool:
-        """When a step became full, or is so no more. Returns whether others may begin than before."""
-        if not self.scheduler.mind_steps(self.ledgers):
-            return False
+    def _mind_steps(self, now: float) -> None:
+        """A step became full, or is so no more: others may begin than before."""
+        self.scheduler.mind_steps(self.ledgers)
         self._loading.mind_steps(now)
-        return True
 
     def _start_runs(self, now: float, actions: list[Action]) -> list[Batch]:
         """Executors take work, who has what is due first in front. Where that finds no room beside what runs and has no
@@ -431,7 +432,7 @@ class Controller:
             if queue.executor.device in held:
                 continue
             batch = self.scheduler.take(queue, ledger, now)
-            if batch is None and self.scheduler.oldest_ready_seconds(queue, ledger) + ROOM_PATIENCE_SECONDS <= now:
+            if batch is None and self.scheduler.ready_since_seconds(queue, ledger) + ROOM_PATIENCE_SECONDS <= now:
                 held.add(queue.executor.device)
             if batch is not None:
                 ledger.begin_run(batch.expert, len(batch.requests), self._experts[batch.expert].max_batch)
@@ -447,7 +448,7 @@ class Controller:
 
     def _free_queues(self) -> list[Queue]:
         """Those without a batch and with work, whose ready work is due first in front."""
-        idle = (queue for queue in self.scheduler.queues.values() if queue.running is None)
+        idle = [queue for queue in self.scheduler.queues.values() if queue.running is None]
         free = [queue for queue in idle if self.scheduler.has_work(queue)]
         if len(free) < 2 or len(self.ledgers) >= len(self.scheduler.queues):  # nobody shares a device
             return free

@@ -52,6 +52,7 @@ class Ledger:
         self.loading_count = 0
         self._footprints = footprints
         self._needs: dict[str, int] = {}
+        self._least_activation_bytes = min((f.activation_bytes(1) for f in footprints.values()), default=0)
         self._holders: Counter[str] = Counter()
         self._residency: dict[str, Residency] = {}
         self._pins: Counter[str] = Counter()
@@ -140,8 +141,16 @@ class Ledger:
         if working is None:
             return limit
         free_bytes = working - self.running_bytes
+        if footprint.activation_bytes(1) > free_bytes:
+            return 0
         sizes = range(limit, 0, -1)
         return next((n for n in sizes if footprint.activation_bytes(self.device.filled(n, limit)) <= free_bytes), 0)
+
+    @property
+    def has_room_to_run(self) -> bool:
+        """Whether the activations of any expert's single picture may fit beside those of the batches in work."""
+        working = self.device.activation_bytes
+        return working is None or working - self.running_bytes >= self._least_activation_bytes
 
     def begin_run(self, expert: str, items: int, limit: int) -> None:
         """The expert stays and its batch's activations are booked, until the run ends; those of the whole batch that

@@ -10,6 +10,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
+from itertools import islice
 from math import inf
 from typing import NamedTuple
 
@@ -26,6 +27,10 @@ from appliance.core.policies import (
 from appliance.core.ranking import Ranking
 from appliance.core.steps import Steps
 from appliance.core.types import Batch, Executor, Expert
+
+
+LOOK_AHEAD = 16
+"""So many ready groups of a queue are looked at for one whose activations fit beside what runs."""
 
 
 class Task(NamedTuple):
@@ -140,7 +145,7 @@ class Scheduler:
 
     def demand(self, device: str, expert: str) -> int:
         """Queued tasks, not counting running ones, that need the expert on the device."""
-        return self._demand[device][expert]
+        return self._demand[device].get(expert, 0)
 
     def due_seconds(self, device: str, expert: str) -> float | None:
         """When the first of the tasks that need the expert on the device is overdue; None if there is none."""
@@ -183,10 +188,12 @@ class Scheduler:
 
     def reweigh(self, expert: str) -> None:
         """Its weight changed, or how many wait for it: so may the turn of groups that wait for its load."""
-        for queue in self.queues.values():
-            group = queue.groups.get(expert)
-            if group is not None and (expert, queue.executor.name) in self._rare[queue.executor.device]:
-                self._rank_rare(queue, group)
+        for device, rare in self._rare.items():
+            if not rare or not self.demand(device, expert):
+                continue
+            for queue in self._on[device]:
+                if expert in queue.groups and (expert, queue.executor.name) in rare:
+                    self._rank_rare(queue, queue.groups[expert])
 
     def reweigh_all(self) -> None:
         """All weights changed."""
@@ -207,23 +214,21 @@ class Scheduler:
 
     def has_work(self, queue: Queue) -> bool:
         """Whether the executor might take something: of its own, or of others on its device."""
-        return bool(queue.groups) or (
-            not self.policy.in_order and any(other.ready for other in self._on[queue.executor.device])
-        )
+        if self.policy.in_order:
+            return bool(queue.groups)
+        return any([other.ready for other in self._on[queue.executor.device]])
 
     def urgency_seconds(self, queue: Queue, ledger: Ledger) -> float:
         """When the work is due that a free executor would take, in order of which several take theirs."""
         if self.policy.in_order:
-            return self.oldest_ready_seconds(queue, ledger)
+            return self.ready_since_seconds(queue, ledger)
         first = queue.ready.least()
         return inf if first is None else first[0]
 
-    def oldest_ready_seconds(self, queue: Queue, ledger: Ledger) -> float:
-        """Since when the first task of a ready expert waits, where its turn can come; infinity if there is none."""
-        if self.policy.in_order:
-            head = self.head(queue)
-            return head.first.since_seconds if head is not None and ledger.is_ready(head.expert) else inf
-        return min((queue.groups[expert].first.since_seconds for expert in queue.ready), default=inf)
+    def ready_since_seconds(self, queue: Queue, ledger: Ledger) -> float:
+        """Since when the first task waits of the ready expert whose turn it is; infinity if there is none."""
+        expert = next(iter(self._takeable(queue, ledger)), None)
+        return inf if expert is None else queue.groups[expert].first.since_seconds
 
     def on(self, device: str) -> list[Queue]:
         return self._on[device]
@@ -240,11 +245,13 @@ class Scheduler:
         """The next batch: the head's, or of the groups whose expert is ready, that of the one due first; the executor's
         own, or else another's on its device.
 
-        Where activations do not fit beside what runs, the next group goes first; but not for longer than patience
-        lasts, or small batches would keep a large one waiting for ever.
+        Where activations do not fit beside what runs, one of the next groups goes first; but not for longer than
+        patience lasts, or small batches would keep a large one waiting for ever.
         """
+        if not ledger.has_room_to_run:
+            return None
         for source in self._sources(queue):
-            for expert in self._takeable(source, ledger):
+            for expert in islice(self._takeable(source, ledger), LOOK_AHEAD):
                 group = source.groups[expert]
                 most = ledger.most_items(expert, self._experts[expert].max_batch)
                 if most:
@@ -296,15 +303,12 @@ class Scheduler:
 
         None: nothing of that will happen.
         """
-        turn, group, following = (
-            self.cold[device].least(),
-            self._group(self.cold[device].first()),
-            self.next_cold(device, now),
-        )
+        cold = self.cold[device]
+        turn, group, following = cold.least(), self._group(cold.first()), self.next_cold(device, now)
         if turn is None or group is None or following is None:
             return None
         times = (turn[0], self.group_due_seconds(group), self.held_until(device, following))
-        return min((when for when in times if when > now), default=None)
+        return min([when for when in times if when > now], default=None)
 
     def have_plenty(self, device: str, expert: str, slots: int) -> bool:
         """Whether the expert's load may as well wait, for more tasks to need it: executors have work for longer than it
@@ -346,13 +350,12 @@ class Scheduler:
                 group.fresh = len(group.tasks)
             self._rank(queue, group, ledger)
 
-    def mind_steps(self, ledgers: Mapping[str, Ledger]) -> bool:
-        """Rank whom full steps hold back or press on, and whom they do so no more; returns whether there may be any."""
+    def mind_steps(self, ledgers: Mapping[str, Ledger]) -> None:
+        """Rank whom full steps hold back or press on, and whom they do so no more."""
         turned = self.steps.turned()
-        for queue in self.queues.values() if turned else ():
-            for expert in turned & queue.groups.keys():
+        for queue in self.queues.values():
+            for expert in sorted(turned & queue.groups.keys()):
                 self._rank(queue, queue.groups[expert], ledgers[queue.executor.device])
-        return bool(turned)
 
     def drop(self, request: str, expert: str, ledgers: Mapping[str, Ledger]) -> None:
         """Take a request's task out of whichever queue holds it."""
@@ -394,23 +397,24 @@ class Scheduler:
 
         In ours loads go on beside runs, in the device's slots: a backlog ends with the later of the two.
         """
-        offers, costs = list[Offer](), self._experts[expert].costs
-        loads: dict[str, tuple[float, float, float]] = {}  # by device: this one, all before it, all with it
+        offers, costs, in_order = list[Offer](), self._experts[expert].costs, self.policy.in_order
+        device = None
         for queue in able:
-            device = queue.executor.device
-            if device not in loads:
+            if queue.executor.device != device:  # those of one device stand together
+                device = queue.executor.device
+                first, another = costs[device].run_seconds(1), costs[device].item_seconds
                 load, slots = self._weighed_load(device, expert, ledgers), ledgers[device].device.load_slots
-                loads[device] = load, self._loading[device] / slots, (self._loading[device] + load) / slots
-            load, loaded, will_be_loaded = loads[device]
-            cost = costs[device]
-            run = cost.item_seconds if expert in queue.groups else cost.item_seconds + cost.fixed_seconds
-            if self.policy.in_order:
+                loaded, will_be_loaded = self._loading[device] / slots, (self._loading[device] + load) / slots
+            run = another if expert in queue.groups else first
+            if in_order:
                 offers.append(Offer(queue.executor.name, queue.total_seconds, run + load))
                 continue
             ran = queue.total_seconds - queue.loading_seconds
-            total = max(ran, loaded)
-            answer = max(ran, will_be_loaded) + run if load else ran + run
-            offers.append(Offer(queue.executor.name, total, max(ran + run, will_be_loaded) - total, answer))
+            total = ran if ran > loaded else loaded
+            end = ran + run
+            answer = max(ran, will_be_loaded) + run if load else end
+            extra = (end if end > will_be_loaded else will_be_loaded) - total
+            offers.append(Offer(queue.executor.name, total, extra, answer))
         return offers
 
     def _book(self, queue: Queue, seconds: float) -> None:
@@ -421,19 +425,23 @@ class Scheduler:
 
     def _load_seconds(self, device: str, expert: str, ledgers: Mapping[str, Ledger]) -> float:
         """What a task for the expert would cost the device in loading: nothing if it is there or another task waits."""
-        if self._demand[device][expert] or not ledgers[device].is_absent(expert):
+        if self.demand(device, expert) or not ledgers[device].is_absent(expert):
             return 0.0
         return self._experts[expert].costs[device].load_seconds
 
     def _weighed_load(self, device: str, expert: str, ledgers: Mapping[str, Ledger]) -> float:
         """The same, but ours minds a second copy."""
         seconds = self._load_seconds(device, expert, ledgers)
-        if not seconds or self.policy.in_order or not self._is_at_hand(expert, ledgers):
+        if not seconds or self.policy.in_order or not self.is_at_hand(expert, ledgers):
             return seconds
         return seconds * SECOND_COPY
 
-    def _is_at_hand(self, expert: str, ledgers: Mapping[str, Ledger]) -> bool:
-        return any(not ledger.is_absent(expert) or self._demand[name][expert] for name, ledger in ledgers.items())
+    def is_at_hand(self, expert: str, ledgers: Mapping[str, Ledger]) -> bool:
+        """Whether some device has the expert, or will."""
+        for name, ledger in ledgers.items():
+            if self.demand(name, expert) or not ledger.is_absent(expert):
+                return True
+        return False
 
     def _split(self, queue: Queue, group: Group, most: int) -> list[Task]:
         """As many of the tasks as one run takes, by their turns; a task that must run alone does."""

@@ -45,9 +45,11 @@ class Steps:
     def is_pressing(self, expert: str) -> bool:
         return self.is_full(expert) and not self.is_held(expert)
 
+    @property
+    def have_turned(self) -> bool:
+        return bool(self._turned)
+
     def turned(self) -> frozenset[str]:
         """Who is full, held back or pressing otherwise than when this was asked last, perhaps."""
-        if not self._turned:
-            return frozenset()
         turned, self._turned = frozenset(self._turned), set()
         return turned
