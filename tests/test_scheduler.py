@@ -9,7 +9,7 @@ import pytest
 from appliance.core.costs import Cost
 from appliance.core.memory import Ledger
 from appliance.core.policies import SECOND_COPY
-from appliance.core.scheduler import Scheduler, Task
+from appliance.core.scheduler import LOOK_AHEAD, Scheduler, Task
 from appliance.core.types import Device, Executor
 from tests.kit import expert
 
@@ -116,6 +116,26 @@ def test_of_the_ready_groups_the_one_that_waited_longest_runs() -> None:
     batch = scheduler.take(queue, ledger, 0.0)
     assert batch is not None
     assert batch.requests == ("1",)
+
+
+def test_no_more_than_the_next_groups_are_looked_at_for_one_that_fits() -> None:
+    """However many are ready, so that deciding takes no longer where activations are nearly full."""
+    taken: str | None
+    for before, taken in ((LOOK_AHEAD - 1, "small"), (LOOK_AHEAD, None)):
+        large = [expert(f"large-{number}", activation_item=60) for number in range(before)]
+        experts = {e.name: e for e in (*large, expert("small", activation_item=10))}
+        ledger = Ledger(
+            Device("cpu", 1000, 1, activation_bytes=100), {n: e.footprints["cpu"] for n, e in experts.items()}
+        )
+        for name in experts:
+            ledger.begin_load(name)
+            ledger.finish_load(name)
+        scheduler = Scheduler((Executor("cpu-0", "cpu"),), experts, _evenly)
+        for number, name in enumerate(experts):
+            scheduler.put(Task(f"r{number}", name, float(number)), {"cpu": ledger})
+        ledger.begin_run("large-0", 1, 1)
+        batch = scheduler.take(scheduler.queues["cpu-0"], ledger, 0.0)
+        assert (batch.expert if batch else None) == taken
 
 
 def test_an_executor_that_was_not_running_cannot_finish() -> None:

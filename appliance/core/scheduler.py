@@ -28,7 +28,6 @@ from appliance.core.ranking import Ranking
 from appliance.core.steps import Steps
 from appliance.core.types import Batch, Executor, Expert
 
-
 LOOK_AHEAD = 16
 """So many ready groups of a queue are looked at for one whose activations fit beside what runs."""
 
@@ -216,7 +215,7 @@ class Scheduler:
         """Whether the executor might take something: of its own, or of others on its device."""
         if self.policy.in_order:
             return bool(queue.groups)
-        return any([other.ready for other in self._on[queue.executor.device]])
+        return any(other.ready for other in self._on[queue.executor.device])
 
     def urgency_seconds(self, queue: Queue, ledger: Ledger) -> float:
         """When the work is due that a free executor would take, in order of which several take theirs."""
@@ -438,10 +437,7 @@ class Scheduler:
 
     def is_at_hand(self, expert: str, ledgers: Mapping[str, Ledger]) -> bool:
         """Whether some device has the expert, or will."""
-        for name, ledger in ledgers.items():
-            if self.demand(name, expert) or not ledger.is_absent(expert):
-                return True
-        return False
+        return any(self.demand(name, expert) or not ledger.is_absent(expert) for name, ledger in ledgers.items())
 
     def _split(self, queue: Queue, group: Group, most: int) -> list[Task]:
         """As many of the tasks as one run takes, by their turns; a task that must run alone does."""
