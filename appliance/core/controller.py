@@ -61,6 +61,8 @@ from appliance.core.types import (
 from appliance.core.usage import Usage
 
 ELSEWHERE = {OUT_OF_MEMORY, DEVICE}  # what another device may do better
+MOST_ANSWERED = 1000
+"""Deadlines of requests that have their verdicts, beside as many as are open."""
 
 
 class Controller:
@@ -108,10 +110,18 @@ class Controller:
         self._thrash = {device.name: Thrash(device.load_slots) for device in devices}
         # What these are given they read as it is at the time: who is unavailable, what ledgers and queues hold.
         self._leaving = Leaving(
-            graph, experts, weight, self.unavailable, self.ledgers, self.scheduler, self._thrash, self.counts
+            graph,
+            experts,
+            weight,
+            self._usage.likely,
+            self.unavailable,
+            self.ledgers,
+            self.scheduler,
+            self._thrash,
+            self.counts,
         )
         self._loading = Loading(
-            graph,
+            self._usage.likely,
             self.unavailable,
             self.ledgers,
             self.scheduler,
@@ -232,7 +242,7 @@ class Controller:
         self.progress[request.id] = begun
         self._untouched[request.id] = None
         if request.deadline_seconds is not None:
-            heapq.heappush(self._deadlines, (request.deadline_seconds, request.id))
+            self._remember_deadline(request.deadline_seconds, request.id)
         if self._policy.learns and self._usage.changes(request):
             self.scheduler.reweigh_all()
             self._leaving.reweigh_all(now)
@@ -398,11 +408,24 @@ class Controller:
         waited = now - progress.request.arrived_seconds
         actions.append(Publish(Verdict(request, outcome, tuple(progress.steps), waited, refusal)))
 
+    def _remember_deadline(self, deadline_seconds: float, request: str) -> None:
+        """Whoever is answered stays behind one that is due sooner, until these are many."""
+        heapq.heappush(self._deadlines, (deadline_seconds, request))
+        if len(self._deadlines) > 2 * len(self.progress) + MOST_ANSWERED:
+            self._deadlines = [due for due in self._deadlines if self._is_open(*due)]
+            heapq.heapify(self._deadlines)
+
+    def _is_open(self, deadline_seconds: float, request: str) -> bool:
+        """Whether the request waits for its verdict, and that is when it is due."""
+        progress = self.progress.get(request)
+        return progress is not None and progress.request.deadline_seconds == deadline_seconds
+
     def _expire(self, now: float, actions: list[Action]) -> None:
         anybody = False
-        while self._deadlines and (self._deadlines[0][0] <= now or self._deadlines[0][1] not in self.progress):
-            _, request = heapq.heappop(self._deadlines)
-            if request in self.progress:
+        while self._deadlines and (self._deadlines[0][0] <= now or not self._is_open(*self._deadlines[0])):
+            due = heapq.heappop(self._deadlines)
+            if self._is_open(*due):
+                _, request = due
                 detail = f"not finished {now - self.progress[request].request.arrived_seconds:.3f} s after it arrived"
                 self._conclude(request, Outcome.LATE, now, actions, Refusal("deadline", detail))
                 anybody = True

@@ -7,7 +7,7 @@ the policy's.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import inf
 
 from appliance.core.graph import ExpertGraph
@@ -20,7 +20,8 @@ from appliance.core.types import Batch, Evict, Expert, Refusal, Rule
 
 
 class Leaving:
-    """Of all devices, in monotonic seconds. `weight` of an expert is in proportion to the probability of its use.
+    """Of all devices, in monotonic seconds. `weight` of an expert is in proportion to the probability of its use, and
+    `likely` names whom its answers lead to.
 
     Whom `unavailable` has come to name leaves first. What leaves is told to `thrash` and added to `counts`.
     """
@@ -30,6 +31,7 @@ class Leaving:
         graph: ExpertGraph,
         experts: Mapping[str, Expert],
         weight: Callable[[str], float],
+        likely: Callable[[str], Sequence[str]],
         unavailable: Mapping[str, Refusal],
         ledgers: Mapping[str, Ledger],
         scheduler: Scheduler,
@@ -48,7 +50,9 @@ class Leaving:
         self._rankings = {device: Ranking[str, tuple[bool, float]]() for device in ledgers}
         self._loaded_seconds: dict[tuple[str, str], float] = {}
         self._used_seconds: dict[tuple[str, str], float] = {}
-        self._led_to: Counter[str] = Counter()  # by how many batches in work
+        self._likely = likely
+        self._leads: dict[int, Sequence[str]] = {}  # batches in work, and whom they are likely to lead to
+        self._led_to: Counter[str] = Counter()  # by how many of them
 
     # Who leaves
 
@@ -112,10 +116,12 @@ class Leaving:
         """The batch's expert was used now, and stays until it has run."""
         self._used_seconds[batch.device, batch.expert] = now
         self.rank(self._ledgers[batch.device], batch.expert, now)
-        self._lead(batch, 1, now)
+        if self._policy.spares_queued:
+            self._leads[batch.id] = self._likely(batch.expert)
+            self._lead(self._leads[batch.id], 1, now)
 
     def ended(self, batch: Batch, now: float) -> None:
-        self._lead(batch, -1, now)
+        self._lead(self._leads.pop(batch.id, ()), -1, now)
         self.rank(self._ledgers[batch.device], batch.expert, now)
 
     def working_set_bytes(self, device: str, since_seconds: float) -> int:
@@ -172,12 +178,10 @@ class Leaving:
             self._used_seconds[device, name],
         )
 
-    def _lead(self, batch: Batch, batches: int, now: float) -> None:
-        """So many more batches run that may lead to the experts behind this one's, or fewer: of those whom no queued
-        task needs, these leave last."""
-        if not self._policy.spares_queued:
-            return
-        for expert in (edge.to for edge in self._graph.edges.get(batch.expert, ())):
+    def _lead(self, experts: Sequence[str], batches: int, now: float) -> None:
+        """So many more batches run that are likely to lead to these, or fewer: of those whom no queued task needs, they
+        leave last."""
+        for expert in experts:
             before = self._led_to[expert]
             self._led_to[expert] += batches
             if not before or not self._led_to[expert]:

@@ -9,11 +9,10 @@ Whose turn it is, the scheduler knows, and who leaves for it, `leaving`.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 
-from appliance.core.graph import ExpertGraph
 from appliance.core.leaving import Leaving
 from appliance.core.memory import Ledger
 from appliance.core.scheduler import Group, Scheduler
@@ -47,12 +46,15 @@ class LoadWaits:
 
 
 class Loading:
-    """Of all devices. `coming` are loaded in this order as far as memory is free while nobody waits; those of them that
-    stay by their ledgers, also where what is idle has to leave. Loads are told to `thrash` and added to `counts`."""
+    """Of all devices. `likely` names whom an expert's answers lead to, the likeliest first.
+
+    `coming` are loaded in this order as far as memory is free while nobody waits; those of them that stay by their
+    ledgers, also where what is idle has to leave. Loads are told to `thrash` and added to `counts`.
+    """
 
     def __init__(
         self,
-        graph: ExpertGraph,
+        likely: Callable[[str], Sequence[str]],
         unavailable: Mapping[str, Refusal],
         ledgers: Mapping[str, Ledger],
         scheduler: Scheduler,
@@ -63,7 +65,7 @@ class Loading:
     ) -> None:
         self.waits = LoadWaits()
         self.coming = deque(coming)
-        self._graph, self._unavailable, self._ledgers = graph, unavailable, ledgers
+        self._likely, self._unavailable, self._ledgers = likely, unavailable, ledgers
         self._scheduler, self._policy, self._leaving = scheduler, scheduler.policy, leaving
         self._thrash, self._counts = thrash, counts
         self._began_seconds: dict[tuple[str, str], float] = {}  # loads in work
@@ -90,16 +92,17 @@ class Loading:
                     break
 
     def begin_behind(self, begun: Sequence[Batch], now: float, actions: list[Action]) -> None:
-        """While a batch runs, bring whom it may lead to, as far as slots and memory are free anyway."""
+        """While a batch runs, bring whom it is likely to lead to and nobody has, as far as slots and memory are free
+        anyway."""
         for batch in begun:
             ledger = self._ledgers[batch.device]
             if self._scheduler.cold[batch.device]:
                 continue
-            for expert in (edge.to for edge in self._graph.edges.get(batch.expert, ())):
+            for expert in self._likely(batch.expert):
                 if (
                     expert not in self._unavailable
                     and ledger.ever_fits(expert)
-                    and ledger.is_absent(expert)
+                    and not self._scheduler.is_at_hand(expert, self._ledgers)
                     and ledger.loading_count < ledger.device.load_slots
                     and ledger.missing_bytes(expert) <= ledger.free_bytes(expert)
                 ):

@@ -45,6 +45,7 @@ class Finding:
 @dataclass(frozen=True, slots=True)
 class Request:
     """One picture's journey. `arrived_seconds` and `deadline_seconds` are monotonic; `line` and `product` say whose.
+    No id comes again after its verdict.
 
     `alone`: it may be what ended a former process, and shares its batches with nobody.
     """

@@ -22,6 +22,8 @@ MEMORY_PICTURES = 20_000
 """A picture counts for half after 14,000 others: a quarter of an hour of a line with 15 pictures per second."""
 PRIOR_ANSWERS = 10
 """What is declared of an edge counts like so many answers of the expert that it begins at."""
+LIKELY_SHARE = 0.05
+"""Of an expert's answers: to be loaded ahead, or spared, whoever so few lead to takes what others need."""
 STEADY_PICTURES = 8
 """A product that a line names so often in a row is what it makes. Two that take turns more quickly are mixed on it, and
 count like any pictures."""
@@ -67,6 +69,8 @@ class Usage:
         self._weights: dict[str, float] = self._prior()
         self._answers: Counter[str] = Counter()
         self._led: Counter[tuple[str, str]] = Counter()
+        self._following = {expert: graph.following(expert) for expert in declared}
+        self._declared_shares = {to: self._declared_share(to) for to in graph.before}
 
     def weight(self, expert: str) -> float:
         """In proportion to the expert's probability. What was asked for a weight stays in proportion to the others
@@ -105,6 +109,11 @@ class Usage:
         for to in following:
             self._led[expert, to] += 1
 
+    def likely(self, expert: str) -> list[str]:
+        """Whom an answer of the expert is likely to lead to, the likeliest first."""
+        shares = [(self._share(expert, to), to) for to in self._following[expert]]
+        return [to for share, to in sorted(shares, key=lambda way: -way[0]) if share >= LIKELY_SHARE]
+
     def _line(self, request: Request) -> str:
         """Whose part it is; that of all lines together is nobody's."""
         return request.line if request.line in self._parts or len(self._parts) < MOST_LINES else ""
@@ -125,9 +134,12 @@ class Usage:
 
     def _share(self, source: str, to: str) -> float:
         """Of the answers of `source`, how many lead to `to`: as declared for all who may, then as it was seen."""
+        seen = self._led.get((source, to), 0)
+        return (PRIOR_ANSWERS * self._declared_shares[to] + seen) / (PRIOR_ANSWERS + self._answers[source])
+
+    def _declared_share(self, to: str) -> float:
         leading = sum(self._declared.get(name, 0.0) for name in self._graph.before[to])
-        declared = min(1.0, self._declared.get(to, 0.0) / leading) if leading else 1.0
-        return (PRIOR_ANSWERS * declared + self._led[source, to]) / (PRIOR_ANSWERS + self._answers[source])
+        return min(1.0, self._declared.get(to, 0.0) / leading) if leading else 1.0
 
     def _shrink(self) -> None:
         for part in self._parts.values():
