@@ -28,6 +28,7 @@ from appliance.core.types import (
     Device,
     Event,
     Finished,
+    Heard,
     Outcome,
     Overflow,
     Publish,
@@ -300,22 +301,22 @@ class Service:
             self._more_spooled = True
         return event
 
-    def _decide(self, event: Event) -> None:
-        actions = self._handled(event)
+    def _decide(self, event: Event, *, more: bool = False) -> None:
+        actions = self._handled(event, more=more)
         if isinstance(event, Finished | RunFailed):
             self._begin_runs(self._gate.ended(event.batch))
         for action in actions:
             self._obey(action)
 
-    def _handled(self, event: Event) -> list[Action]:
+    def _handled(self, event: Event, *, more: bool = False) -> list[Action]:
         """What the controller wants done now. A batch that has ended is in nobody's hand any more."""
         now = time.monotonic()
         self._underway.ended(event)
         if isinstance(event, Finished | RunFailed):
             self._records.put_back(event.batch.id)
         if self._journal is not None:
-            self._journal.note(event, now)
-        return self._controller.handle(event, now)
+            self._journal.note(Heard(now, event, more))
+        return self._controller.handle(event, now, more=more)
 
     def _obey(self, action: Action) -> None:
         match action:
@@ -345,13 +346,16 @@ class Service:
         return [self._open[request] for request in batch.requests if request in self._open]
 
     def _feed(self) -> None:
-        """Pictures from the spool to the controller in order of acceptance, as many as it has room for."""
+        """Pictures from the spool to the controller in order of acceptance, as many as it has room for: it decides
+        when it knows all that it takes at once."""
         while self._more_spooled and (room := self._controller.room(FED_AT_ONCE)) > 0:
             spooled = self._records.waiting(self._fed_through, room)
             self._more_spooled = bool(spooled)
             for one in spooled:
                 self._fed_through = one.arrival
                 self._begin(one)
+            if spooled:
+                self._decide(Tick())
 
     def _begin(self, spooled: Spooled) -> None:
         """Hand a picture to the controller. One that the catalogue no longer knows, or that is poison, ends here."""
@@ -371,7 +375,8 @@ class Service:
             return
         deadline = None if picture.deadline_seconds is None else arrived + picture.deadline_seconds
         alone = suspects.is_suspect(spooled.attempts)
-        self._decide(Arrived(Request(picture.id, component, arrived, deadline, picture.line, picture.product, alone)))
+        request = Request(picture.id, component, arrived, deadline, picture.line, picture.product, alone)
+        self._decide(Arrived(request), more=True)
 
     def _bury(self, spooled: Spooled, verdict: Verdict) -> None:
         """A dead letter: nobody opens the picture any more, and its bytes are kept for whoever wants to know why."""

@@ -1,4 +1,4 @@
-"""Whom running batches are likely to lead to: loaded ahead into free memory, and where it is not already."""
+"""What is decided ahead of need, and on how many at once: loads for whom batches are likely to lead to, deadlines."""
 
 from __future__ import annotations
 
@@ -49,6 +49,16 @@ def test_whom_another_device_has_is_not_loaded_ahead() -> None:
     for residents, ahead in (([("gpu", "b"), ("cpu", "a")], []), ([("cpu", "a")], ["b"])):
         controller = Controller(_graph(Edge("a", "b")), experts, devices, executors, residents=residents)
         assert [x.expert for x in _loads(controller.handle(Arrived(request("r", "c-a")), 0.0))] == ahead
+
+
+def test_who_comes_at_once_is_decided_on_together() -> None:
+    """Alone, the first would have been loaded at once; c is the rarer, and more will come for a."""
+    experts = {name: expert(name, probability={"a": 0.9, "b": 0.5, "c": 0.1}[name]) for name in NAMES}
+    for together, loaded in ((False, "a"), (True, "c")):
+        controller = Controller(_graph(), experts, (Device("cpu", 100, 1),), (Executor("cpu-0", "cpu"),))
+        first = controller.handle(Arrived(request("first", "c-a")), 0.0, more=together)
+        second = controller.handle(Arrived(request("second", "c-c")), 0.0)
+        assert [load.expert for load in _loads([*first, *second])] == [loaded]
 
 
 def test_deadlines_of_who_is_answered_are_forgotten() -> None:

@@ -53,6 +53,7 @@ from appliance.core.types import (
     Expert,
     Finding,
     Finished,
+    Heard,
     HurryLoad,
     Load,
     Loaded,
@@ -953,7 +954,7 @@ def test_the_same_events_make_the_same_actions(
     graph = replace(inspection_graph([e.name for e in experts if e.name != "detector"]), limits={"detector": 2})
     requests = [replace(r, line=f"line{n % 2}", product=f"product{n // 7 % 3}") for n, r in enumerate(requests)]
     products = {f"product{n}": {component: 1} for n, component in enumerate(list(graph.entries)[:2])}
-    events: list[tuple[float, Event]] = []
+    events: list[Heard] = []
     runs = []
     devices, names = (Device("cpu", budget, slots),), tuple(Executor(f"cpu-{n}", "cpu") for n in range(executors))
     made = partial(
@@ -978,12 +979,12 @@ class Noting:
     """A controller whose events are noted, and whose actions are looked at before anybody obeys."""
 
     def __init__(self, controller: Controller) -> None:
-        self.controller, self.events = controller, list[tuple[float, Event]]()
+        self.controller, self.events = controller, list[Heard]()
         self.next_wakeup, self.counts = controller.next_wakeup, controller.counts
 
-    def handle(self, event: Event, now: float) -> list[Action]:
-        self.events.append((now, event))
-        actions = self.controller.handle(event, now)
+    def handle(self, event: Event, now: float, *, more: bool = False) -> list[Action]:
+        self.events.append(Heard(now, event, more))
+        actions = self.controller.handle(event, now, more=more)
         self.look(actions, now)
         return actions
 
@@ -1018,8 +1019,8 @@ class Commanding(Noting):
         super().__init__(controller)
         self.left = [Command(n, verb, experts[e % len(experts)].name) for n, (verb, e) in enumerate(wishes)]
 
-    def handle(self, event: Event, now: float) -> list[Action]:
-        actions = super().handle(event, now)
+    def handle(self, event: Event, now: float, *, more: bool = False) -> list[Action]:
+        actions = super().handle(event, now, more=more)
         return actions + (super().handle(self.left.pop(0), now) if self.left else [])
 
 

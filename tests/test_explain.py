@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import starmap
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -27,6 +28,7 @@ from appliance.core.types import (
     Expert,
     Finding,
     Finished,
+    Heard,
     Load,
     Loaded,
     LoadFailed,
@@ -100,7 +102,7 @@ def _told(
 ) -> Chronicle:
     graph = replace(inspection_graph([e.name for e in experts if e.name != "detector"]), limits=limits)
     controller, _ = box(experts, graph, budget, executors, load_slots, activation_bytes, policy)
-    return chronicle(controller, events, in_order=policy.in_order, focus=focus)
+    return chronicle(controller, starmap(Heard, events), in_order=policy.in_order, focus=focus)
 
 
 def _finished(number: int, executor: str, name: str, *requests: str) -> Finished:
@@ -229,7 +231,7 @@ def test_who_asks_another_device_after_two_failed_loads_is_followed_there() -> N
         (3.0, LoadFailed("gpu", "a", no_memory)),
         (7.0, Loaded("cpu", "a")),
     ]
-    first, second = chronicle(controller, events, in_order=False).journeys["a"].questions
+    first, second = chronicle(controller, starmap(Heard, events), in_order=False).journeys["a"].questions
     assert [(load.reason, load.ended_seconds) for load in first.loads] == [(OUT_OF_MEMORY, 1.0), (OUT_OF_MEMORY, 3.0)]
     assert (first.device, first.ended_seconds) == ("gpu", 3.0)
     assert (first.waits[Wait.LOAD], sum(first.waits.values())) == (3.0, 3.0)
@@ -244,7 +246,7 @@ def journal(tmp_path: Path) -> Path:
     path = tmp_path / "journal.jsonl"
     with Journal(path, Opening("0", graph, tuple(experts), devices, executors, {})) as written:
         for now, event in events:
-            written.note(event, now)
+            written.note(Heard(now, event))
     return path
 
 

@@ -490,7 +490,7 @@ def test_sigterm_waits_for_the_batch_that_runs(tmp_path: Path, large: Path, nats
 def _batches(box: Box) -> list[tuple[int, int]]:
     """(batch, pictures) of every batch that ended, from the journal."""
     _, events = journal.read(box.folder / "journal.jsonl")
-    return [(event.batch.id, len(event.answers)) for _, event in events if isinstance(event, Finished)]
+    return [(event.batch.id, len(event.answers)) for _, event, _ in events if isinstance(event, Finished)]
 
 
 def test_a_journal_that_cannot_be_written_stops_nobody(tmp_path: Path, catalog: Path) -> None:

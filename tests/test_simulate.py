@@ -19,6 +19,7 @@ from appliance.core.types import (
     Evict,
     Executor,
     Finished,
+    Heard,
     Loaded,
     LoadFailed,
     Overflow,
@@ -89,7 +90,7 @@ def test_a_prediction_may_be_of_another_policy(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     with Journal(path, _opening()) as written:
         for number in range(6):
-            written.note(Arrived(request(str(number), "c-a", number * 0.01)), number * 0.01)
+            written.note(Heard(number * 0.01, Arrived(request(str(number), "c-a", number * 0.01))))
     assert simulated(path, predict=True, policy="samba")["requests"] == 6
     with pytest.raises(ConfigError, match="no service has a policy nonsense"):
         simulated(path, predict=True, policy="nonsense")
@@ -114,15 +115,15 @@ def test_a_written_journal_replays_to_the_same_actions(tmp_path: Path) -> None:
     graph = replace(inspection_graph(["a", "b"]), limits={"detector": 2})
     priorities, most, overflow = {"line1": 3}, 20, Overflow.OLDEST
     controller, devices = box(experts, graph, 90, priorities=priorities, most_waiting=most, overflow=overflow)
-    events: list[tuple[float, Event]] = []
+    events: list[Heard] = []
     handle = controller.handle
 
-    def noted(event: Event, now: float) -> list[object]:
-        events.append((now, event))
-        return list(handle(event, now))
+    def noted(event: Event, now: float, *, more: bool = False) -> list[object]:
+        events.append(Heard(now, event, more))
+        return list(handle(event, now, more=more))
 
     controller.handle = noted  # type: ignore[method-assign, assignment]
-    requests = [request(str(n), f"c-{'ab'[n % 2]}", n * 0.01, line=f"line{n % 2}") for n in range(30)]
+    requests = [request(str(n), f"c-{'ab'[n % 2]}", n // 3 * 0.03, line=f"line{n % 2}") for n in range(30)]
     live = simulate(controller, pretend(experts, devices, DOUBTFUL), requests)
 
     executors = tuple(queue.executor for queue in controller.scheduler.queues.values())
@@ -131,8 +132,8 @@ def test_a_written_journal_replays_to_the_same_actions(tmp_path: Path) -> None:
         "0", graph, tuple(experts), devices, executors, {}, (), (), "appliance", priorities, most, overflow
     )
     with Journal(path, opening) as written:
-        for now, event in events:
-            written.note(event, now)
+        for heard in events:
+            written.note(heard)
     opening, read = journal.read(path)
     again = replay(controller_of(opening, opening.policy), pretend(opening.experts, opening.devices, DOUBTFUL), read)
     assert again.actions == live.actions
@@ -152,14 +153,12 @@ EVENTS: list[Event] = [
 ]
 
 
-@given(st.lists(st.tuples(st.floats(0, 1e6), st.sampled_from(EVENTS)), max_size=20))
-def test_every_event_survives_the_journal(
-    tmp_path_factory: pytest.TempPathFactory, events: list[tuple[float, Event]]
-) -> None:
+@given(st.lists(st.builds(Heard, st.floats(0, 1e6), st.sampled_from(EVENTS), st.booleans()), max_size=20))
+def test_every_event_survives_the_journal(tmp_path_factory: pytest.TempPathFactory, events: list[Heard]) -> None:
     path = tmp_path_factory.mktemp("journal") / "journal.jsonl"
     with Journal(path, _opening()) as written:
-        for now, event in events:
-            written.note(event, now)
+        for heard in events:
+            written.note(heard)
     opening, read = journal.read(path)
     assert (opening, list(read)) == (_opening(), events)
 
@@ -168,7 +167,7 @@ def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     with Journal(path, _opening()) as written:
         for number in range(3):
-            written.note(EVENTS[0], float(number))
+            written.note(Heard(float(number), EVENTS[0]))
     path.write_bytes(path.read_bytes()[:-20])
     assert len(list(journal.read(path)[1])) == 2
 
@@ -176,7 +175,7 @@ def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path: Path) -> None:
 def test_a_journal_from_before_products_were_noted_is_read(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     with Journal(path, _opening()) as written:
-        written.note(EVENTS[0], 0.0)
+        written.note(Heard(0.0, EVENTS[0]))
     opening, event = path.read_text().splitlines()
     older = {key: value for key, value in json.loads(opening).items() if key != "products"}
     path.write_text(f"{json.dumps(older)}\n{event}\n")
@@ -186,7 +185,7 @@ def test_a_journal_from_before_products_were_noted_is_read(tmp_path: Path) -> No
 def test_a_foreign_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     with Journal(path, _opening()) as written:
-        written.note(EVENTS[0], 0.0)
+        written.note(Heard(0.0, EVENTS[0]))
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], "{}", lines[1]]))
     with pytest.raises(RecordsError, match="line 2"):
@@ -207,7 +206,7 @@ def test_a_journal_ends_before_it_fills_the_disk(tmp_path: Path, monkeypatch: py
     path = tmp_path / "journal.jsonl"
     with Journal(path, _opening()) as written:
         for number in range(1000):
-            written.note(EVENTS[0], float(number))
+            written.note(Heard(float(number), EVENTS[0]))
     assert path.stat().st_size <= 3000
     assert list(journal.read(path)[1])
 

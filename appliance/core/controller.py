@@ -143,8 +143,11 @@ class Controller:
         for number, (device, name) in enumerate(residents):
             self._loading.was_there(device, name, float(number - len(residents)))
 
-    def handle(self, event: Event, now: float) -> list[Action]:
-        """Decide what follows from `event`, at monotonic second `now`."""
+    def handle(self, event: Event, now: float, *, more: bool = False) -> list[Action]:
+        """Decide what follows from `event`, at monotonic second `now`.
+
+        `more`: others come at once, and what runs and is loaded is decided with the first that is not told so.
+        """
         actions: list[Action] = []
         self._decided_seconds = now
         for ledger in self.ledgers.values():
@@ -171,6 +174,8 @@ class Controller:
                 pass
             case _:
                 assert_never(event)
+        if more:
+            return actions
         if self._deadlines:
             self._expire(now, actions)
         if self.scheduler.steps.have_turned:

@@ -22,6 +22,7 @@ from appliance.core.types import (
     Event,
     Evict,
     Finished,
+    Heard,
     Load,
     Loaded,
     LoadFailed,
@@ -174,11 +175,11 @@ class Chronicle:
         self._full: dict[str, float] = dict.fromkeys(controller.ledgers, 0.0)
         self._busy: dict[str, float] = dict.fromkeys(controller.scheduler.queues, 0.0)
 
-    def follow(self, event: Event, now: float) -> None:
-        """Let the controller decide on the event, and note what became of it."""
+    def follow(self, event: Event, now: float, *, more: bool = False) -> None:
+        """Let the controller decide on the event, and note what became of it. `more` come at once."""
         self._pass(now)
         known = self._open(event.request.id) if isinstance(event, Arrived) else None
-        actions = self._controller.handle(event, now)
+        actions = self._controller.handle(event, now, more=more)
         self._hold(now)
         batches = [action.batch for action in actions if isinstance(action, Run)]
         ran = {(request, batch.expert): batch for batch in batches for request in batch.requests}
@@ -397,13 +398,13 @@ class Chronicle:
 
 
 def chronicle(
-    controller: Controller, events: Iterable[tuple[float, Event]], *, in_order: bool, focus: str | None = None
+    controller: Controller, events: Iterable[Heard], *, in_order: bool, focus: str | None = None
 ) -> Chronicle:
     """What happened, from the events alone: the same ones tell the same story."""
     told = Chronicle(controller, in_order=in_order, focus=focus)
-    for number, (now, event) in enumerate(events):
+    for number, (now, event, more) in enumerate(events):
         if not number:
             told.began_seconds = told.ended_seconds = now
-        told.follow(event, now)
+        told.follow(event, now, more=more)
     told.stop()
     return told

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from appliance.core.costs import Cost
 
@@ -262,6 +263,14 @@ class Tick:
 
 
 Event = Arrived | Loaded | LoadFailed | Finished | RunFailed | Command | Tick
+
+
+class Heard(NamedTuple):
+    """An event as the controller was told of it, at that monotonic second; with `more`, others came at once."""
+
+    seconds: float
+    event: Event
+    more: bool = False
 
 
 # Actions: what the controller wants done, in this order.

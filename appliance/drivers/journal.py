@@ -24,6 +24,7 @@ from appliance.core.types import (
     Executor,
     Expert,
     Finished,
+    Heard,
     Loaded,
     LoadFailed,
     Overflow,
@@ -79,8 +80,9 @@ class Journal:
             ) from error
         self._write(_plain(opening))
 
-    def note(self, event: Event, now: float) -> None:
-        self._write([now, type(event).__name__, _plain(event)])
+    def note(self, heard: Heard) -> None:
+        more = [True] if heard.more else []
+        self._write([heard.seconds, type(heard.event).__name__, _plain(heard.event), *more])
 
     def close(self) -> None:
         if self._file is not None:
@@ -113,8 +115,8 @@ class Journal:
             self.close()
 
 
-def read(path: Path) -> tuple[Opening, Iterator[tuple[float, Event]]]:
-    """The opening and the (seconds, event) pairs. Raises RecordsError naming the file and the line."""
+def read(path: Path) -> tuple[Opening, Iterator[Heard]]:
+    """The opening and the events. Raises RecordsError naming the file and the line."""
     try:
         lines = path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -128,17 +130,17 @@ def read(path: Path) -> tuple[Opening, Iterator[tuple[float, Event]]]:
     return _value(path, 1, TypeAdapter(Opening), first), _events(path, lines)
 
 
-def _events(path: Path, lines: list[str]) -> Iterator[tuple[float, Event]]:
+def _events(path: Path, lines: list[str]) -> Iterator[Heard]:
     adapters = {name: TypeAdapter[Event](kind) for name, kind in EVENTS.items()}
     for number, line in enumerate(lines[1:], 2):
         try:
-            now, kind, value = json.loads(line)
+            now, kind, value, *more = json.loads(line)
             adapter = adapters[kind]
         except (ValueError, KeyError) as error:
             if number == len(lines):  # the line that a kill cut short
                 return
             raise RecordsError(f"{path} line {number} is not an event: {error}", "it was not written by us") from error
-        yield float(now), _value(path, number, adapter, value)
+        yield Heard(float(now), _value(path, number, adapter, value), bool(more))
 
 
 def _value(path: Path, number: int, adapter: TypeAdapter[Any], value: object) -> Any:

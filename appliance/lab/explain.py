@@ -30,7 +30,7 @@ def explained(
     events = list(recorded)
     if not events:
         raise RecordsError(f"{path} has no events", "stop the service first: it writes its journal as it goes")
-    names = dict.fromkeys(event.request.id for _, event in events if isinstance(event, Arrived))
+    names = dict.fromkeys(event.request.id for _, event, _ in events if isinstance(event, Arrived))
     name = None if request is None else _named(path, request, names)
     in_order = policy_of(opening.policy).in_order
     told = chronicle(controller_of(opening, opening.policy), events, in_order=in_order, focus=name)

@@ -172,7 +172,8 @@ class _Served:
         while len(self.verdicts) < count:
             now = time.monotonic()
             if coming and coming[-1].arrived_seconds <= now:
-                self._handle(Arrived(coming.pop()), now - begin)
+                arrived = Arrived(coming.pop())
+                self._handle(arrived, now, begin, more=bool(coming) and coming[-1].arrived_seconds <= now)
                 continue
             wakeup = self._controller.next_wakeup(now)
             arrival = coming[-1].arrived_seconds if coming else inf
@@ -185,7 +186,7 @@ class _Served:
                 if wakeup is None or wakeup > time.monotonic():
                     continue
                 event = Tick()
-            self._handle(event, time.monotonic() - begin)
+            self._handle(event, time.monotonic(), begin)
         return time.monotonic() - begin
 
     def stop(self) -> None:
@@ -201,10 +202,11 @@ class _Served:
                 engine.residents.evict(Evict(name, expert, freed))
             engine.memory.close()
 
-    def _handle(self, event: Event, at: float) -> None:
+    def _handle(self, event: Event, now: float, begin: float, *, more: bool = False) -> None:
+        at = now - begin
         if isinstance(event, Loaded):
             self.stays.came(event.device, event.expert, at)
-        for action in self._controller.handle(event, time.monotonic()):
+        for action in self._controller.handle(event, now, more=more):
             match action:
                 case Publish(verdict):
                     if verdict.outcome not in (Outcome.PASS, Outcome.FAIL):

@@ -33,6 +33,7 @@ from appliance.core.types import (
     Finding,
     Finished,
     Footprint,
+    Heard,
     HurryLoad,
     Load,
     Loaded,
@@ -279,9 +280,9 @@ def simulate(controller: Controller, world: World, arrivals: Sequence[Request]) 
             now, _, event = heapq.heappop(agenda)
         else:
             break
-        event = world.note(event)
+        event, more = world.note(event), _come_together(event, agenda, now)
         began = clock()
-        actions = controller.handle(event, now)
+        actions = controller.handle(event, now, more=more)
         scheduling += clock() - began
         for action in actions:
             taken.append(action)
@@ -298,14 +299,19 @@ def simulate(controller: Controller, world: World, arrivals: Sequence[Request]) 
     return _report(controller, world, taken, ended - started, scheduling)
 
 
-def replay(controller: Controller, world: World, events: Iterable[tuple[float, Event]]) -> Report:
-    """Feed recorded (seconds, event) pairs to a fresh controller: the same input makes the same actions."""
+def _come_together(event: Event, agenda: Sequence[tuple[float, int, Event]], now: float) -> bool:
+    """Whether another picture comes at the same moment: a service takes these from its spool together."""
+    return isinstance(event, Arrived) and bool(agenda) and agenda[0][0] == now and isinstance(agenda[0][2], Arrived)
+
+
+def replay(controller: Controller, world: World, events: Iterable[Heard]) -> Report:
+    """Feed recorded events to a fresh controller: the same input makes the same actions."""
     taken: list[Action] = []
     started = ended = None
-    for now, event in events:
+    for now, event, more in events:
         started = now if started is None else started
         world.note(event)
-        for action in controller.handle(event, now):
+        for action in controller.handle(event, now, more=more):
             taken.append(action)
             world.obey(action)
             ended = now if isinstance(action, Publish) else ended
@@ -342,11 +348,11 @@ def simulated(path: Path, *, predict: bool, policy: str | None = None) -> dict[s
     opening, recorded = journal.read(path)
     events = list(recorded)
     controller = controller_of(opening, policy if predict and policy else opening.policy)
-    answers = _recorded_answers(event for _, event in events)
+    answers = _recorded_answers(event for _, event, _ in events)
     world = World(opening.experts, opening.devices, lambda request, expert: answers[request, expert])
     started = time.perf_counter()
     if predict:
-        report = simulate(controller, world, [e.request for _, e in events if isinstance(e, Arrived)])
+        report = simulate(controller, world, [e.request for _, e, _ in events if isinstance(e, Arrived)])
     else:
         report = replay(controller, world, events)
     wall_seconds = time.perf_counter() - started
