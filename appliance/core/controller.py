@@ -292,7 +292,8 @@ class Controller:
                 self._conclude(request, Outcome.ERROR, now, actions, answer)
                 continue
             following = progress.answered(Step(batch.expert, answer, batch.executor, seconds), self._graph)
-            self._usage.led(batch.expert, following)
+            if self._policy.learns:
+                self._usage.led(batch.expert, following)
             self._ask(progress, following, now, actions)
             if progress.is_complete and request in self.progress:
                 self._conclude(request, progress.outcome(), now, actions)

@@ -75,8 +75,10 @@ class ExpertGraph:
 
     def next_experts(self, expert: str, findings: Sequence[Finding]) -> tuple[str, ...]:
         """Who is asked after `expert` found this, each once."""
-        following = [edge.to for edge in self.edges.get(expert, ()) if edge.taken(findings)]
-        table = self.tables.get(expert)
+        edges, table = self.edges.get(expert), self.tables.get(expert)
+        if edges is None and table is None:
+            return ()
+        following = [edge.to for edge in edges or () if edge.taken(findings)]
         return tuple(dict.fromkeys(following if table is None else following + table.taken(findings)))
 
     def following(self, expert: str) -> tuple[str, ...]:

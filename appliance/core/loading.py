@@ -88,7 +88,8 @@ class Loading:
             for group in self._wanted(ledger, now):
                 has_slot = ledger.loading_count < ledger.device.load_slots
                 if not has_slot or not self._begin_for(group, ledger, now, actions):
-                    self._cancel_ahead(ledger, actions)
+                    if self._ahead:
+                        self._cancel_ahead(ledger, actions)
                     break
 
     def begin_behind(self, begun: Sequence[Batch], now: float, actions: list[Action]) -> None:

@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from math import inf
 from typing import NamedTuple
 
+from appliance.core.costs import Cost
+
 PATIENCE_SECONDS = 20.0
 """From then on a task without a deadline is overdue: for it, who is needed by later ones alone may leave. It bounds
 starvation; shorter means more switches."""
@@ -89,11 +91,11 @@ class Policy:
     hold_share: float = 0.0
     learns: bool = False
 
-    def due_seconds(self, since_seconds: float, deadline_seconds: float | None, work_seconds: float) -> float:
-        """From when a task is overdue that needs so many seconds of loading and running."""
+    def due_seconds(self, since_seconds: float, deadline_seconds: float | None, cost: Cost) -> float:
+        """From when a task is overdue that has to be loaded and run at this cost."""
         if deadline_seconds is None:
             return since_seconds + self.patience_seconds
-        return deadline_seconds - SLACK_SHARE * work_seconds
+        return deadline_seconds - SLACK_SHARE * (cost.load_seconds + cost.run_seconds(1))
 
     def turn_seconds(self, since_seconds: float, due_seconds: float) -> float:
         """When it is the turn of a task among others: by patience, or sooner when it is due sooner. As they came where

@@ -171,8 +171,7 @@ class Scheduler:
             group.load_seconds = self._load_seconds(device, task.expert, ledgers)
             self._book(queue, group.load_seconds)
             queue.total_seconds += cost.fixed_seconds
-        work_seconds = cost.load_seconds + cost.run_seconds(1)
-        due = self.policy.due_seconds(task.since_seconds, task.deadline_seconds, work_seconds)
+        due = self.policy.due_seconds(task.since_seconds, task.deadline_seconds, cost)
         is_first = group.put(task, due, (self.policy.turn_seconds(task.since_seconds, due), self._turn))
         queue.total_seconds += cost.item_seconds
         if task.expert in queue.ready:

@@ -265,10 +265,10 @@ def simulate(controller: Controller, world: World, arrivals: Sequence[Request]) 
     heapq.heapify(agenda)
     number, now = len(agenda), agenda[0][0] if agenda else 0.0
     started, ended, scheduling, taken = now, now, 0.0, list[Action]()
-    clock, disk = time.thread_time, world.disk
+    clock, disk, more = time.thread_time, world.disk, False
     while True:
         began = clock()
-        wakeup = controller.next_wakeup(now)
+        wakeup = None if more else controller.next_wakeup(now)
         scheduling += clock() - began
         soonest = agenda[0][0] if agenda else inf
         read = disk.next_seconds() if disk is not None else inf
