@@ -193,7 +193,10 @@ class Progress:
         """Note an expert's answer; returns the experts to ask next, none of them asked before."""
         self.waiting_for.discard(step.expert)
         self.steps.append(step)
-        following = tuple(e for e in graph.next_experts(step.expert, step.findings) if e not in self.asked)
+        following = graph.next_experts(step.expert, step.findings)
+        if not following:
+            return ()
+        following = tuple(expert for expert in following if expert not in self.asked)
         self.asked.update(following)
         self.waiting_for.update(following)
         return following

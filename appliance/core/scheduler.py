@@ -168,8 +168,9 @@ class Scheduler:
         if group is None:
             group = queue.groups[task.expert] = Group(task.expert, self._next_group)
             self._next_group += 1
-            group.load_seconds = self._load_seconds(device, task.expert, ledgers)
-            self._book(queue, group.load_seconds)
+            if device in self._lacking(task.expert, ledgers):
+                group.load_seconds = cost.load_seconds
+                self._book(queue, cost.load_seconds)
             queue.total_seconds += cost.fixed_seconds
         due = self.policy.due_seconds(task.since_seconds, task.deadline_seconds, cost)
         is_first = group.put(task, due, (self.policy.turn_seconds(task.since_seconds, due), self._turn))
@@ -187,7 +188,7 @@ class Scheduler:
     def reweigh(self, expert: str) -> None:
         """Its weight changed, or how many wait for it: so may the turn of groups that wait for its load."""
         for device, rare in self._rare.items():
-            if not rare or not self.demand(device, expert):
+            if not rare or not self._demand[device].get(expert):
                 continue
             for queue in self._on[device]:
                 if expert in queue.groups and (expert, queue.executor.name) in rare:
@@ -393,15 +394,19 @@ class Scheduler:
     def _offers(self, able: list[Queue], expert: str, ledgers: Mapping[str, Ledger]) -> list[Offer]:
         """What CoServe weighs: K where requests for the expert wait, else K + B, and L where it has to be loaded.
 
-        In ours loads go on beside runs, in the device's slots: a backlog ends with the later of the two.
+        In ours loads go on beside runs, in the device's slots: a backlog ends with the later of the two; and a second
+        copy counts for more.
         """
         offers, costs, in_order = list[Offer](), self._experts[expert].costs, self.policy.in_order
+        lacking = self._lacking(expert, ledgers)
+        times = 1.0 if in_order or len(lacking) == len(ledgers) else SECOND_COPY
         device = None
         for queue in able:
             if queue.executor.device != device:  # those of one device stand together
                 device = queue.executor.device
                 first, another = costs[device].run_seconds(1), costs[device].item_seconds
-                load, slots = self._weighed_load(device, expert, ledgers), ledgers[device].device.load_slots
+                load = costs[device].load_seconds * times if device in lacking else 0.0
+                slots = ledgers[device].device.load_slots
                 loaded, will_be_loaded = self._loading[device] / slots, (self._loading[device] + load) / slots
             run = another if expert in queue.groups else first
             if in_order:
@@ -421,22 +426,14 @@ class Scheduler:
         queue.loading_seconds += seconds
         self._loading[queue.executor.device] += seconds
 
-    def _load_seconds(self, device: str, expert: str, ledgers: Mapping[str, Ledger]) -> float:
-        """What a task for the expert would cost the device in loading: nothing if it is there or another task waits."""
-        if self.demand(device, expert) or not ledgers[device].is_absent(expert):
-            return 0.0
-        return self._experts[expert].costs[device].load_seconds
-
-    def _weighed_load(self, device: str, expert: str, ledgers: Mapping[str, Ledger]) -> float:
-        """The same, but ours minds a second copy."""
-        seconds = self._load_seconds(device, expert, ledgers)
-        if not seconds or self.policy.in_order or not self.is_at_hand(expert, ledgers):
-            return seconds
-        return seconds * SECOND_COPY
-
     def is_at_hand(self, expert: str, ledgers: Mapping[str, Ledger]) -> bool:
         """Whether some device has the expert, or will."""
-        return any(self.demand(name, expert) or not ledger.is_absent(expert) for name, ledger in ledgers.items())
+        return len(self._lacking(expert, ledgers)) < len(ledgers)
+
+    def _lacking(self, expert: str, ledgers: Mapping[str, Ledger]) -> list[str]:
+        """The devices that would have to load the expert for a task more: it is not there, and no other task waits."""
+        demand = self._demand
+        return [name for name, ledger in ledgers.items() if not demand[name].get(expert) and ledger.is_absent(expert)]
 
     def _split(self, queue: Queue, group: Group, most: int) -> list[Task]:
         """As many of the tasks as one run takes, by their turns; a task that must run alone does."""
