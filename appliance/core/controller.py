@@ -150,11 +150,8 @@ class Controller:
         """
         actions: list[Action] = []
         self._decided_seconds = now
-        for ledger in self.ledgers.values():
-            ledger.recover(now)
-        for device, thrash in self._thrash.items():
-            if thrash.is_thrashing:
-                self._loading.look_for_thrash(device, now)
+        if not more:
+            self._look_at_devices(now)
         match event:
             case Arrived(request):
                 self._arrived(request, now, actions)
@@ -425,6 +422,14 @@ class Controller:
         """Whether the request waits for its verdict, and that is when it is due."""
         progress = self.progress.get(request)
         return progress is not None and progress.request.deadline_seconds == deadline_seconds
+
+    def _look_at_devices(self, now: float) -> None:
+        """Time alone gives memory back that a device refused, and ends thrashing."""
+        for ledger in self.ledgers.values():
+            ledger.recover(now)
+        for device, thrash in self._thrash.items():
+            if thrash.is_thrashing:
+                self._loading.look_for_thrash(device, now)
 
     def _expire(self, now: float, actions: list[Action]) -> None:
         anybody = False

@@ -40,6 +40,14 @@ class Ranking(Generic[Item, Key]):
         self._forget(item, known)
         return True
 
+    def drop_first(self, count: int) -> list[Item]:
+        """Forget so many of the first; returns them."""
+        dropped = [item for _, item in self._order[:count]]
+        del self._order[:count]
+        for item in dropped:
+            del self._keys[item]
+        return dropped
+
     def first(self) -> Item | None:
         return self._order[0][1] if self._order else None
 

@@ -75,6 +75,10 @@ class Group:
         self.turns.drop(request)
         return self.tasks.pop(request)
 
+    def pop_first(self, count: int) -> None:
+        for request in self.turns.drop_first(count):
+            del self.tasks[request]
+
     @property
     def first(self) -> Task:
         first = self.turns.first()
@@ -441,8 +445,12 @@ class Scheduler:
         if not self.policy.groups:
             limit = min(limit, _in_a_row(queue, group.expert, limit))
         tasks: list[Task] = []
-        while group.tasks and len(tasks) < limit and not (tasks and group.first.alone):
-            tasks.append(group.pop(group.first.request))
+        for request in islice(group.turns, limit):
+            task = group.tasks[request]
+            if task.alone and tasks:
+                break
+            tasks.append(task)
+        group.pop_first(len(tasks))
         return tasks
 
     def _forget(self, queue: Queue, group: Group, tasks: list[Task], ledger: Ledger) -> None:
@@ -453,8 +461,8 @@ class Scheduler:
             queue.ready_seconds -= cost.item_seconds * len(tasks)
         self._demand[queue.executor.device][group.expert] -= len(tasks)
         self.steps.add(group.expert, -len(tasks))
-        for task in tasks:
-            queue.line.pop((task.request, task.expert), None)
+        for task in () if self.policy.groups else tasks:
+            del queue.line[task.request, task.expert]
         if not group.tasks:
             queue.total_seconds -= cost.fixed_seconds
             self._book(queue, -group.load_seconds)
