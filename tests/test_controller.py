@@ -70,6 +70,7 @@ from appliance.core.types import (
     Tick,
     Verb,
 )
+from appliance.core.usage import STEADY_PICTURES
 from appliance.lab.simulate import IllegalMove, PretendDevice, World, replay, simulate
 from tests.kit import BOXED, DOUBTFUL, OPEN, SOUND, box, expert, inspection_graph, pretend, request
 
@@ -655,15 +656,15 @@ def test_whom_a_running_batch_may_lead_to_leaves_after_all_others() -> None:
 
 
 def test_at_a_product_change_the_former_products_experts_leave_first() -> None:
-    """`old` is asked for 2,000 pictures; after one picture of the other product it is worth less than whoever that
-    will ask, although none of these was asked before."""
+    """`old` is asked for 2,000 pictures; after a few of the other product it is worth less than whoever that will ask,
+    although most of these were not asked before."""
     experts = [expert(name, 40) for name in ("new", "new-too", "old", "other")]
     graph = compile_graph({f"c-{e.name}": e.name for e in experts}, [], [e.name for e in experts])
     products = {"former": {"c-old": 8}, "next": {"c-new": 1, "c-new-too": 1, "c-other": 1}}
     devices, executors = (Device("cpu", 120),), (Executor("cpu-0", "cpu"),)
     here = [("cpu", name) for name in ("new", "new-too", "old")]
     controller = Controller(graph, {e.name: e for e in experts}, devices, executors, residents=here, products=products)
-    made = [("old", "former")] * 2000 + [("new", "next"), ("other", "next")]
+    made = [("old", "former")] * 2000 + [("new", "next")] * STEADY_PICTURES + [("other", "next")]
     requests = [Request(str(n), f"c-{name}", n * 0.5, None, "line1", product) for n, (name, product) in enumerate(made)]
     world = World(experts, devices, lambda request, expert: (SOUND,), residents=here)
     report = simulate(controller, world, requests)
