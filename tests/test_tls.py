@@ -17,12 +17,12 @@ from appliance import client
 from appliance.config import Config
 from appliance.contract import Message
 from appliance.drivers import mqtt
-from appliance.drivers.broker import free_port
 from appliance.drivers.mqtt import Door, DoorState
 from appliance.errors import BrokerError, CertificateError
 from appliance.tls import Certificates
 from tests.kit_brokers import WAIT_SECONDS, Mosquitto, config_for, until
 from tests.kit_certificates import Authority, tls_listener
+from tests.kit_ports import free_ports
 
 pytestmark = pytest.mark.mosquitto
 
@@ -56,7 +56,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         "of tomorrow": authority.issue("early", begins_days=1),
         "of a stranger": replace(stranger.issue("foreign"), ca=authority.ca),
     }
-    ports = {name: free_port() for name in brokers}
+    ports = dict(zip(brokers, free_ports(len(brokers)), strict=True))
     authority.revoke(authority.issue("thief"))
     crl = f"crlfile {authority.revoked}"
     lines = [line for name in brokers for line in tls_listener(ports[name], brokers[name], crl)]
