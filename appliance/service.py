@@ -21,10 +21,12 @@ from appliance.config import Config
 from appliance.contract import Address, Message, Serving
 from appliance.core import suspects
 from appliance.core.types import (
+    CANCELLED,
     Acknowledge,
     Action,
     Arrived,
     Batch,
+    CancelRun,
     Device,
     Event,
     Finished,
@@ -329,6 +331,8 @@ class Service:
             case Run(batch):
                 is_suspect = any(suspects.is_suspect(asked.spooled.attempts) for asked in self._asked(batch))
                 self._begin_runs(self._gate.offer(batch, suspect=is_suspect))
+            case CancelRun(batch) if self._gate.drop(batch):
+                self._inbox.tell(RunFailed(batch, Refusal(CANCELLED, f"the batch of {batch.expert} was given up")))
             case _:
                 self.telemetry.ordered(action)
                 self._underway.begun(action, time.monotonic())

@@ -25,10 +25,10 @@ from PIL import Image
 
 from appliance.catalog import Bundle
 from appliance.config import Config, Paths
-from appliance.drivers.broker import free_port
 from appliance.startup import install
 from tests.kit_brokers import AnyBroker, Camera, until
 from tests.kit_models import SIDE, conv_net, run_plain, write_bundle
+from tests.kit_ports import free_port
 
 INFER = "coe/v1/plant/infer/line1/-/-/"
 RESULT = "coe/v1/plant/result/#"

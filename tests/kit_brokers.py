@@ -31,8 +31,9 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from appliance.config import Box, Config, Limits, Mqtt
-from appliance.drivers.broker import Broker, free_port
+from appliance.drivers.broker import Broker
 from tests.conftest import program
+from tests.kit_ports import free_port
 
 T = TypeVar("T")
 WAIT_SECONDS = 15.0

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from appliance.drivers import broker as brokers
-from appliance.drivers.broker import Broker, answers, find_server, free_port
+from appliance.drivers.broker import Broker, answers, find_server
 from appliance.errors import BrokerError
 from tests.kit_brokers import Camera, until
+from tests.kit_ports import free_port
 
 PICTURE_BYTES = 1_000_000
 

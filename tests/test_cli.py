@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from appliance.drivers.broker import free_port
 from tests.kit_box import Box, picture, write_catalog
+from tests.kit_ports import deaf_port
 
 COMMANDS = ("serve", "check", "export", "publish", "simulate", "explain", "demo")
 
@@ -81,8 +81,9 @@ def test_a_kept_picture_is_written_as_an_image(folder: Path, tmp_path: Path) -> 
 
 
 def test_publishing_to_no_broker_is_one_line(folder: Path) -> None:
-    port = str(free_port())
-    _fails(_run("publish", str(folder / "0.png"), "--part", "c-e0", "--port", port), f"no broker at 127.0.0.1:{port}")
+    with deaf_port() as port:
+        published = _run("publish", str(folder / "0.png"), "--part", "c-e0", "--port", str(port))
+    _fails(published, f"no broker at 127.0.0.1:{port}")
 
 
 def test_publishing_with_files_of_tls_that_are_not_there_is_one_line(folder: Path) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from appliance.client import Answer, Camera, publish_files
-from appliance.drivers.broker import free_port
 from appliance.errors import BrokerError, MessageError, PictureError
 from tests import kit_brokers
 from tests.kit_brokers import WAIT_SECONDS, AnyBroker, Nats, broker, nats, until
+from tests.kit_ports import deaf_port
 from tests.test_mqtt import FakeBroker
 
 __all__ = ["broker", "nats"]  # fixtures
@@ -148,8 +148,11 @@ def test_a_picture_beyond_the_limit_is_refused_before_it_is_sent(nats: Nats) -> 
 
 
 def test_no_broker_is_an_error_that_names_it() -> None:
-    port = free_port()
-    with pytest.raises(BrokerError, match=f"no broker at 127.0.0.1:{port}"), Camera("127.0.0.1", port, line="line1"):
+    with (
+        deaf_port() as port,
+        pytest.raises(BrokerError, match=f"no broker at 127.0.0.1:{port}"),
+        Camera("127.0.0.1", port, line="line1"),
+    ):
         pass
 
 

@@ -8,12 +8,16 @@ import numpy as np
 import psutil
 import pytest
 
-from appliance.drivers import devices, runtime
+from appliance.drivers import devices
+from tests.kit_process import alone
 
 
 def test_anonymous_memory_grows_with_what_is_written_and_not_with_what_is_only_reserved() -> None:
+    alone(write_and_reserve)
+
+
+def write_and_reserve() -> None:
     size = 64 << 20
-    runtime.trim()  # what other tests left in the heap would be taken instead of new memory
     before = devices.anonymous_bytes()
     written = np.ones(size, np.uint8)
     between = devices.anonymous_bytes()
@@ -27,6 +31,10 @@ def test_anonymous_memory_grows_with_what_is_written_and_not_with_what_is_only_r
 def test_what_a_file_backs_is_not_anonymous(tmp_path: Path) -> None:
     path = tmp_path / "weights"
     path.write_bytes(bytes(64 << 20))
+    alone(read_mapped, path)
+
+
+def read_mapped(path: Path) -> None:
     before = devices.anonymous_bytes()
     mapped = np.memmap(path, np.uint8, "r")
     assert int(mapped.sum()) == 0

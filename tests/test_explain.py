@@ -45,7 +45,7 @@ from appliance.lab.explain import explained
 from appliance.lab.simulate import simulate
 from appliance.report import print_explanation
 from tests.kit import DOUBTFUL, OPEN, SOUND, box, expert, inspection_graph, request
-from tests.test_controller import FAILURES, HALF, WISHES, Commanding, HalfTooLate, workloads
+from tests.kit_controller import FAILURES, HALF, WISHES, Commanding, HalfTooLate, workloads
 
 
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=lambda policy: policy.name)

@@ -25,12 +25,13 @@ from appliance import config, contract
 from appliance.client import Answer, Camera
 from appliance.config import Config
 from appliance.contract import Address, Message
-from appliance.drivers.broker import answers, free_port
+from appliance.drivers.broker import answers
 from appliance.drivers.link import client_id
 from appliance.drivers.mqtt import Door, DoorState
 from appliance.tls import Certificates
 from tests.conftest import program
 from tests.kit_brokers import WAIT_SECONDS, until
+from tests.kit_ports import free_ports
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "systemd"
@@ -82,7 +83,8 @@ def sites(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Site]]
     folder = tmp_path_factory.mktemp("mosquitto")
     made = _certificates(folder / "site")
     made["stranger"] = Certificates(made["box1"].ca, *_pair(_certificates(folder / "elsewhere")["line1"]))
-    sites = {"accounts": Site(free_port(), {}), "certificates": Site(free_port(), made)}
+    plain, secured = free_ports(2)
+    sites = {"accounts": Site(plain, {}), "certificates": Site(secured, made)}
     settings = _here(folder, made[BROKER], sites)
     with (folder / "log").open("wb") as log:
         broker = subprocess.Popen([program("mosquitto") or "mosquitto", "-c", str(settings)], stdout=log, stderr=log)

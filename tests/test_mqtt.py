@@ -24,12 +24,13 @@ from paho.mqtt.enums import MQTTProtocolVersion
 from appliance.config import Config
 from appliance.contract import Address, Message, Reply, status_topic
 from appliance.drivers import mqtt
-from appliance.drivers.broker import Broker, free_port
+from appliance.drivers.broker import Broker
 from appliance.drivers.link import client_id
 from appliance.drivers.mqtt import Door, DoorState, pause_seconds
 from appliance.errors import MessageError
 from tests.conftest import program
 from tests.kit_brokers import AnyBroker, Camera, Mosquitto, Nats, broker, config_for, mosquitto, nats, until
+from tests.kit_ports import free_port
 
 __all__ = ["broker", "mosquitto", "nats"]
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from appliance.core.costs import Cost, fit
+from appliance.core.costs import LEAST_SHARE, Cost, fit
 from appliance.core.policies import (
     Offer,
     Resident,
@@ -94,3 +95,24 @@ def test_where_nothing_tells_pictures_from_the_batch_all_of_it_is_theirs() -> No
     assert fit([(4, 0.04), (4, 0.08)]) == (0.01, 0.0)
     assert fit([(1, 0.02), (2, 0.02), (4, 0.02)]) == (0.005, 0.0)
     assert fit([(1, 0.02), (2, 0.01)]) == (0.005, 0.0)
+
+
+@pytest.mark.parametrize("slope", [1e-18, 1e-12, 3.6e-8, 1e-6, 0.0001])
+def test_nor_does_a_line_that_hardly_rises(slope: float) -> None:
+    seconds, fixed = fit([(1, 0.005), (2, 0.005 + slope), (4, 0.005 + 3 * slope)])
+    assert (seconds, fixed) == ((0.005 + 3 * slope) / 4, 0.0)
+
+
+@given(
+    item=st.floats(1e-6, 1.0), share=st.floats(0.0, 30.0), sizes=st.sampled_from([(1, 2), (1, 2, 4), (1, 2, 4, 8, 16)])
+)
+def test_where_pictures_tell_the_fit_is_exact(item: float, share: float, sizes: tuple[int, ...]) -> None:
+    found = fit([(n, item * n + share * item) for n in sizes])
+    assert share > 9 * sizes[-1] or found == pytest.approx((item, share * item), rel=1e-6, abs=1e-6 * item)
+
+
+@given(st.lists(st.tuples(st.integers(1, 16), st.floats(1e-9, 100.0)), min_size=1, max_size=8))
+def test_no_fit_takes_pictures_for_free_and_none_is_below_zero(samples: list[tuple[int, float]]) -> None:
+    seconds, fixed = fit(samples)
+    assert seconds >= LEAST_SHARE * min(s / n for n, s in samples)
+    assert fixed >= 0.0

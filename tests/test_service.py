@@ -319,6 +319,42 @@ def _kept_alive(box: Box, camera: client.Camera) -> int:
     return crashes
 
 
+@pytest.mark.mosquitto
+def test_a_batch_that_nobody_waits_for_any_more_does_not_wait_for_a_suspects(
+    tmp_path: Path, catalog: Path, mosquitto: Mosquitto
+) -> None:
+    """A picture that ended the process is in hand again and alone, for long; another's comes, and becomes late."""
+    dead, again, go = (tmp_path / name for name in ("dead", "again", "go"))
+    program = f"""{DEADLY_DECODER}
+from pathlib import Path
+from threading import Event
+def slow(payload, **limits):
+    if {DEADLY!r} not in payload:
+        return decode(payload, **limits)
+    if not Path({str(dead)!r}).exists():
+        Path({str(dead)!r}).touch()
+        deadly(payload, **limits)
+    Path({str(again)!r}).touch()
+    while not Path({str(go)!r}).exists():
+        Event().wait(0.01)
+    return decode(payload, **limits)
+images.decode = slow
+"""
+    box = Box(tmp_path / "box", catalog, mosquitto, settings="[executors]\ncpu = 2\n", program=program)
+    with box, Camera(mosquitto.port, RESULT, STATS, protocol=MQTTProtocolVersion.MQTTv5) as camera:
+        camera.publish(INFER + "c-e1", picture() + DEADLY)
+        box.wait_exit()
+        box.start()
+        until(again.exists, 60.0)
+        box.wait_online()
+        camera.publish(INFER + "c-e2", picture(2), user={"deadline-ms": "3000"})
+        (late,) = hear_verdicts(camera, 1).values()
+        assert (late["outcome"], late["reason"]) == ("late", "deadline")
+        until(lambda: json.loads(camera.hear().payload).get("cancelled_runs"))  # while the suspect's batch still runs
+        go.touch()
+        assert hear_verdicts(camera, 1)
+
+
 def test_a_clean_stop_counts_no_attempts(tmp_path: Path, nats: Nats) -> None:
     catalog = write_catalog(tmp_path / "catalog", {"big": conv_net(width=3350)})
     box = Box(tmp_path / "box", catalog, nats)

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import multiprocessing
 import resource
 import threading
 import time
@@ -32,6 +31,7 @@ from appliance.errors import Cancelled, LoadError, ModelError, OutOfMemory, RunE
 from appliance.store.compile import compile_bundles
 from appliance.store.store import Compiled, Store
 from tests import kit_models as kit
+from tests.kit_process import alone, amid_work
 from tests.kit_segments import bytes_of
 
 
@@ -288,7 +288,13 @@ def test_a_resident_expert_does_not_keep_the_pictures_of_its_last_run(shop: Shop
     assert kept() is None
 
 
-def test_activations_beyond_their_budget_are_given_back(shop: Shop) -> None:
+def test_activations_beyond_their_budget_are_given_back(
+    made: tuple[Store, Sequence[Bundle], Mapping[str, Compiled]],
+) -> None:
+    in_a_process_of_its_own(run_beyond_the_budget, made)
+
+
+def run_beyond_the_budget(shop: Shop) -> None:
     compiled = replace(shop.compiled["e0"], activation_item_bytes=32_000)
     shop.memory.load(compiled.segments)
     frugal = Sessions(shop.memory, runtime.CpuPlace(), activation_bytes=0)
@@ -302,10 +308,10 @@ def test_activations_beyond_their_budget_are_given_back(shop: Shop) -> None:
         runtime.trim()
         return anonymous_bytes()
 
-    held_after(400, frugal)  # whatever other sessions of this process left in the arena is gone with it
+    held_after(400, frugal)  # what is taken once for a process is there from now on
     before = held_after(1, frugal)
-    assert held_after(400, sessions) - before > 8 << 20
-    assert held_after(1, sessions) - before > 8 << 20
+    assert held_after(400, sessions) - before > 4 << 20
+    assert held_after(1, sessions) - before > 4 << 20
     assert held_after(300, sessions) - before < 2 << 20
 
 
@@ -315,13 +321,13 @@ def test_a_run_that_is_given_up_gives_back_what_it_was_to_give_back(long_shop: S
     place = PlaceOfArenas()
     sessions = Sessions(long_shop.memory, place, activation_bytes=1000)
     sessions.activate(compiled)
-    cancellation, pictures = Cancellation(), kit.noise(1500)
+    cancellation, pictures = Cancellation(), kit.noise(6000)
     with sessions.lease("longer") as lease:
         lease.run({"image": pictures[:1]})
     runtime.trim()
     before = anonymous_bytes()
     with sessions.lease("longer", cancellation) as lease:
-        threading.Timer(0.2, cancellation.cancel).start()
+        amid_work(cancellation.cancel)
         with pytest.raises(Cancelled):
             lease.run({"image": pictures})
     gc.collect()
@@ -551,7 +557,13 @@ def test_a_plain_expert_that_is_lent_is_not_dropped(plain_shop: Shop) -> None:
     assert plain_shop.memory.mapped_bytes == 0
 
 
-def test_a_plain_experts_memory_is_back_after_the_next_run_of_any_expert(plain_shop: Shop) -> None:
+def test_a_plain_experts_memory_is_back_after_the_next_run_of_any_expert(
+    plain_made: tuple[Store, Sequence[Bundle], Mapping[str, Compiled]],
+) -> None:
+    in_a_process_of_its_own(run_another_after_plain_ones, plain_made)
+
+
+def run_another_after_plain_ones(plain_shop: Shop) -> None:
     def cycle(name: str) -> None:
         compiled = plain_shop.ready(name)
         run(plain_shop, name, kit.noise(2))
@@ -579,7 +591,13 @@ def settled_bytes() -> int:
     return anonymous_bytes()
 
 
-def test_plain_experts_come_and_go_without_growth(plain_shop: Shop) -> None:
+def test_plain_experts_come_and_go_without_growth(
+    plain_made: tuple[Store, Sequence[Bundle], Mapping[str, Compiled]],
+) -> None:
+    in_a_process_of_its_own(let_come_and_go, plain_made)
+
+
+def let_come_and_go(plain_shop: Shop) -> None:
     def cycles(count: int) -> int:
         for number in range(count):
             name = ("byte", "other", "float")[number % 3]
@@ -686,15 +704,14 @@ def test_a_cancelled_run_ends_soon_and_leaves_the_expert_well(long_shop: Shop) -
     expected = run(long_shop, "long", kit.noise(2))
     half_a_minute = kit.noise(1500)
     for _ in range(3):
-        cancellation = Cancellation()
-        threading.Timer(0.2, cancellation.cancel).start()
-        begun = time.monotonic()
+        cancellation, begun = Cancellation(), time.process_time()
+        amid_work(cancellation.cancel)
         with (
             pytest.raises(Cancelled, match="the run of long was given up"),
             long_shop.sessions.lease("long", cancellation) as lease,
         ):
             lease.run({"image": half_a_minute})
-        assert time.monotonic() - begun < 5
+        assert time.process_time() - begun < 5, "of work, of which the run has half a minute"
         np.testing.assert_array_equal(run(long_shop, "long", kit.noise(2)), expected)
 
 
@@ -712,7 +729,7 @@ def test_cancelling_one_run_leaves_the_expert_s_other_runs_alone(long_shop: Shop
     expected = run(long_shop, "long", kit.noise(20))
     with ThreadPoolExecutor(1) as pool:
         other = pool.submit(run, long_shop, "long", kit.noise(20))
-        threading.Timer(0.1, cancellation.cancel).start()
+        amid_work(cancellation.cancel)
         with pytest.raises(Cancelled), long_shop.sessions.lease("long", cancellation) as lease:
             lease.run({"image": kit.noise(1500)})
         np.testing.assert_array_equal(other.result(), expected)
@@ -765,14 +782,9 @@ Test = Callable[[Shop], None]
 
 
 def in_a_process_of_its_own(test: Test, made: tuple[Store, Sequence[Bundle], Mapping[str, Compiled]]) -> None:
-    """A limit on memory holds for a whole process."""
+    """A limit on memory holds for a whole process, and so does what it measures of itself."""
     store, bundles, compiled = made
-    process = multiprocessing.get_context("spawn").Process(
-        target=with_shop, args=(test, store.folder.parent, bundles, compiled)
-    )
-    process.start()
-    process.join()
-    assert process.exitcode == 0
+    alone(with_shop, test, store.folder.parent, bundles, compiled)
 
 
 def with_shop(test: Test, folder: Path, bundles: Sequence[Bundle], compiled: Mapping[str, Compiled]) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from appliance.core.types import Segment
 from appliance.engine.disk import CHUNK_BYTES
-from appliance.engine.spares import Spares
+from appliance.engine.spares import MOST_TIMES, Spares
 from appliance.engine.weights import Weights
 from appliance.errors import LoadError
 from tests.kit_segments import Disk, bytes_of
@@ -26,29 +26,64 @@ def disk(tmp_path: Path) -> Disk:
     return Disk(tmp_path)
 
 
-@given(st.lists(st.tuples(st.booleans(), st.integers(1, 9)), max_size=60))
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 30)), max_size=60))
 def test_what_is_kept_is_what_was_given_less_what_was_taken(moves: list[tuple[bool, int]]) -> None:
     spares, kept = Spares(), list[int]()
     for now, (keeps, pages) in enumerate(moves):
         size = pages * PAGE
+        near = [k for k in kept if k <= MOST_TIMES * size and size <= MOST_TIMES * k]
         if keeps:
-            spares.keep(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), now)
+            spares.keep(_memory(pages), now)
             kept.append(size)
         elif (memory := spares.take(size)) is not None:
             assert len(memory) == size
             memory[:] = b"x" * size
-            kept.remove(min((k for k in kept if k >= size), default=max(kept)))
+            before = sum(kept) - spares.bytes
+            assert abs(before - size) == min(abs(k - size) for k in near)
+            kept.remove(before)
         else:
-            assert not kept
+            assert not near
         assert spares.bytes == sum(kept)
     spares.give_back()
     assert spares.bytes == 0
 
 
+def test_a_small_segment_takes_no_large_spare_and_a_large_one_no_small() -> None:
+    spares = Spares()
+    spares.keep(_memory(400), 0.0)
+    assert spares.take(PAGE) is None
+    assert spares.take(10_000 * PAGE) is None
+    assert spares.bytes == 400 * PAGE
+
+
+@given(st.lists(st.integers(1, 9), max_size=20), st.integers(-PAGE, 200 * PAGE))
+def test_what_is_given_back_is_no_more_than_it_has_to_be(pages: list[int], most_bytes: int) -> None:
+    """Within the page of which a part would be too much."""
+    spares = Spares()
+    for now, count in enumerate(pages):
+        spares.keep(_memory(count), now)
+    before = spares.bytes
+    spares.give_back(most_bytes)
+    assert spares.bytes == min(before, max(0, most_bytes) // PAGE * PAGE)
+    spares.give_back()
+    assert (spares.bytes, spares.take(PAGE)) == (0, None)
+
+
+def test_a_small_segment_costs_a_large_spare_little_where_the_budget_is_full(disk: Disk) -> None:
+    memory = Weights(disk.path, budget_bytes=3 << 20)
+    large, small, next_large = disk.segment(3 << 20, 1), disk.segment(PAGE, 2), disk.segment((3 << 20) - PAGE, 3)
+    memory.load([large])
+    memory.drop([large])
+    memory.load([small])
+    assert (memory.mapped_bytes, memory.spare_bytes) == (PAGE, (3 << 20) - PAGE)
+    assert _faults(lambda: memory.load([next_large])) < (3 << 20) // PAGE // 4, "no page had to be cleared"
+    assert memory.spare_bytes == 0
+
+
 def test_the_oldest_go_first_and_those_that_were_kept_lately_stay() -> None:
     spares = Spares()
     for now, pages in enumerate((1, 2, 3)):
-        spares.keep(mmap.mmap(-1, pages * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), now)
+        spares.keep(_memory(pages), now)
     spares.give_back(most_bytes=5 * PAGE)
     assert spares.bytes == 5 * PAGE
     spares.give_back(since_seconds=1)
@@ -108,9 +143,9 @@ def test_trimming_gives_back_what_has_been_spare_for_long(disk: Disk) -> None:
 
 
 def test_spares_go_before_memory_is_refused(tmp_path: Path) -> None:
-    """70 MB are wanted where 8 are left: the spare that would have to grow cannot, and the other has to go as well."""
+    """60 MB are wanted where 8 are left: the spare that would have to grow cannot, and the other has to go as well."""
     memory = Weights(lambda name: tmp_path / name, budget_bytes=1 << 30)
-    sizes = {"first": 32 << 20, "second": 32 << 20, "large": 70 << 20}
+    sizes = {"first": 32 << 20, "second": 32 << 20, "large": 60 << 20}
     for name, size in sizes.items():
         with (tmp_path / name).open("wb") as file:
             file.truncate(size)
@@ -134,6 +169,10 @@ def test_memory_that_somebody_still_sees_is_not_spare(disk: Disk) -> None:
         memory.drop([segment])
     memory.drop([segment])
     assert memory.spare_bytes == PAGE
+
+
+def _memory(pages: int) -> mmap.mmap:
+    return mmap.mmap(-1, pages * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def _faults(work: Callable[[], object]) -> int:

@@ -103,7 +103,9 @@ def test_a_usable_gpu_has_experts_of_its_own_a_budget_and_one_executor(
     assert [e.name for e in made.executors if e.device == "cuda:0"] == ["cuda:0-0"]
     (expert,) = made.experts.values()
     assert expert.footprints.keys() == expert.costs.keys() == {"cuda:0", "cpu"}
-    assert expert.costs["cuda:0"].item_seconds < expert.costs["cpu"].item_seconds
+    measured = made.compiled_on("cuda:0")[expert.name]
+    assert expert.costs["cuda:0"].item_seconds == measured.item_seconds / made.profile.gpu_speed
+    assert expert.costs["cuda:0"].fixed_seconds == measured.fixed_seconds / made.profile.gpu_speed
     assert [d.name for d in made.without("cuda:0", "lost").devices] == ["cpu"]
     off = install(made.config.model_copy(update={"executors": Executors(gpus=0)}))
     assert (len(off.devices), off.gpus.trouble) == (1, {})

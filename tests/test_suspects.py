@@ -47,25 +47,46 @@ def test_a_suspect_runs_with_nobody_beside_it_and_keeps_nobody_for_longer() -> N
     assert gate.ended(batch(3)) == [batch(5)]
 
 
+def test_a_batch_that_is_dropped_never_begins_and_keeps_nobody_waiting() -> None:
+    gate = Gate()
+    gate.offer(batch(1), suspect=False)
+    gate.offer(batch(2), suspect=True)
+    gate.offer(batch(3), suspect=False)
+    assert not gate.drop(batch(1)), "it has begun, and has to be ended"
+    assert gate.drop(batch(2))
+    assert not gate.drop(batch(2))
+    assert gate.ended(batch(2)) == [batch(3)], "beside the first, which still runs"
+    assert gate.offer(batch(4), suspect=True) == []
+    assert gate.drop(batch(4))
+    assert gate.ended(batch(4)) == []
+    assert gate.ended(batch(1)) == gate.ended(batch(3)) == []
+    assert gate.offer(batch(5), suspect=True) == [batch(5)]
+
+
 @given(offers=st.lists(st.booleans(), max_size=30), data=st.data())
 def test_whatever_comes_suspects_run_alone_all_begin_in_order_and_the_line_never_stands_still(
     offers: list[bool], data: st.DataObject
 ) -> None:
-    gate, running, begun = Gate(), list[int](), list[int]()
+    gate, running, begun, dropped = Gate(), list[int](), list[int](), set[int]()
     coming = deque(enumerate(offers))
     while coming or running:
         if coming and (not running or data.draw(st.booleans())):
             number, suspect = coming.popleft()
             now = gate.offer(batch(number), suspect=suspect)
+        elif data.draw(st.booleans()) and (held := set(range(len(offers) - len(coming))) - {*begun, *dropped}):
+            drops = data.draw(st.sampled_from(sorted(held)))
+            dropped.add(drops)
+            assert gate.drop(batch(drops))
+            now = gate.ended(batch(drops))
         else:
             ends = data.draw(st.sampled_from(running))
             running.remove(ends)
             now = gate.ended(batch(ends))
         running += [b.id for b in now]
         begun += [b.id for b in now]
-        assert running or len(begun) == len(offers) - len(coming)
+        assert running or len(begun) + len(dropped) == len(offers) - len(coming)
         assert len(running) == 1 or not any(offers[number] for number in running)
-    assert begun == list(range(len(offers)))
+    assert begun == [number for number in range(len(offers)) if number not in dropped]
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import psutil
 import pytest
 
 from appliance.core.policies import PAPER
@@ -25,6 +27,8 @@ from appliance.lab.task import NAMES, task
 from appliance.lab.taskreport import page
 
 SMALL = Task("tiny", experts=8, requests=60, budget_share=0.6, gap_seconds=0.001)
+ROOM_BYTES = 3 << 29
+"""A GiB to spare, as `task` asks for, and what the small one takes."""
 FIELDS = {
     *("policy", "loader", "images_per_second", "fraction_of_all_resident", "loads", "loads_floor"),
     *("wait_p50_seconds", "wait_p99_seconds", "peak_bytes", "cpu_seconds", "how"),
@@ -32,7 +36,19 @@ FIELDS = {
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> tuple[Mapping[str, Any], Sequence[Lap]]:
+def room(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What a task wants to find, of memory and disk: on a machine without it nothing is to be measured."""
+    found = {
+        "memory available": psutil.virtual_memory().available,
+        "disk free": shutil.disk_usage(tmp_path_factory.getbasetemp()).free,
+    }
+    for what, size in found.items():
+        if size < ROOM_BYTES:
+            pytest.skip(f"{size / 1e9:.1f} GB of {what}, and a task wants {ROOM_BYTES / 1e9:.1f}")
+
+
+@pytest.fixture(scope="module")
+def served(room: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Mapping[str, Any], Sequence[Lap]]:
     """What every policy came to, and its laps."""
     folder = tmp_path_factory.mktemp("task")
     found, (laps,) = task(SMALL, beside=(0.8,), folder=folder)
@@ -93,6 +109,7 @@ def test_a_report_of_few_policies_is_a_page_too(served: tuple[Mapping[str, Any],
     assert ElementTree.fromstring(page(few, laps)).tag == "html"
 
 
+@pytest.mark.usefixtures("room")
 def test_experts_have_files_and_weights_of_their_own(tmp_path: Path) -> None:
     with fleet(SMALL.job.board, "tiny", tmp_path, lambda line: None) as made:
         segments = [segment for compiled in made.compiled.values() for segment in compiled.segments]
@@ -111,6 +128,7 @@ def test_a_detector_is_asked_for_a_share_of_the_pictures() -> None:
     assert not alone.keys() & paper.DETECTOR_BYTES.keys()
 
 
+@pytest.mark.usefixtures("room")
 def test_rounds_make_medians_and_the_bound_is_always_there(tmp_path: Path) -> None:
     found, rounds = task(replace(SMALL, requests=20), ["samba"], pairs=2, folder=tmp_path)
     assert [[lap.policy for lap in laps] for laps in rounds] == [["all-resident", "samba"], ["samba", "all-resident"]]

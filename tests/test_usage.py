@@ -50,13 +50,37 @@ def test_who_is_not_asked_keeps_its_weight_and_so_its_rank() -> None:
     assert {name: usage.weight(name) for name in "bcd"} == before
 
 
-def test_at_a_product_change_its_recipe_counts_at_once() -> None:
+def test_at_a_product_change_its_recipe_counts_as_soon_as_it_is_named_steadily() -> None:
     usage = _usage()
     for _ in range(MEMORY_PICTURES):
         _ask(usage, _picture("a", product="plates"))
-    assert usage.changes(_picture("c", product="boards"))
+    boards = [_picture("c", product="boards")] * STEADY_PICTURES
+    assert [usage.changes(picture) for picture in boards] == [False] * (STEADY_PICTURES - 1) + [True]
     shares = {"a": 0.0, "b": 0.0, "c": 0.75, "d": 0.25, "detector": 0.5}
     assert _probabilities(usage) == pytest.approx(shares, abs=1e-3)
+
+
+@pytest.mark.parametrize("passing", ["", "-", "unheard-of", "plates"])
+def test_a_passing_picture_takes_nothing_from_what_a_line_taught(passing: str) -> None:
+    usage = _usage()
+    for number in range(2 * MEMORY_PICTURES):
+        _ask(usage, _picture("cd"[number % 15 == 0], product="boards"))
+    taught = usage.weight("c") / usage.weight("d")
+    assert taught > 9, "the recipe says 3"
+    for count in range(1, STEADY_PICTURES):
+        for product in [passing] * count + ["boards"] * STEADY_PICTURES:
+            assert not _ask(usage, _picture("c", product=product))
+    assert usage.weight("c") / usage.weight("d") == pytest.approx(taught, rel=0.01)
+
+
+@pytest.mark.parametrize("product", ["", "-", "unheard-of"])
+def test_what_has_no_recipe_is_no_other_product_however_long_it_is_named(product: str) -> None:
+    usage = _usage()
+    for number in range(2 * MEMORY_PICTURES):
+        _ask(usage, _picture("cd"[number % 15 == 0], product="boards"))
+    for name in [product] * 10 * STEADY_PICTURES + ["boards"] * 10 * STEADY_PICTURES:
+        assert not _ask(usage, _picture("c", product=name))
+    assert usage.weight("c") / usage.weight("d") > 10
 
 
 def test_who_comes_after_others_counts_by_how_often_they_led_there() -> None:
@@ -64,13 +88,15 @@ def test_who_comes_after_others_counts_by_how_often_they_led_there() -> None:
     for number in range(1000):
         usage.led("c", ["detector"] if number % 10 == 0 else [])
         usage.led("d", ["detector"])
-    usage.changes(_picture("c", product="boards"))
+    for _ in range(STEADY_PICTURES):
+        usage.changes(_picture("c", product="boards"))
     assert _probability(usage, "detector") == pytest.approx(0.75 * 0.1 + 0.25 * 1.0, abs=0.01)
 
 
 def test_a_product_without_a_recipe_just_counts() -> None:
     usage = _usage()
-    _ask(usage, _picture("a", product="plates"))
+    for _ in range(STEADY_PICTURES):
+        _ask(usage, _picture("a", product="plates"))
     assert [_ask(usage, _picture("d", product=name)) for name in ("-", "", "unheard-of")] == [False] * 3
     assert _probability(usage, "a") > 0.99
 

@@ -355,16 +355,16 @@ def test_twelve_experts_take_turns_in_the_memory_of_three(disk: Disk, memory: We
     segments = [disk.segment(size, seed) for seed in range(12)]
     gc.collect()
     before = anonymous_bytes()
-    seen = []
     for number, segment in enumerate(segments * 2):
         if number >= places:
             memory.drop([(segments * 2)[number - places]])
         memory.load([segment])
-        seen.append(anonymous_bytes() - before)
+        assert memory.mapped_bytes == min(number + 1, places) * size
+        assert anonymous_bytes() - before < (places + 1) * size
     assert memory.peak_bytes == places * size
-    assert max(seen) < places * size + (4 << 20)
     memory.close()
-    assert anonymous_bytes() - before < 4 << 20
+    assert memory.mapped_bytes == 0
+    assert anonymous_bytes() - before < size
 
 
 def cached_pages(path: Path) -> int:

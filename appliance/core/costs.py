@@ -6,6 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, linear_regression
 
+LEAST_SHARE = 0.1
+"""Of what a picture takes in the best batch. A line that rises less says that a batch takes as long however full it is,
+and its slope is noise; as a group counts B once, its pictures would be almost free."""
+
 
 @dataclass(frozen=True, slots=True)
 class Cost:
@@ -28,9 +32,9 @@ def fit(samples: Sequence[tuple[int, float]]) -> tuple[float, float]:
     One batch size cannot tell K from B, nor can runs so short that noise hides what a picture more takes: everything
     is then K, for a queue whose pictures cost nothing would get them all.
     """
-    item_seconds = slope(samples)
-    if item_seconds <= 0:
-        return min(s / n for n, s in samples), 0.0
+    item_seconds, best = slope(samples), min(s / n for n, s in samples)
+    if item_seconds < LEAST_SHARE * best:
+        return best, 0.0
     return item_seconds, max(fmean(s for _, s in samples) - item_seconds * fmean(n for n, _ in samples), 0.0)
 
 

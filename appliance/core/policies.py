@@ -70,7 +70,8 @@ class Policy:
 
     `assign(offers, turn)`: who gets the `turn`-th task. `groups`: a task goes directly behind the last one for the same
     expert on its executor, else to the tail (CoServe §4.3); without, always to the tail. `in_order`: an executor works
-    its queue off in order, and a load occupies it; without, what is resident goes first and loads go on beside.
+    its queue off in order, and a load occupies it; without, what is resident goes first and loads go on beside. With
+    both, whoever stands behind waits as long as more tasks come for the expert in front than run: nothing bounds it.
     `place`: who is resident where at the start.
     `worth(resident, now)`: the least worth leaves first, with `orphans_first` after the subsequent experts none of
     whose preliminary experts is resident, largest first (CoServe §4.4). `spares_queued`: what a queued task needs

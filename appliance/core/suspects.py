@@ -45,9 +45,15 @@ class Gate:
         return self._let_through()
 
     def ended(self, batch: Batch) -> list[Batch]:
-        """The same, now that this one has ended."""
-        self._running.remove(batch.id)
+        """The same, now that this one has ended, or was dropped."""
+        self._running.discard(batch.id)
         return self._let_through()
+
+    def drop(self, batch: Batch) -> bool:
+        """Whether it was held back, and now will never begin. Who came behind it may begin when that `ended`."""
+        held = len(self._held)
+        self._held = deque(one for one in self._held if one[0].id != batch.id)
+        return len(self._held) < held
 
     def _let_through(self) -> list[Batch]:
         begun = []

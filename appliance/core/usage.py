@@ -10,7 +10,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
-from math import inf
 
 from appliance.core.graph import ExpertGraph
 from appliance.core.types import Request
@@ -25,8 +24,9 @@ PRIOR_ANSWERS = 10
 LIKELY_SHARE = 0.05
 """Of an expert's answers: to be loaded ahead, or spared, whoever so few lead to takes what others need."""
 STEADY_PICTURES = 8
-"""A product that a line names so often in a row is what it makes. Two that take turns more quickly are mixed on it, and
-count like any pictures."""
+"""A product that a line names so often in a row is what it makes. Fewer are passing ones, a stray picture or
+two products that take turns, and count like any pictures: what the line taught is worth more, and a change-over is for
+thousands of pictures."""
 MOST_LINES = 32
 """More lines than these share one part, without products of its own: a topic costs nothing, a part does."""
 LARGEST_STEP = 1e100
@@ -41,20 +41,13 @@ class _Part:
     weights: defaultdict[str, float]
     product: str | None = None
     latest: str | None = None
-    in_a_row: float = inf
+    in_a_row: int = 0
 
-    def turns_to(self, product: str) -> bool:
-        """Whether this picture begins another product: the former was no passing one, or this one is none."""
-        if product == self.latest:
-            self.in_a_row += 1
-            was_steady = False
-        else:
-            was_steady = self.in_a_row >= STEADY_PICTURES
-            self.latest, self.in_a_row = product, 1
-        if product == self.product or not (was_steady or self.in_a_row >= STEADY_PICTURES):
-            return False
-        self.product = product
-        return True
+    def names(self, product: str) -> bool:
+        """Whether it does so steadily, and makes something else as far as was known."""
+        self.in_a_row = self.in_a_row + 1 if product == self.latest else 1
+        self.latest = product
+        return product != self.product and self.in_a_row >= STEADY_PICTURES
 
 
 class Usage:
@@ -85,8 +78,9 @@ class Usage:
         if is_new:
             self._parts[line] = _Part(PRIOR_PICTURES * self._step, self._prior())
         part = self._parts[line]
-        begins = bool(line) and part.turns_to(request.product) and request.product in self._products
+        begins = part.names(request.product) and bool(line) and request.product in self._products
         if begins:
+            part.product = request.product
             part.weights = self._weights_of(self._products[request.product], part.total)
         part.total += self._step
         has_outgrown = self._step > LARGEST_STEP

@@ -66,9 +66,9 @@ class InHand:
             self._write(_OPEN, is_synced=min(arrivals, default=self._synced_through + 1) <= self._synced_through)
 
     def put_back(self, batch: int) -> None:
-        """The batch has ended, and with it what its pictures can do. Raises RecordsError."""
+        """The batch has ended, and with it what its pictures can do, or it never began. Raises RecordsError."""
         with self._lock:
-            del self._held[batch]
+            self._held.pop(batch, None)
             self._write(_OPEN)
 
     def close(self) -> None:
