@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from appliance.core.types import (
     Finished,
     Loaded,
     LoadFailed,
+    Outcome,
     Overflow,
     Refusal,
     Run,
@@ -50,6 +52,34 @@ def test_a_run_takes_as_long_as_its_costs() -> None:
     report = simulate(controller, pretend(experts, devices), [request(str(n), "c-a") for n in range(4)])
     assert report.seconds == pytest.approx(0.5 + 2 * (0.2 + 2 * 0.1))
     assert report.images_per_second == pytest.approx(4 / report.seconds)
+
+
+def test_pictures_that_are_late_are_no_throughput_and_have_waited_until_they_were() -> None:
+    """Three at once on one executor that has time for one until they are due."""
+    experts = [expert("a", load=0.1, item=0.2, fixed=0.0, max_batch=1), expert("detector")]
+    controller, devices = box(experts, inspection_graph(["a"]), 100, executors=1)
+    report = simulate(controller, pretend(experts, devices), [request(str(n), "c-a", deadline=0.45) for n in range(3)])
+    assert Counter(verdict.outcome for verdict in report.verdicts) == {Outcome.PASS: 1, Outcome.LATE: 2}
+    assert report.images_per_second == pytest.approx(1 / 0.45)
+    assert sorted(report.waits_seconds) == pytest.approx([0.3, 0.45, 0.45])
+
+
+def test_pictures_that_are_turned_away_are_neither_throughput_nor_have_they_waited() -> None:
+    experts = [expert("a"), expert("detector")]
+    controller, devices = box(experts, inspection_graph(["a"]), 100, most_waiting=3, overflow=Overflow.REJECT)
+    report = simulate(controller, pretend(experts, devices), [request(str(n), "c-a") for n in range(5)])
+    assert Counter(verdict.outcome for verdict in report.verdicts) == {Outcome.PASS: 3, Outcome.REJECTED: 2}
+    assert report.images_per_second == pytest.approx(3 / report.seconds)
+    assert len(report.waits_seconds) == 3
+
+
+def test_a_world_that_served_before_counts_anew() -> None:
+    experts = [expert("a"), expert("detector")]
+    controller, devices = box(experts, inspection_graph(["a"]), 100)
+    world = pretend(experts, devices)
+    for board in range(2):
+        report = simulate(controller, world, [request(f"{board}", "c-a", board * 10.0)])
+        assert report.answered == 1
 
 
 def test_loads_in_flight_share_the_disk() -> None:

@@ -21,6 +21,11 @@ class Outcome(StrEnum):
     LATE = "late"
     REJECTED = "rejected"
 
+    @property
+    def is_answer(self) -> bool:
+        """All experts that had to see the picture have seen it, in time."""
+        return self in (Outcome.PASS, Outcome.FAIL)
+
 
 @dataclass(frozen=True, slots=True)
 class Box:

@@ -97,7 +97,7 @@ def _rates(made: Installation, experts: Mapping[str, Expert], product: str, comp
     answers = {name: tuple(leading_on(graph, name)) for name in experts}
     disk = SharedDisk(made.profile.disk_bytes_per_second)
     world = World(experts.values(), made.devices, lambda request, expert: answers[expert], disk=disk)
-    start, loads, seconds = 0.0, 0, 0.0
+    start, loads, answered, seconds = 0.0, 0, 0, 0.0
     for board in range(WARM_BOARDS + COUNTED_BOARDS):
         requests = [
             Request(f"{board}-{number}", name, start, None, LINE, product) for number, name in enumerate(components)
@@ -106,9 +106,9 @@ def _rates(made: Installation, experts: Mapping[str, Expert], product: str, comp
         start += report.seconds + REST_SECONDS
         if board >= WARM_BOARDS:
             loads += sum(isinstance(action, Load) for action in report.actions)
+            answered += report.answered
             seconds += report.seconds
-    pictures = COUNTED_BOARDS * len(components)
-    return Rates(loads / COUNTED_BOARDS, pictures / seconds if seconds else 0.0)
+    return Rates(loads / COUNTED_BOARDS, answered / seconds if seconds else 0.0)
 
 
 def leading_on(graph: ExpertGraph, expert: str) -> Iterator[Finding]:

@@ -29,7 +29,6 @@ from appliance.core.types import (
     Finished,
     Load,
     Loaded,
-    Outcome,
     Publish,
     Quarantine,
     Refusal,
@@ -207,7 +206,7 @@ class _Served:
         for action in self._controller.handle(event, time.monotonic()):
             match action:
                 case Publish(verdict):
-                    if verdict.outcome not in (Outcome.PASS, Outcome.FAIL):
+                    if not verdict.outcome.is_answer:
                         raise ApplianceError(f"{verdict.request} got no answer: {verdict.refusal}", "report this")
                     self.verdicts.append(verdict)
                     self._album.forget(verdict.request)

@@ -37,6 +37,7 @@ from appliance.core.types import (
     Load,
     Loaded,
     LoadFailed,
+    Outcome,
     Publish,
     Quarantine,
     Refusal,
@@ -239,7 +240,7 @@ class World:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class Simulation:
     """What a run came to. `seconds` is virtual time from the first arrival to the last verdict."""
 
     verdicts: tuple[Verdict, ...]
@@ -253,11 +254,22 @@ class Report:
     """Processor time that the controller took for its decisions."""
 
     @property
+    def answered(self) -> int:
+        """Late, failed and rejected pictures are none that a box has done."""
+        return sum(verdict.outcome.is_answer for verdict in self.verdicts)
+
+    @property
     def images_per_second(self) -> float:
-        return len(self.verdicts) / self.seconds if self.seconds else 0.0
+        return self.answered / self.seconds if self.seconds else 0.0
+
+    @property
+    def waits_seconds(self) -> tuple[float, ...]:
+        """Of all that were not turned away. Who was late has waited until it was: without them, overload would look
+        better the more of them there are."""
+        return tuple(v.waited_seconds for v in self.verdicts if v.outcome is not Outcome.REJECTED)
 
 
-def simulate(controller: Controller, world: World, arrivals: Sequence[Request]) -> Report:
+def simulate(controller: Controller, world: World, arrivals: Sequence[Request]) -> Simulation:
     """Feed the arrivals, in order of time, at their times; everything else takes as long as the world says."""
     event: Event
     agenda: list[tuple[float, int, Event]] = [(r.arrived_seconds, n, Arrived(r)) for n, r in enumerate(arrivals)]
@@ -295,10 +307,10 @@ def simulate(controller: Controller, world: World, arrivals: Sequence[Request]) 
                 disk.begin(sum(segment.bytes for segment in action.segments), number, after, now)
             else:
                 heapq.heappush(agenda, (now + seconds, number, after))
-    return _report(controller, world, taken, ended - started, scheduling)
+    return _summed_up(controller, world, taken, ended - started, scheduling)
 
 
-def replay(controller: Controller, world: World, events: Iterable[tuple[float, Event]]) -> Report:
+def replay(controller: Controller, world: World, events: Iterable[tuple[float, Event]]) -> Simulation:
     """Feed recorded (seconds, event) pairs to a fresh controller: the same input makes the same actions."""
     taken: list[Action] = []
     started = ended = None
@@ -309,15 +321,15 @@ def replay(controller: Controller, world: World, events: Iterable[tuple[float, E
             taken.append(action)
             world.obey(action)
             ended = now if isinstance(action, Publish) else ended
-    return _report(controller, world, taken, (ended or 0.0) - (started or 0.0))
+    return _summed_up(controller, world, taken, (ended or 0.0) - (started or 0.0))
 
 
-def _report(
+def _summed_up(
     controller: Controller, world: World, actions: list[Action], seconds: float, scheduling_seconds: float = 0.0
-) -> Report:
+) -> Simulation:
     """Counts are the controller's own, as a live box tells them: who was given up while loading is not evicted."""
-    return Report(
-        tuple(world.verdicts),
+    return Simulation(
+        tuple(action.verdict for action in actions if isinstance(action, Publish)),
         tuple(actions),
         seconds,
         controller.counts["loads"],
@@ -346,20 +358,20 @@ def simulated(path: Path, *, predict: bool, policy: str | None = None) -> dict[s
     world = World(opening.experts, opening.devices, lambda request, expert: answers[request, expert])
     started = time.perf_counter()
     if predict:
-        report = simulate(controller, world, [e.request for _, e in events if isinstance(e, Arrived)])
+        simulation = simulate(controller, world, [e.request for _, e in events if isinstance(e, Arrived)])
     else:
-        report = replay(controller, world, events)
+        simulation = replay(controller, world, events)
     wall_seconds = time.perf_counter() - started
     return {
-        "requests": len(report.verdicts),
-        "outcomes": dict(Counter(verdict.outcome.value for verdict in report.verdicts)),
-        "loads": report.loads,
-        "evictions": report.evictions,
-        "peak_weights_bytes": report.peak_bytes,
+        "requests": len(simulation.verdicts),
+        "outcomes": dict(Counter(verdict.outcome.value for verdict in simulation.verdicts)),
+        "loads": simulation.loads,
+        "evictions": simulation.evictions,
+        "peak_weights_bytes": simulation.peak_bytes,
         "budget_bytes": sum(device.budget_bytes for device in opening.devices),
-        "seconds": report.seconds,
-        "images_per_second": report.images_per_second,
-        "requests_per_wall_second": len(report.verdicts) / wall_seconds,
+        "seconds": simulation.seconds,
+        "images_per_second": simulation.images_per_second,
+        "requests_per_wall_second": len(simulation.verdicts) / wall_seconds,
     }
 
 

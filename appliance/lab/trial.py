@@ -74,7 +74,7 @@ def tried(machine: Machine, job: Job, name: str, loader: str = "paper") -> dict[
 
     asked = _asked(trace)
     absent = asked.keys() - {expert for _, expert in box.residents}
-    waits = sorted(v.waited_seconds for v in report.verdicts if v.outcome is not Outcome.LATE)
+    waits = sorted(report.waits_seconds)
     return {
         "policy": name,
         "device": machine.name,
@@ -162,7 +162,7 @@ def _steady(trace: Trace, verdicts: Sequence[Verdict]) -> float:
     """Answers in time per second of the middle eight tenths of the time in which pictures came; zero for no time."""
     lasting = trace.requests[-1].arrived_seconds
     came = {request.id: request.arrived_seconds for request in trace.requests}
-    answered = (came[v.request] + v.waited_seconds for v in verdicts if v.outcome is not Outcome.LATE)
+    answered = (came[v.request] + v.waited_seconds for v in verdicts if v.outcome.is_answer)
     return sum(0.1 * lasting <= at < 0.9 * lasting for at in answered) / (0.8 * lasting) if lasting else 0.0
 
 
