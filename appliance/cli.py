@@ -157,6 +157,7 @@ def export_experts(context: typer.Context) -> None:
 
 @app.command()
 def simulate(
+    context: typer.Context,
     journal: Annotated[
         Path | None, typer.Argument(help="A journal that a service wrote (paths.journal), such as the demo's.")
     ] = None,
@@ -194,14 +195,20 @@ def simulate(
     from appliance.report import print_paper_table, print_simulation
 
     if paper_table:
+        _refuse_unused(context, {"paper_table"}, "the table has all machines, tasks and policies")
         found = tabled()
         _print(found) if as_json else print_paper_table(found, Console())
         return
     if (journal is None) == (task is None):
         raise typer.BadParameter("give a journal, or --task, or --paper-table")
     if journal is not None:
+        if policy is not None and not predict:
+            raise typer.BadParameter("a journal is replayed as it was; add --predict", param_hint="--policy")
+        _refuse_unused(context, {"journal", "predict", "policy"}, "a journal has its own; it goes with --task")
         found = simulated(journal, predict=predict, policy=policy)
     else:
+        of_a_task = {"device", "task", "policy", "loader", "gap", "due", "boards"}
+        _refuse_unused(context, of_a_task, "it goes with a journal")
         found = tried_by_name(device, str(task), policy or "appliance", loader, Pace(gap, due, boards))
     _print(found) if as_json else print_simulation(found, Console())
 
@@ -472,6 +479,14 @@ def main() -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _refuse_unused(context: typer.Context, used: set[str], why: str) -> None:
+    """Who gives an option means something by it: it is not passed over."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(str(parameter.name))
+        if source is not None and source.name == "COMMANDLINE" and parameter.name not in used | {"as_json"}:
+            raise typer.BadParameter(f"leave it out: {why}", param_hint=parameter.opts[0])
 
 
 def _password(path: Path) -> str:

@@ -32,7 +32,7 @@ from appliance.core.types import (
 from appliance.drivers import journal
 from appliance.drivers.journal import Journal, Opening
 from appliance.errors import ConfigError, RecordsError
-from appliance.lab.simulate import SharedDisk, World, controller_of, replay, simulate, simulated
+from appliance.lab.simulate import SharedDisk, World, controller_of, replay, simulate, simulated, under
 from tests.kit import BOXED, DOUBTFUL, SOUND, box, expert, inspection_graph, pretend, request
 
 
@@ -125,6 +125,29 @@ def test_a_prediction_may_be_of_another_policy(tmp_path: Path) -> None:
         simulated(path, predict=True, policy="nonsense")
 
 
+def test_a_prediction_of_coserve_gives_each_executor_a_memory_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    with Journal(path, replace(_opening(), devices=(Device("cpu", 30, 4, 16, (1, 2)),))) as written:
+        for number in range(6):
+            written.note(Arrived(request(str(number), "c-a", float(number))), float(number))
+    opening, _ = journal.read(path)
+    made = under(opening, "coserve")
+    assert made.devices == (Device("cpu0", 15, 1, 8, (1, 2)), Device("cpu1", 15, 1, 8, (1, 2)))
+    assert made.executors == (Executor("cpu0-0", "cpu0"), Executor("cpu1-0", "cpu1"))
+    assert all(expert.footprints.keys() == expert.costs.keys() == {"cpu0", "cpu1"} for expert in made.experts)
+    assert under(opening, "samba").executors == (Executor("cpu-0", "cpu"),), "which gives everything to one"
+    assert under(opening, "appliance") == opening
+    assert simulated(path, predict=True, policy="coserve")["budget_bytes"] == 30
+    assert simulated(path, predict=True, policy="coserve")["requests"] == 6
+
+
+def test_experts_that_are_too_large_for_an_executors_share_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    Journal(path, replace(_opening(), devices=(Device("cpu", 19),))).close()
+    with pytest.raises(ConfigError, match="a does not fit one executor's share"):
+        simulated(path, predict=True, policy="coserve")
+
+
 def test_a_journal_of_a_service_without_limits_and_priorities_is_read(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     Journal(path, _opening()).close()
@@ -164,7 +187,7 @@ def test_a_written_journal_replays_to_the_same_actions(tmp_path: Path) -> None:
         for now, event in events:
             written.note(event, now)
     opening, read = journal.read(path)
-    again = replay(controller_of(opening, opening.policy), pretend(opening.experts, opening.devices, DOUBTFUL), read)
+    again = replay(controller_of(opening), pretend(opening.experts, opening.devices, DOUBTFUL), read)
     assert again.actions == live.actions
     found = simulated(path, predict=False)
     assert (found["loads"], found["evictions"], found["requests"]) == (live.loads, live.evictions, 30)

@@ -19,7 +19,7 @@ from appliance.errors import ApplianceError, ConfigError
 from appliance.lab import fleet as fleets
 from appliance.lab import paper
 from appliance.lab.fleet import fleet
-from appliance.lab.laps import Lap, Task, asked
+from appliance.lab.laps import Lap, Task
 from appliance.lab.plain import PLAIN
 from appliance.lab.task import NAMES, task
 from appliance.lab.taskreport import page
@@ -104,10 +104,10 @@ def test_experts_have_files_and_weights_of_their_own(tmp_path: Path) -> None:
 
 
 def test_a_detector_is_asked_for_a_share_of_the_pictures() -> None:
-    uses = asked(paper.drawn(replace(SMALL, requests=1000).job))
+    uses = paper.drawn(replace(SMALL, requests=1000).job).asked
     detected = sum(len(uses.get(name, ())) for name in paper.DETECTOR_BYTES)
     assert 250 < detected < 450
-    alone = asked(paper.drawn(replace(SMALL, checked_share=0.0).job))
+    alone = paper.drawn(replace(SMALL, checked_share=0.0).job).asked
     assert not alone.keys() & paper.DETECTOR_BYTES.keys()
 
 

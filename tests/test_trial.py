@@ -10,6 +10,7 @@ import pytest
 from appliance.core.policies import PAPER
 from appliance.errors import ConfigError
 from appliance.lab import paper, trial
+from appliance.lab.contenders import NAMES
 from appliance.lab.paper import JOBS, MACHINES, NUMA, UMA
 
 A1, B2 = JOBS["A1"], JOBS["B2"]
@@ -51,7 +52,7 @@ def test_ours_is_near_the_bound_when_a_load_takes_what_its_bytes_take(machine: p
     assert found["images_per_second"] >= 0.88 * found["bound_images_per_second"]
 
 
-@pytest.mark.parametrize("policy", trial.NAMES)
+@pytest.mark.parametrize("policy", NAMES)
 @pytest.mark.parametrize("loader", trial.LOADERS)
 def test_nobody_is_quicker_than_the_bound(policy: str, loader: str) -> None:
     found = trial.tried(UMA, replace(A1, pictures=600), policy, loader)

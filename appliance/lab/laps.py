@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +11,7 @@ from PIL import Image
 
 from appliance.drivers.album import Album, Subject
 from appliance.lab import paper
-from appliance.lab.paper import Board, Job, Trace
+from appliance.lab.paper import Board, Job
 
 Pictures = Sequence[bytes]
 
@@ -91,17 +90,6 @@ class Stays:
 
     def until(self, at: float) -> tuple[Stay, ...]:
         return (*self._over, *(Stay(expert, since, at) for (_, expert), since in self._since.items()))
-
-
-def asked(trace: Trace) -> Mapping[str, Sequence[float]]:
-    """Which expert the task asks when, in seconds since the first picture; a detector when the picture comes."""
-    found = defaultdict[str, list[float]](list)
-    for request in trace.requests:
-        rank = int(request.component.removeprefix("type"))
-        found[paper.classifier(rank)].append(request.arrived_seconds)
-        if request.id in trace.checked:
-            found[paper.detector(rank)].append(request.arrived_seconds)
-    return found
 
 
 def encoded_pictures() -> Pictures:

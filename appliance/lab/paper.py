@@ -8,7 +8,8 @@ many experts its executors hold.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -139,6 +140,17 @@ class Trace:
 
     def answer(self, request: str, expert: str) -> tuple[Finding, ...]:
         return (CHECK if request in self.checked else SETTLED,)
+
+    @property
+    def asked(self) -> Mapping[str, Sequence[float]]:
+        """Which expert is asked when; a detector at the moment at which the picture comes, if not before."""
+        found = defaultdict[str, list[float]](list)
+        for request in self.requests:
+            rank = int(request.component.removeprefix("type"))
+            found[classifier(rank)].append(request.arrived_seconds)
+            if request.id in self.checked:
+                found[detector(rank)].append(request.arrived_seconds)
+        return found
 
 
 def drawn(job: Job) -> Trace:

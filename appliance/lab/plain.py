@@ -26,7 +26,7 @@ from appliance.drivers import heads, images, runtime
 from appliance.drivers.devices import anonymous_bytes, cores
 from appliance.lab import paper
 from appliance.lab.fleet import Fleet
-from appliance.lab.laps import Lap, Pictures, Stays, album, asked
+from appliance.lab.laps import Lap, Pictures, Stays, album
 from appliance.lab.paper import Trace
 
 PLAIN = "plain-lru"
@@ -72,7 +72,7 @@ def lap(
         cpu_seconds=time.process_time() - cpu_begin,
         waits_seconds=tuple(served.waits),
         loads=cache.loads - loads_before,
-        loads_floor=len(asked(trace).keys() - began_with),
+        loads_floor=len(trace.asked.keys() - began_with),
         peak_bytes=cache.peak_bytes,
         stays=cache.stays.until(seconds),
         how=f"{setting.how}; models from {sum(map(len, made.model_files.values()))} files in the page cache",

@@ -10,7 +10,7 @@ import heapq
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 from pathlib import Path
 from typing import Any, assert_never
@@ -29,6 +29,7 @@ from appliance.core.types import (
     Device,
     Event,
     Evict,
+    Executor,
     Expert,
     Finding,
     Finished,
@@ -49,6 +50,7 @@ from appliance.core.types import (
 )
 from appliance.drivers import journal
 from appliance.errors import ConfigError
+from appliance.lab.contenders import pools
 
 Answer = Callable[[str, str], tuple[Finding, ...] | Refusal]
 
@@ -347,13 +349,15 @@ def _require(holds: bool, otherwise: str) -> None:
 def simulated(path: Path, *, predict: bool, policy: str | None = None) -> dict[str, Any]:
     """What `appliance simulate` tells of a journal.
 
-    Raises RecordsError when it cannot be read, and ConfigError for a policy that no service has.
+    A prediction may be of another policy than the one that the service had, with the memories that such a box has.
 
-    A prediction may be of another policy than the one that the service had.
+    Raises RecordsError when it cannot be read, and ConfigError for a policy that no service has.
     """
     opening, recorded = journal.read(path)
     events = list(recorded)
-    controller = controller_of(opening, policy if predict and policy else opening.policy)
+    if predict and policy:
+        opening = under(opening, policy)
+    controller = controller_of(opening)
     answers = _recorded_answers(event for _, event in events)
     world = World(opening.experts, opening.devices, lambda request, expert: answers[request, expert])
     started = time.perf_counter()
@@ -375,7 +379,7 @@ def simulated(path: Path, *, predict: bool, policy: str | None = None) -> dict[s
     }
 
 
-def controller_of(opening: journal.Opening, policy: str) -> Controller:
+def controller_of(opening: journal.Opening) -> Controller:
     """One like the service's at its start. Raises ConfigError for a policy that no service has."""
     return Controller(
         opening.graph,
@@ -385,11 +389,62 @@ def controller_of(opening: journal.Opening, policy: str) -> Controller:
         opening.unavailable,
         pinned=opening.pinned,
         preload=opening.preload,
-        policy=policy_of(policy),
+        policy=policy_of(opening.policy),
         priorities=opening.priorities,
         most_waiting=opening.most_waiting,
         overflow=opening.overflow,
         products=opening.products,
+    )
+
+
+def under(opening: journal.Opening, name: str) -> journal.Opening:
+    """The same box under another policy: in CoServe each executor has a memory and a load of its own, an even share.
+
+    Raises ConfigError for a policy that no service has, and when an expert is too large for such a share.
+    """
+    policy = policy_of(name)
+    if name == opening.policy or not policy.in_order:
+        return replace(opening, policy=name)
+    able = Counter(device for expert in opening.experts for device in expert.footprints)
+    devices = {device.name: device for device in sorted(opening.devices, key=lambda device: -able[device.name])}
+    executors = Counter(executor.device for executor in opening.executors)
+    found = pools(policy, {device: executors[device] for device in devices if executors[device]})
+    parts = Counter(pool.device for pool in found)
+    made = replace(
+        opening,
+        policy=name,
+        devices=tuple(_part(devices[pool.device], pool.name, parts[pool.device]) for pool in found),
+        executors=tuple(Executor(f"{pool.name}-0", pool.name) for pool in found),
+        experts=tuple(
+            replace(
+                expert,
+                footprints={p.name: expert.footprints[p.device] for p in found if p.device in expert.footprints},
+                costs={p.name: expert.costs[p.device] for p in found if p.device in expert.costs},
+            )
+            for expert in opening.experts
+        ),
+    )
+    for expert in made.experts:
+        if not any(_holds(device, expert) for device in made.devices):
+            raise ConfigError(
+                f"{expert.name} does not fit one executor's share of the memory, which {name} divides",
+                "choose a policy that shares it, such as appliance",
+            )
+    return made
+
+
+def _holds(device: Device, expert: Expert) -> bool:
+    footprint = expert.footprints.get(device.name)
+    if footprint is None or footprint.weights_bytes > device.budget_bytes:
+        return False
+    return device.activation_bytes is None or footprint.activation_bytes(1) <= device.activation_bytes
+
+
+def _part(device: Device, name: str, parts: int) -> Device:
+    """One of so many even parts of a device's memory, for one executor."""
+    activations = None if device.activation_bytes is None else device.activation_bytes // parts
+    return replace(
+        device, name=name, budget_bytes=device.budget_bytes // parts, load_slots=1, activation_bytes=activations
     )
 
 
