@@ -12,6 +12,7 @@ from PIL import Image
 from appliance.drivers.album import Album, Subject
 from appliance.lab import paper
 from appliance.lab.paper import Board, Job
+from appliance.lab.telling import quantile
 
 Pictures = Sequence[bytes]
 
@@ -69,8 +70,7 @@ class Lap:
         return len(self.waits_seconds) / self.seconds
 
     def wait_seconds(self, share: float) -> float:
-        ordered = sorted(self.waits_seconds)
-        return ordered[min(int(len(ordered) * share), len(ordered) - 1)]
+        return quantile(self.waits_seconds, share)
 
 
 class Stays:

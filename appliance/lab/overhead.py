@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import gc
 import statistics
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from appliance.core.policies import APPLIANCE, COSERVE
 from appliance.lab import paper
 from appliance.lab.paper import Board, Job
+from appliance.lab.telling import Say
 from appliance.lab.trial import tried
-
-Say = Callable[[str], None]
 
 SIZES = ((350, 3_500, 0.05e-3), (10_000, 100_000, 0.1e-3))
 """Experts, requests queued at once, and the seconds per request that deciding may take (issue 4)."""

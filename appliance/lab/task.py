@@ -25,8 +25,7 @@ from appliance.lab.contenders import ALL, ORACLE
 from appliance.lab.fleet import Fleet, fleet, shape_named
 from appliance.lab.laps import Lap, Task, encoded_pictures
 from appliance.lab.plain import PLAIN
-
-Say = Callable[[str], None]
+from appliance.lab.telling import Say
 
 NAMES = (ALL, *reversed(POLICIES), ORACLE, PLAIN)
 COMPARED = (APPLIANCE.name, COSERVE.name, PLAIN)

@@ -17,6 +17,7 @@ from appliance.lab import paper
 from appliance.lab.contenders import NAMES, Pool, Setup, contender, pools
 from appliance.lab.paper import CLASSIFIER_BYTES, Job, Machine, Trace
 from appliance.lab.simulate import SharedDisk, World, simulate
+from appliance.lab.telling import quantile
 
 LOADERS = ("paper", "segments")
 _ITEMS = {"gpu": 16, "cpu": 8}
@@ -61,7 +62,6 @@ def tried(machine: Machine, job: Job, name: str, loader: str = "paper") -> dict[
     wall_seconds = time.perf_counter() - began
 
     absent = asked.keys() - {expert for _, expert in box.residents}
-    waits = sorted(report.waits_seconds)
     return {
         "policy": name,
         "device": machine.name,
@@ -75,8 +75,8 @@ def tried(machine: Machine, job: Job, name: str, loader: str = "paper") -> dict[
         "loads_floor": len(absent),
         "evictions": report.evictions,
         "late": sum(v.outcome is Outcome.LATE for v in report.verdicts),
-        "wait_p50_seconds": _quantile(waits, 0.5),
-        "wait_p99_seconds": _quantile(waits, 0.99),
+        "wait_p50_seconds": quantile(report.waits_seconds, 0.5),
+        "wait_p99_seconds": quantile(report.waits_seconds, 0.99),
         "seconds": report.seconds,
         "executors": len(box.executors),
         "requests_per_wall_second": len(report.verdicts) / wall_seconds,
@@ -139,10 +139,6 @@ def _steady(trace: Trace, verdicts: Sequence[Verdict]) -> float:
     came = {request.id: request.arrived_seconds for request in trace.requests}
     answered = (came[v.request] + v.waited_seconds for v in verdicts if v.outcome.is_answer)
     return sum(0.1 * lasting <= at < 0.9 * lasting for at in answered) / (0.8 * lasting) if lasting else 0.0
-
-
-def _quantile(ordered: Sequence[float], share: float) -> float:
-    return ordered[min(int(len(ordered) * share), len(ordered) - 1)] if ordered else 0.0
 
 
 def paper_table() -> dict[str, Any]:
