@@ -439,12 +439,12 @@ def task(
 
         appliance bench task --shape 14MB --experts 40 --requests 300 --beside 10%,50% --html task.html
     """
-    from appliance.lab.laps import Task
+    from appliance.lab.laps import Workload
     from appliance.lab.task import task as served
     from appliance.lab.taskreport import page
     from appliance.report import print_task
 
-    asked = Task(shape, experts, requests, _share(budget), _seconds(gap), checked)
+    asked = Workload(shape, experts, requests, _share(budget), _seconds(gap), checked)
     shares = [_share(share, "--beside") for share in _listed(beside)]
     say = Console(stderr=True).print
     found, rounds = served(asked, _listed(policies), pairs=pairs, beside=shares, folder=folder, say=say)

@@ -19,12 +19,12 @@ from appliance.errors import ApplianceError, ConfigError
 from appliance.lab import fleet as fleets
 from appliance.lab import paper
 from appliance.lab.fleet import fleet
-from appliance.lab.laps import Lap, Task
+from appliance.lab.laps import Lap, Workload
 from appliance.lab.plain import PLAIN
 from appliance.lab.task import NAMES, task
 from appliance.lab.taskreport import page
 
-SMALL = Task("tiny", experts=8, requests=60, budget_share=0.6, gap_seconds=0.001)
+SMALL = Workload("tiny", experts=8, requests=60, budget_share=0.6, gap_seconds=0.001)
 FIELDS = {
     *("policy", "loader", "images_per_second", "fraction_of_all_resident", "loads", "loads_floor"),
     *("wait_p50_seconds", "wait_p99_seconds", "peak_bytes", "cpu_seconds", "how"),
@@ -135,7 +135,7 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path: Path, monkeypa
         (replace(SMALL, budget_share=0.2), [], "does not hold two experts"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(tmp_path: Path, wrong: Task, names: Sequence[str], says: str) -> None:
+def test_what_cannot_be_measured_is_refused(tmp_path: Path, wrong: Workload, names: Sequence[str], says: str) -> None:
     with pytest.raises((ApplianceError, ConfigError), match=says):
         task(wrong, names, folder=tmp_path)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from appliance.catalog import Product
 from appliance.core.graph import Condition, ExpertGraph
-from appliance.core.types import Expert, Finding, Load, Request
+from appliance.core.types import Expert, Finding, Load, Request, bytes_together
 from appliance.lab.simulate import SharedDisk, World, simulate
 from appliance.startup import CPU, Installation
 
@@ -48,7 +48,7 @@ def products(made: Installation) -> list[dict[str, Any]]:
                 "name": name,
                 "experts": len(needed),
                 "unavailable": [expert for expert in needed if expert not in experts],
-                "working_set_bytes": _distinct_bytes(experts, asked),
+                "working_set_bytes": bytes_together(experts[name].footprints[CPU] for name in asked),
                 "fits": len(asked) == len(needed) and _fits(made, experts, asked),
                 "loads_per_board": None if rates is None else rates.loads_per_board,
                 "images_per_second": None if rates is None else rates.images_per_second,
@@ -66,12 +66,6 @@ def working_set(product: Product, graph: ExpertGraph) -> tuple[str, ...]:
         found.update(dict.fromkeys(following))
         left += following
     return tuple(found)
-
-
-def _distinct_bytes(experts: Mapping[str, Expert], names: Sequence[str]) -> int:
-    footprints = [experts[name].footprints[CPU] for name in names]
-    segments = {segment.id: segment.bytes for footprint in footprints for segment in footprint.segments}
-    return sum(segments.values()) + sum(footprint.private_bytes for footprint in footprints)
 
 
 def _fits(made: Installation, experts: Mapping[str, Expert], names: Sequence[str]) -> bool:

@@ -16,13 +16,14 @@ from appliance.lab.telling import quantile
 
 Pictures = Sequence[bytes]
 
+_SEED = 1
 _PICTURES, _PICTURE_SIZE = 16, (320, 240)
 _MAX_BYTES, _MAX_PIXELS = 1 << 24, 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
-    """What is asked: so many requests for so many types of components, one every `gap_seconds`.
+class Workload:
+    """A task as it is asked for: so many requests for so many types of components, one every `gap_seconds`.
 
     `checked_share` of them go on to a detector. The budget is a share of all experts' bytes.
     """
@@ -33,12 +34,11 @@ class Task:
     budget_share: float = 0.25
     gap_seconds: float = paper.GAP_SECONDS
     checked_share: float = paper.BOARD_A.checked_share
-    seed: int = 1
 
     @property
     def job(self) -> Job:
         board = Board(self.experts, paper.BOARD_A.zipf, self.checked_share, gpu_executors=0)
-        return Job("task", board, self.requests, self.seed, self.gap_seconds)
+        return Job("task", board, self.requests, _SEED, self.gap_seconds)
 
 
 @dataclass(frozen=True, slots=True)

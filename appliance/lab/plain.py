@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from appliance.core.policies import filled
 from appliance.core.types import Request
 from appliance.drivers import heads, images, runtime
 from appliance.drivers.devices import anonymous_bytes, cores
@@ -57,7 +58,7 @@ def lap(
     cache = _Cache(lambda expert: _opened(made.model_of(expert), setting.threads), budget_bytes)
     cache.sizes = {expert: sizes[shape] for expert, shape in made.shapes.items()}
     chances = [(e.name, cache.sizes[e.name]) for e in paper.experts(made.board, {})]
-    for expert in reversed(_first_fitting(chances, budget_bytes)):
+    for _, expert in reversed(filled(chances, {PLAIN: budget_bytes})):
         cache.session(expert)
     began_with, loads_before = cache.resident, cache.loads
     served = _Served(cache, made, trace, pictures)
@@ -113,16 +114,6 @@ def _opened(path: Path, threads: int) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-def _first_fitting(sizes: list[tuple[str, int]], budget_bytes: int) -> list[str]:
-    chosen, used = list[str](), 0
-    for expert, size in sizes:
-        if used + size > budget_bytes:
-            break
-        chosen.append(expert)
-        used += size
-    return chosen
 
 
 class _Cache:

@@ -23,7 +23,7 @@ from appliance.errors import ApplianceError, ConfigError
 from appliance.lab import live, paper, plain
 from appliance.lab.contenders import ALL, ORACLE
 from appliance.lab.fleet import Fleet, fleet, shape_named
-from appliance.lab.laps import Lap, Task, encoded_pictures
+from appliance.lab.laps import Lap, Workload, encoded_pictures
 from appliance.lab.plain import PLAIN
 from appliance.lab.telling import Say
 
@@ -36,7 +36,7 @@ _MEMORY_BESIDE = 1 << 30
 
 
 def task(
-    asked: Task,
+    asked: Workload,
     names: Sequence[str] = (),
     *,
     pairs: int = 1,
