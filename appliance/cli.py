@@ -182,6 +182,9 @@ def simulate(
     ] = None,
     boards: Annotated[int, typer.Option(min=1, help="How many times a task's pictures come.")] = 1,
     paper_table: Annotated[bool, typer.Option(help="Every number that CoServe prints, beside ours.")] = False,
+    our_table: Annotated[
+        bool, typer.Option(help="Ours beside CoServe at every task on every machine, and which targets are met.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run a journal, or a task of the CoServe paper, through the scheduler in virtual time, without disk or models.
@@ -189,18 +192,25 @@ def simulate(
     A journal is replayed event by event: loads and evictions are then exactly those of the live run. With --predict,
     loads and runs take as long as the costs say, which shows what another --policy or other circumstances would do.
     """
+    from appliance.lab.ours import lines
+    from appliance.lab.ours import our_table as compared
     from appliance.lab.simulate import simulated
     from appliance.lab.trial import Pace, tried_by_name
     from appliance.lab.trial import paper_table as tabled
-    from appliance.report import print_paper_table, print_simulation
+    from appliance.report import print_our_table, print_paper_table, print_simulation
 
     if paper_table:
         _refuse_unused(context, {"paper_table"}, "the table has all machines, tasks and policies")
         found = tabled()
         _print(found) if as_json else print_paper_table(found, Console())
         return
+    if our_table:
+        _refuse_unused(context, {"our_table"}, "the table has all machines, tasks and loaders")
+        found = compared()
+        _print(found) if as_json else print_our_table(found, lines(found), Console())
+        return
     if (journal is None) == (task is None):
-        raise typer.BadParameter("give a journal, or --task, or --paper-table")
+        raise typer.BadParameter("give a journal, or --task, or --paper-table, or --our-table")
     if journal is not None:
         if policy is not None and not predict:
             raise typer.BadParameter("a journal is replayed as it was; add --predict", param_hint="--policy")

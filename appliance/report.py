@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -290,6 +290,18 @@ def print_paper_table(found: Mapping[str, Any], console: Console) -> None:
     console.print(
         f"images per second: {found['mean_off']:.1%} apart on average, {found['worst_off']:.1%} at most; "
         f"switches: {found['mean_switches_off']:.1%} on average"
+    )
+
+
+def print_our_table(found: Mapping[str, Any], lines: Iterable[str], console: Console) -> None:
+    """`lines` are Markdown, to be kept as they are: unwrapped and without colours."""
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+    (target,) = found["targets"]
+    most = found["most_requests_per_wall_second"]
+    goal = f"{target['bound']:,.0f} are aimed at: {'met' if target['met'] else 'missed'}"
+    console.print(
+        f"simulated: {target['value']:,.0f} to {most:,.0f} requests of ours per second; {goal}", soft_wrap=True
     )
 
 

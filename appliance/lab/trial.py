@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
@@ -19,6 +19,8 @@ from appliance.lab.paper import CLASSIFIER_BYTES, Job, Machine, Trace
 from appliance.lab.simulate import SharedDisk, World, simulate
 from appliance.lab.telling import quantile
 
+Trial = Callable[[Machine, Job, str, str], Mapping[str, Any]]
+"""What a policy, by name, comes to at a task on a machine with a loader."""
 LOADERS = ("paper", "segments")
 _ITEMS = {"gpu": 16, "cpu": 8}
 """What activations hold for each executor: the batches from which on the latency per image falls no more."""
@@ -141,14 +143,14 @@ def _steady(trace: Trace, verdicts: Sequence[Verdict]) -> float:
     return sum(0.1 * lasting <= at < 0.9 * lasting for at in answered) / (0.8 * lasting) if lasting else 0.0
 
 
-def paper_table() -> dict[str, Any]:
+def paper_table(trial: Trial = tried) -> dict[str, Any]:
     """Every printed cell beside ours, and how far they are apart."""
     cells = []
     for machine in paper.MACHINES.values():
         for policy, printed in paper.PRINTED_IMAGES_PER_SECOND[machine.name].items():
             switches = paper.PRINTED_SWITCHES[machine.name].get(policy)
             for number, (task, job) in enumerate(paper.JOBS.items()):
-                found = tried(machine, job, policy)
+                found = trial(machine, job, policy, "paper")
                 cells.append(
                     {
                         "device": machine.name,
