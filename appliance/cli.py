@@ -470,8 +470,9 @@ def schedule(
 ) -> None:
     """Measure what deciding costs per request, with thousands queued, in virtual time: the scheduler and nothing else.
 
-    3,500 requests for 350 experts and 100,000 for 10,000, all there at once, memory for a quarter; each target beside
-    what was found: a missed one is shown, not an error. Five minutes.
+    3,500 requests for 350 experts and 100,000 for 10,000, all there at once, memory for a quarter; and 3,500 where all
+    experts are in memory and room for activations is what they wait for. Each target beside what was found: a missed
+    one is shown, not an error. Ten minutes.
     """
     from appliance.lab.overhead import scheduling
     from appliance.report import print_scheduling

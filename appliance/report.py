@@ -352,11 +352,12 @@ def print_soak(found: Mapping[str, Any], console: Console) -> None:
 
 
 def print_scheduling(found: Mapping[str, Any], console: Console) -> None:
-    table = Table("policy", "experts", "queued", "per request", "at most")
+    table = Table("policy", "experts", "queued", "activations", "per request", "at most")
     for row in found["rows"]:
         colour = "green" if row["seconds_per_request"] <= row["target_seconds"] else "yellow"
         took, most = (f"{seconds * 1e3:.3f} ms" for seconds in (row["seconds_per_request"], row["target_seconds"]))
-        table.add_row(row["policy"], f"{row['experts']:,}", f"{row['queued']:,}", f"[{colour}]{took}[/]", most)
+        room = "ample" if row["activation_share"] == 1 else "tight"
+        table.add_row(row["policy"], f"{row['experts']:,}", f"{row['queued']:,}", room, f"[{colour}]{took}[/]", most)
     console.print(table)
 
 

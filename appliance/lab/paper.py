@@ -28,6 +28,7 @@ class Machine:
 
     `gpu_pools` are the experts that each GPU executor holds, by how many executors there are; `one_pool` those of a
     box with a single executor. `load_seconds` is what a switch of experts took there, whatever its bytes.
+    Activations hold a full batch of each executor, or `activation_share` of that.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Machine:
     cpu_item_seconds: float
     cpu_fixed_seconds: float
     disk_bytes_per_second: float
+    activation_share: float = 1.0
 
     def cost(self, device: str, loader: str, size: int, executors: int, loads_in_flight: int) -> Cost:
         """What the controller is told: a load takes what it takes when as many as may are in flight.

@@ -97,11 +97,11 @@ def _setup(machine: Machine, job: Job, policy: Policy, loader: str) -> Setup:
             return machine.one_pool
         return sum(held[pool.device][number] for number in pool.executors)
 
+    def works(pool: Pool) -> int:
+        return max(int(_ITEMS[pool.device] * len(pool.executors) * machine.activation_share), 1)
+
     devices = tuple(
-        Device(
-            pool.name, holds(pool) * CLASSIFIER_BYTES, len(pool.executors), _ITEMS[pool.device] * len(pool.executors)
-        )
-        for pool in found
+        Device(pool.name, holds(pool) * CLASSIFIER_BYTES, len(pool.executors), works(pool)) for pool in found
     )
     executors = tuple(
         Executor(f"{pool.name}-{turn}", pool.name) for pool in found for turn in range(len(pool.executors))
