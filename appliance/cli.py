@@ -157,6 +157,7 @@ def export_experts(context: typer.Context) -> None:
 
 @app.command()
 def simulate(
+    context: typer.Context,
     journal: Annotated[
         Path | None, typer.Argument(help="A journal that a service wrote (paths.journal), such as the demo's.")
     ] = None,
@@ -181,6 +182,9 @@ def simulate(
     ] = None,
     boards: Annotated[int, typer.Option(min=1, help="How many times a task's pictures come.")] = 1,
     paper_table: Annotated[bool, typer.Option(help="Every number that CoServe prints, beside ours.")] = False,
+    our_table: Annotated[
+        bool, typer.Option(help="Ours beside CoServe at every task on every machine, and which targets are met.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run a journal, or a task of the CoServe paper, through the scheduler in virtual time, without disk or models.
@@ -188,20 +192,33 @@ def simulate(
     A journal is replayed event by event: loads and evictions are then exactly those of the live run. With --predict,
     loads and runs take as long as the costs say, which shows what another --policy or other circumstances would do.
     """
+    from appliance.lab.ours import lines
+    from appliance.lab.ours import our_table as compared
     from appliance.lab.simulate import simulated
     from appliance.lab.trial import Pace, tried_by_name
     from appliance.lab.trial import paper_table as tabled
-    from appliance.report import print_paper_table, print_simulation
+    from appliance.report import print_our_table, print_paper_table, print_simulation
 
     if paper_table:
+        _refuse_unused(context, {"paper_table"}, "the table has all machines, tasks and policies")
         found = tabled()
         _print(found) if as_json else print_paper_table(found, Console())
         return
+    if our_table:
+        _refuse_unused(context, {"our_table"}, "the table has all machines, tasks and loaders")
+        found = compared()
+        _print(found) if as_json else print_our_table(found, lines(found), Console())
+        return
     if (journal is None) == (task is None):
-        raise typer.BadParameter("give a journal, or --task, or --paper-table")
+        raise typer.BadParameter("give a journal, or --task, or --paper-table, or --our-table")
     if journal is not None:
+        if policy is not None and not predict:
+            raise typer.BadParameter("a journal is replayed as it was; add --predict", param_hint="--policy")
+        _refuse_unused(context, {"journal", "predict", "policy"}, "a journal has its own; it goes with --task")
         found = simulated(journal, predict=predict, policy=policy)
     else:
+        of_a_task = {"device", "task", "policy", "loader", "gap", "due", "boards"}
+        _refuse_unused(context, of_a_task, "it goes with a journal")
         found = tried_by_name(device, str(task), policy or "appliance", loader, Pace(gap, due, boards))
     _print(found) if as_json else print_simulation(found, Console())
 
@@ -432,12 +449,12 @@ def task(
 
         appliance bench task --shape 14MB --experts 40 --requests 300 --beside 10%,50% --html task.html
     """
-    from appliance.lab.laps import Task
+    from appliance.lab.laps import Workload
     from appliance.lab.task import task as served
     from appliance.lab.taskreport import page
     from appliance.report import print_task
 
-    asked = Task(shape, experts, requests, _share(budget), _seconds(gap), checked)
+    asked = Workload(shape, experts, requests, _share(budget), _seconds(gap), checked)
     shares = [_share(share, "--beside") for share in _listed(beside)]
     say = Console(stderr=True).print
     found, rounds = served(asked, _listed(policies), pairs=pairs, beside=shares, folder=folder, say=say)
@@ -453,8 +470,9 @@ def schedule(
 ) -> None:
     """Measure what deciding costs per request, with thousands queued, in virtual time: the scheduler and nothing else.
 
-    3,500 requests for 350 experts and 100,000 for 10,000, all there at once, memory for a quarter; each target beside
-    what was found: a missed one is shown, not an error. Five minutes.
+    3,500 requests for 350 experts and 100,000 for 10,000, all there at once, memory for a quarter; and 3,500 where all
+    experts are in memory and room for activations is what they wait for. Each target beside what was found: a missed
+    one is shown, not an error. Ten minutes.
     """
     from appliance.lab.overhead import scheduling
     from appliance.report import print_scheduling
@@ -472,6 +490,14 @@ def main() -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _refuse_unused(context: typer.Context, used: set[str], why: str) -> None:
+    """Who gives an option means something by it: it is not passed over."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(str(parameter.name))
+        if source is not None and source.name == "COMMANDLINE" and parameter.name not in used | {"as_json"}:
+            raise typer.BadParameter(f"leave it out: {why}", param_hint=parameter.opts[0])
 
 
 def _password(path: Path) -> str:

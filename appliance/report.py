@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -293,6 +293,18 @@ def print_paper_table(found: Mapping[str, Any], console: Console) -> None:
     )
 
 
+def print_our_table(found: Mapping[str, Any], lines: Iterable[str], console: Console) -> None:
+    """`lines` are Markdown, to be kept as they are: unwrapped and without colours."""
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+    (target,) = found["targets"]
+    most = found["most_requests_per_wall_second"]
+    goal = f"{target['bound']:,.0f} are aimed at: {'met' if target['met'] else 'missed'}"
+    console.print(
+        f"simulated: {target['value']:,.0f} to {most:,.0f} requests of ours per second; {goal}", soft_wrap=True
+    )
+
+
 def _apart(off: float) -> str:
     return f"[{'green' if abs(off) <= 0.2 else 'red'}]{off:+.0%}[/]"
 
@@ -340,11 +352,12 @@ def print_soak(found: Mapping[str, Any], console: Console) -> None:
 
 
 def print_scheduling(found: Mapping[str, Any], console: Console) -> None:
-    table = Table("policy", "experts", "queued", "per request", "at most")
+    table = Table("policy", "experts", "queued", "activations", "per request", "at most")
     for row in found["rows"]:
         colour = "green" if row["seconds_per_request"] <= row["target_seconds"] else "yellow"
         took, most = (f"{seconds * 1e3:.3f} ms" for seconds in (row["seconds_per_request"], row["target_seconds"]))
-        table.add_row(row["policy"], f"{row['experts']:,}", f"{row['queued']:,}", f"[{colour}]{took}[/]", most)
+        room = "ample" if row["activation_share"] == 1 else "tight"
+        table.add_row(row["policy"], f"{row['experts']:,}", f"{row['queued']:,}", room, f"[{colour}]{took}[/]", most)
     console.print(table)
 
 

@@ -21,13 +21,13 @@ from appliance.core.graph import draw
 from appliance.core.memory import Ledger
 from appliance.core.policies import POLICIES
 from appliance.core.slab import SLACK
-from appliance.core.types import Device, Executor, Expert, Footprint, Overflow, Refusal
+from appliance.core.types import Device, Executor, Expert, Footprint, Overflow, Refusal, bytes_together
 from appliance.drivers import devices
 from appliance.engine import cuda
 from appliance.errors import ApplianceError, ConfigError
 from appliance.profile import Profile
 from appliance.promise import weights_budget
-from appliance.store.compile import compile_bundles
+from appliance.store.compile import Report, compile_bundles
 from appliance.store.store import PROVIDERS, Compiled, Store
 
 CPU = "cpu"
@@ -36,7 +36,6 @@ GPU_SHARE = 0.8
 COMPILE_JOBS = 2
 """Children that compile at the same time, where there are cores for them: each takes gigabytes for a large model."""
 
-Report = Callable[[str, Compiled | ApplianceError], None]
 Forecast = Callable[["Installation"], Sequence[Mapping[str, Any]]]
 """Says of each product of the box what it will be like to serve."""
 Progress = Callable[[str, int, int], None]
@@ -363,8 +362,7 @@ def _what_is_there(made: Installation) -> dict[str, Any]:
 
 def _what_fits(made: Installation) -> dict[str, Any]:
     footprints = {name: footprint(compiled) for name, compiled in made.compiled.items()}
-    total = sum({s.id: s.bytes for f in footprints.values() for s in f.segments}.values())
-    total += sum(f.private_bytes for f in footprints.values())
+    total = bytes_together(footprints.values())
     *gpus, cpu = made.devices
     ledgers = made.lenient_controller().ledgers
     return {

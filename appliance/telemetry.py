@@ -134,7 +134,7 @@ class Telemetry:
             "resident": list(self._controller.ledgers[CPU].resident),
             "pinned": sorted(self._controller.ledgers[CPU].pinned),
             "moves": list(self._moves),
-            "switches": self._controller.counts["switches"],
+            "loads_evicting": self._controller.counts["loads_evicting"],
             "came_back": self._controller.counts["came_back"],
             "idle_seconds": self._controller.idle_seconds,
             "load_waits": asdict(self._controller.load_waits),

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from appliance.errors import ApplianceError
-from appliance.lab import bench, soak
+from appliance.lab import bench, overhead, paper, soak, trial
 from appliance.lab.bench import Switching
 from appliance.lab.shapes import SHAPES
 from appliance.lab.trunks import trunks
@@ -117,6 +117,22 @@ def test_a_short_soak_leaves_nothing_behind(tmp_path: Path) -> None:
     assert (found["descriptor_growth"], found["thread_growth"]) == (0, 0)
     assert [sample["cycles"] for sample in found["samples"]] == list(range(6, 121, 6))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("policy", "share"), [("appliance", 1.0), ("coserve", 1.0), ("all-resident", overhead.TIGHT)])
+def test_what_deciding_costs_is_measured_with_ample_and_with_tight_activations(policy: str, share: float) -> None:
+    said = list[str]()
+    row = overhead.measured(overhead.Case(policy, 20, 60, 0.05e-3, share), 1, said.append)
+    assert row["seconds_per_request"] > 0
+    assert (row["policy"], row["experts"], row["queued"], row["activation_share"]) == (policy, 20, 60, share)
+    assert [("tight" in line) for line in said] == [share < 1]
+
+
+def test_tight_activations_are_what_pictures_wait_for() -> None:
+    """With everything in memory, one picture at a time takes longer than batches."""
+    ample, tight = (replace(paper.NUMA, activation_share=share) for share in (1.0, overhead.TIGHT))
+    job = replace(paper.JOBS["A1"], pictures=200)
+    assert trial.tried(tight, job, "all-resident")["seconds"] > trial.tried(ample, job, "all-resident")["seconds"]
 
 
 def test_people_see_tables(tmp_path: Path) -> None:

@@ -161,6 +161,29 @@ def test_a_task_of_the_paper_is_simulated() -> None:
     _fails(_run("simulate", "--task", "C3"), "there is no task C3 (choose one of A1, A2, B1, B2)")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "option", "says"),
+    [
+        (("j", "--policy", "coserve"), "--policy", "add --predict"),
+        (("j", "--predict", "--loader", "paper"), "--loader", "it goes with --task"),
+        (("j", "--predict", "--gap", "1"), "--gap", "it goes with --task"),
+        (("j", "--due", "1"), "--due", "it goes with --task"),
+        (("j", "--boards", "2"), "--boards", "it goes with --task"),
+        (("j", "--device", "numa"), "--device", "it goes with --task"),
+        (("--paper-table", "--task", "A1"), "--task", "the table has all machines, tasks and policies"),
+        (("--task", "A1", "--predict"), "--predict", "it goes with a journal"),
+    ],
+)
+def test_an_option_of_simulate_that_would_change_nothing_is_refused(
+    arguments: tuple[str, ...], option: str, says: str
+) -> None:
+    ran = _run("simulate", *arguments)
+    assert ran.returncode == 2
+    said = " ".join(ran.stderr.replace("│", " ").split())
+    assert f"Invalid value for {option}: " in said
+    assert says in said
+
+
 def test_simulating_what_is_no_journal_is_one_line(folder: Path) -> None:
     _fails(_run("simulate", str(folder / "0.png")), "0.png cannot be read")
 

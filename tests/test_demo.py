@@ -15,7 +15,7 @@ from appliance import catalog as catalogs
 from appliance.config import Config, Mqtt
 from appliance.errors import BrokerError
 from appliance.lab.boards import Part, parts_of, streams
-from appliance.lab.score import Score, broken_promises, compared
+from appliance.lab.score import Score, broken_promises, closing, compared
 from appliance.lab.watch import Watch
 from appliance.samples import SOUND
 from tests import kit_brokers
@@ -122,6 +122,15 @@ def test_what_is_said_about_no_picture_of_the_demo_is_not_kept(payload: bytes) -
     score.ask("r1", PART)
     score.hear(payload)
     assert (score.answered, score.refused) == (0, 0)
+
+
+def test_pictures_that_were_late_or_failed_are_no_images_per_second() -> None:
+    score = Score()
+    for outcome in ("pass", "fail", "late", "error", "rejected"):
+        score.ask(outcome, PART)
+        score.hear(json.dumps({"request_id": outcome, "outcome": outcome, "findings": []}).encode())
+    found = closing(catalogs.load(MODELS), score, {}, 0, [0.1], seconds=2.0)
+    assert (found["verdicts"], found["images_per_second"]) == (5, 1.0)
 
 
 def test_the_demo_hears_answers_that_a_camera_drops(nats: Nats) -> None:

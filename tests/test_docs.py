@@ -91,6 +91,14 @@ def test_relative_links_lead_somewhere() -> None:
     assert broken == []
 
 
+def test_every_test_that_a_document_names_is_there() -> None:
+    """Numbers that a test holds are told with its name."""
+    documents = [path for path in project_files() if path.suffix == ".md"]
+    tests = "".join(path.read_text("utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    named = {name for path in documents for name in re.findall(r"`(test_\w+)`", path.read_text("utf-8"))}
+    assert {name for name in named if f"def {name}(" not in tests} == set()
+
+
 def test_a_broken_link_is_noticed(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("# A `title`, here\n[a](page.md#a-title-here) [b](gone.md) [c](#nowhere) [d](https://x.org)\n")

@@ -6,6 +6,7 @@ import io
 from collections.abc import Mapping
 from pathlib import Path
 
+import pytest
 from onnx import ModelProto
 from rich.console import Console
 
@@ -80,6 +81,13 @@ def test_a_product_with_an_expert_that_cannot_serve_does_not_fit(tmp_path: Path)
     (config.paths.catalog / "e1" / "1" / "model.onnx").write_bytes(b"other")
     (found,) = products(install(config))
     assert (found["experts"], found["unavailable"], found["fits"]) == (2, ["e1"], False)
+
+
+def test_pictures_that_nobody_can_answer_are_no_images_per_second(tmp_path: Path) -> None:
+    config = _config(tmp_path, 2, {"p": "01", "q": "0"})
+    (config.paths.catalog / "e1" / "1" / "model.onnx").write_bytes(b"other")
+    half, whole = products(install(config))
+    assert half["images_per_second"] == pytest.approx(whole["images_per_second"])
 
 
 def test_a_check_shows_products(tmp_path: Path) -> None:

@@ -379,7 +379,7 @@ def test_who_waits_for_a_load_is_counted_by_what_it_waits_for() -> None:
     graph = compile_graph({"c-a": "a", "c-b": "b"}, [], ["a", "b"])
     controller, devices = box(experts, graph, 100, executors=1)
     report = simulate(controller, pretend(experts, devices), [request("0", "c-a"), request("1", "c-b", 2.0)])
-    assert (report.loads, controller.counts["switches"]) == (2, 1)
+    assert (report.loads, controller.counts["loads_evicting"]) == (2, 1)
     waits = controller.load_waits
     assert waits.tasks == 2
     assert waits.load_seconds == pytest.approx(0.8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from appliance.core.types import (
     Heard,
     Loaded,
     LoadFailed,
+    Outcome,
     Overflow,
     Refusal,
     Run,
@@ -31,7 +33,7 @@ from appliance.core.types import (
 from appliance.drivers import journal
 from appliance.drivers.journal import Journal, Opening
 from appliance.errors import ConfigError, RecordsError
-from appliance.lab.simulate import SharedDisk, World, controller_of, replay, simulate, simulated
+from appliance.lab.simulate import SharedDisk, World, controller_of, replay, simulate, simulated, under
 from tests.kit import BOXED, DOUBTFUL, SOUND, box, expert, inspection_graph, pretend, request
 
 
@@ -51,6 +53,34 @@ def test_a_run_takes_as_long_as_its_costs() -> None:
     report = simulate(controller, pretend(experts, devices), [request(str(n), "c-a") for n in range(4)])
     assert report.seconds == pytest.approx(0.5 + 2 * (0.2 + 2 * 0.1))
     assert report.images_per_second == pytest.approx(4 / report.seconds)
+
+
+def test_pictures_that_are_late_are_no_throughput_and_have_waited_until_they_were() -> None:
+    """Three at once on one executor that has time for one until they are due."""
+    experts = [expert("a", load=0.1, item=0.2, fixed=0.0, max_batch=1), expert("detector")]
+    controller, devices = box(experts, inspection_graph(["a"]), 100, executors=1)
+    report = simulate(controller, pretend(experts, devices), [request(str(n), "c-a", deadline=0.45) for n in range(3)])
+    assert Counter(verdict.outcome for verdict in report.verdicts) == {Outcome.PASS: 1, Outcome.LATE: 2}
+    assert report.images_per_second == pytest.approx(1 / 0.45)
+    assert sorted(report.waits_seconds) == pytest.approx([0.3, 0.45, 0.45])
+
+
+def test_pictures_that_are_turned_away_are_neither_throughput_nor_have_they_waited() -> None:
+    experts = [expert("a"), expert("detector")]
+    controller, devices = box(experts, inspection_graph(["a"]), 100, most_waiting=3, overflow=Overflow.REJECT)
+    report = simulate(controller, pretend(experts, devices), [request(str(n), "c-a") for n in range(5)])
+    assert Counter(verdict.outcome for verdict in report.verdicts) == {Outcome.PASS: 3, Outcome.REJECTED: 2}
+    assert report.images_per_second == pytest.approx(3 / report.seconds)
+    assert len(report.waits_seconds) == 3
+
+
+def test_a_world_that_served_before_counts_anew() -> None:
+    experts = [expert("a"), expert("detector")]
+    controller, devices = box(experts, inspection_graph(["a"]), 100)
+    world = pretend(experts, devices)
+    for board in range(2):
+        report = simulate(controller, world, [request(f"{board}", "c-a", board * 10.0)])
+        assert report.answered == 1
 
 
 def test_loads_in_flight_share_the_disk() -> None:
@@ -96,6 +126,29 @@ def test_a_prediction_may_be_of_another_policy(tmp_path: Path) -> None:
         simulated(path, predict=True, policy="nonsense")
 
 
+def test_a_prediction_of_coserve_gives_each_executor_a_memory_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    with Journal(path, replace(_opening(), devices=(Device("cpu", 30, 4, 16, (1, 2)),))) as written:
+        for number in range(6):
+            written.note(Heard(float(number), Arrived(request(str(number), "c-a", float(number)))))
+    opening, _ = journal.read(path)
+    made = under(opening, "coserve")
+    assert made.devices == (Device("cpu0", 15, 1, 8, (1, 2)), Device("cpu1", 15, 1, 8, (1, 2)))
+    assert made.executors == (Executor("cpu0-0", "cpu0"), Executor("cpu1-0", "cpu1"))
+    assert all(expert.footprints.keys() == expert.costs.keys() == {"cpu0", "cpu1"} for expert in made.experts)
+    assert under(opening, "samba").executors == (Executor("cpu-0", "cpu"),), "which gives everything to one"
+    assert under(opening, "appliance") == opening
+    assert simulated(path, predict=True, policy="coserve")["budget_bytes"] == 30
+    assert simulated(path, predict=True, policy="coserve")["requests"] == 6
+
+
+def test_experts_that_are_too_large_for_an_executors_share_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    Journal(path, replace(_opening(), devices=(Device("cpu", 19),))).close()
+    with pytest.raises(ConfigError, match="a does not fit one executor's share"):
+        simulated(path, predict=True, policy="coserve")
+
+
 def test_a_journal_of_a_service_without_limits_and_priorities_is_read(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     Journal(path, _opening()).close()
@@ -135,7 +188,7 @@ def test_a_written_journal_replays_to_the_same_actions(tmp_path: Path) -> None:
         for heard in events:
             written.note(heard)
     opening, read = journal.read(path)
-    again = replay(controller_of(opening, opening.policy), pretend(opening.experts, opening.devices, DOUBTFUL), read)
+    again = replay(controller_of(opening), pretend(opening.experts, opening.devices, DOUBTFUL), read)
     assert again.actions == live.actions
     found = simulated(path, predict=False)
     assert (found["loads"], found["evictions"], found["requests"]) == (live.loads, live.evictions, 30)

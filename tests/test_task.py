@@ -21,12 +21,12 @@ from appliance.errors import ApplianceError, ConfigError
 from appliance.lab import fleet as fleets
 from appliance.lab import paper
 from appliance.lab.fleet import fleet
-from appliance.lab.laps import Lap, Task, asked
+from appliance.lab.laps import Lap, Workload
 from appliance.lab.plain import PLAIN
 from appliance.lab.task import NAMES, task
 from appliance.lab.taskreport import page
 
-SMALL = Task("tiny", experts=8, requests=60, budget_share=0.6, gap_seconds=0.001)
+SMALL = Workload("tiny", experts=8, requests=60, budget_share=0.6, gap_seconds=0.001)
 ROOM_BYTES = 3 << 29
 """A GiB to spare, as `task` asks for, and what the small one takes."""
 FIELDS = {
@@ -121,10 +121,10 @@ def test_experts_have_files_and_weights_of_their_own(tmp_path: Path) -> None:
 
 
 def test_a_detector_is_asked_for_a_share_of_the_pictures() -> None:
-    uses = asked(paper.drawn(replace(SMALL, requests=1000).job))
+    uses = paper.drawn(replace(SMALL, requests=1000).job).asked
     detected = sum(len(uses.get(name, ())) for name in paper.DETECTOR_BYTES)
     assert 250 < detected < 450
-    alone = asked(paper.drawn(replace(SMALL, checked_share=0.0).job))
+    alone = paper.drawn(replace(SMALL, checked_share=0.0).job).asked
     assert not alone.keys() & paper.DETECTOR_BYTES.keys()
 
 
@@ -153,7 +153,7 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path: Path, monkeypa
         (replace(SMALL, budget_share=0.2), [], "does not hold two experts"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(tmp_path: Path, wrong: Task, names: Sequence[str], says: str) -> None:
+def test_what_cannot_be_measured_is_refused(tmp_path: Path, wrong: Workload, names: Sequence[str], says: str) -> None:
     with pytest.raises((ApplianceError, ConfigError), match=says):
         task(wrong, names, folder=tmp_path)
 

@@ -16,7 +16,7 @@ from appliance.core.policies import Resident
 from appliance.core.ranking import Ranking
 from appliance.core.scheduler import Scheduler
 from appliance.core.thrash import Thrash
-from appliance.core.types import Batch, Evict, Expert, Refusal, Rule
+from appliance.core.types import Batch, Evict, Expert, Refusal, Rule, bytes_together
 
 
 class Leaving:
@@ -126,13 +126,11 @@ class Leaving:
 
     def working_set_bytes(self, device: str, since_seconds: float) -> int:
         """Of those who were used after that second or are needed by queued tasks, together."""
-        footprints = [
+        return bytes_together(
             expert.footprints[device]
             for name, expert in self._experts.items()
             if self._used_seconds.get((device, name), -inf) > since_seconds or self._scheduler.demand(device, name)
-        ]
-        segments = {segment.id: segment.bytes for footprint in footprints for segment in footprint.segments}
-        return sum(segments.values()) + sum(footprint.private_bytes for footprint in footprints)
+        )
 
     # The order
 

@@ -274,7 +274,7 @@ class Loading:
         device = ledger.device.name
         freed, missing = ledger.begin_load(expert, tuple(leaving))
         self._counts["loads"] += 1
-        self._counts["switches"] += bool(leaving)
+        self._counts["loads_evicting"] += bool(leaving)
         self._began_seconds[device, expert] = now
         for left in freed:
             actions.append(self._leaving.left(ledger, left, leaving[left.expert], now))

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from appliance.core.types import Device, Footprint, Segment
+from appliance.core.types import Device, Footprint, Segment, bytes_together
 from appliance.errors import NoRoom
 
 RECOVERY_SECONDS = 60.0
@@ -194,7 +194,7 @@ class Ledger:
         who stay would need together; None when everybody still could."""
         staying = self.pinned | {expert}
         for name in (expert, *filter(self.ever_fits, self._footprints)):
-            need_bytes = self._bytes_together(staying | {name})
+            need_bytes = self._together_bytes(staying | {name})
             if need_bytes > self.device.budget_bytes:
                 return name, need_bytes
         return None
@@ -240,13 +240,11 @@ class Ledger:
     def _need_bytes(self, expert: str) -> int:
         """Of the expert and all who are pinned together."""
         if expert not in self._needs:
-            self._needs[expert] = self._bytes_together(self.pinned | {expert})
+            self._needs[expert] = self._together_bytes(self.pinned | {expert})
         return self._needs[expert]
 
-    def _bytes_together(self, experts: Iterable[str]) -> int:
-        together = [self._footprints[name] for name in experts]
-        segments = {segment for footprint in together for segment in footprint.segments}
-        return _bytes(segments) + sum(footprint.private_bytes for footprint in together)
+    def _together_bytes(self, experts: Iterable[str]) -> int:
+        return bytes_together(self._footprints[name] for name in experts)
 
     def _freed_bytes(self, leaving: Sequence[str], coming: str) -> int:
         """Private bytes of who leaves, and those of the segments that nobody then holds and `coming` does not use."""

@@ -5,7 +5,7 @@ Everything here is a value. Times named `*_seconds` are monotonic seconds unless
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
@@ -21,6 +21,11 @@ class Outcome(StrEnum):
     ERROR = "error"
     LATE = "late"
     REJECTED = "rejected"
+
+    @property
+    def is_answer(self) -> bool:
+        """All experts that had to see the picture have seen it, in time."""
+        return self in (Outcome.PASS, Outcome.FAIL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +158,13 @@ class Footprint:
     def activation_bytes(self, items: int) -> int:
         """Of a run of so many pictures, while it lasts."""
         return self.activation_fixed_bytes + items * self.activation_item_bytes
+
+
+def bytes_together(footprints: Iterable[Footprint]) -> int:
+    """What experts take of one memory: segments that several of them use, once."""
+    together = tuple(footprints)
+    segments = {segment.id: segment.bytes for footprint in together for segment in footprint.segments}
+    return sum(segments.values()) + sum(footprint.private_bytes for footprint in together)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from appliance.core.types import Request
 
 PRIOR_PICTURES = 20_000
 """What is declared, or a recipe, counts like so many pictures: with fewer, chance alone would order the rare experts,
-of which a task of CoServe asks most once or twice in 2,500 pictures. With 5,000 that cost up to 2 % more loads."""
+of which a task of CoServe asks most once or twice in 2,500 pictures."""
 MEMORY_PICTURES = 20_000
 """A picture counts for half after 14,000 others: a quarter of an hour of a line with 15 pictures per second."""
 PRIOR_ANSWERS = 10

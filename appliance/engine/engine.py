@@ -34,7 +34,7 @@ from appliance.errors import OutOfMemory
 from appliance.store.store import Compiled
 
 Order = Load | CancelLoad | HurryLoad | Evict | Run | CancelRun
-Report = Callable[[Event], None]
+Tell = Callable[[Event], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Engine:
 
     @classmethod
     def on(
-        cls, device: Device, compiled: Mapping[str, Compiled], memory: SegmentMemory, place: Place, report: Report
+        cls, device: Device, compiled: Mapping[str, Compiled], memory: SegmentMemory, place: Place, report: Tell
     ) -> Engine:
         assert device.activation_bytes is not None, "activations of a real device are bounded"
         sessions = Sessions(memory, place, activation_bytes=device.activation_bytes)
@@ -63,7 +63,7 @@ class Engine:
         device: Device,
         compiled: Mapping[str, Compiled],
         segment_path: Callable[[str], Path],
-        report: Report,
+        report: Tell,
         *,
         host_bytes: int,
     ) -> Engine:
@@ -87,7 +87,7 @@ class Engines:
         executors: Sequence[Executor],
         bundles: Mapping[str, Bundle],
         look: Callable[[str], Views],
-        report: Report,
+        report: Tell,
         *,
         batch_cap: int | None = None,
     ) -> None:

@@ -32,11 +32,11 @@ from appliance.engine.sessions import Sessions
 from appliance.engine.weights import Weights
 from appliance.errors import ApplianceError
 from appliance.lab.shapes import SHAPES, Shape, write_expert
+from appliance.lab.telling import Say, Target
 from appliance.lab.trunks import trunks
 from appliance.store.compile import compile_bundles
 from appliance.store.store import Compiled, Store
 
-Say = Callable[[str], None]
 Pictures = NDArray[np.float32]
 
 _FINE_TUNES = 100
@@ -112,20 +112,6 @@ class Switching:
     leftover_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
-    """What a shape promises: `value` is at most, or at least, the `bound`."""
-
-    name: str
-    value: float
-    relation: str
-    bound: float
-
-    @property
-    def met(self) -> bool:
-        return self.value <= self.bound if self.relation == "at most" else self.value >= self.bound
-
-
 def switch(
     names: Sequence[str], *, pairs: int = 15, quick: bool = False, folder: Path, say: Say = lambda line: None
 ) -> dict[str, Any]:
@@ -141,7 +127,7 @@ def switch(
     shapes = []
     for shape in (SHAPES[name] for name in names or SHAPES):
         found = _measured(shape, Effort.of(shape, pairs=3 if quick else pairs, quick=quick), folder, say)
-        goals = [asdict(target) | {"met": target.met} for target in targets(found)]
+        goals = [target.told() for target in targets(found)]
         shapes.append(asdict(found) | {"targets": goals})
     return {
         "runtime": f"onnxruntime {onnxruntime.__version__}",

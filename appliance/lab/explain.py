@@ -33,7 +33,7 @@ def explained(
     names = dict.fromkeys(event.request.id for _, event, _ in events if isinstance(event, Arrived))
     name = None if request is None else _named(path, request, names)
     in_order = policy_of(opening.policy).in_order
-    told = chronicle(controller_of(opening, opening.policy), events, in_order=in_order, focus=name)
+    told = chronicle(controller_of(opening), events, in_order=in_order, focus=name)
     seconds = told.ended_seconds - told.began_seconds
     about = {"journal": str(path), "policy": opening.policy, "seconds": seconds}
     if name is not None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from appliance.catalog import Product
 from appliance.core.graph import Condition, ExpertGraph
-from appliance.core.types import Expert, Finding, Load, Request
+from appliance.core.types import Expert, Finding, Load, Request, bytes_together
 from appliance.lab.simulate import SharedDisk, World, simulate
 from appliance.startup import CPU, Installation
 
@@ -48,7 +48,7 @@ def products(made: Installation) -> list[dict[str, Any]]:
                 "name": name,
                 "experts": len(needed),
                 "unavailable": [expert for expert in needed if expert not in experts],
-                "working_set_bytes": _distinct_bytes(experts, asked),
+                "working_set_bytes": bytes_together(experts[name].footprints[CPU] for name in asked),
                 "fits": len(asked) == len(needed) and _fits(made, experts, asked),
                 "loads_per_board": None if rates is None else rates.loads_per_board,
                 "images_per_second": None if rates is None else rates.images_per_second,
@@ -66,12 +66,6 @@ def working_set(product: Product, graph: ExpertGraph) -> tuple[str, ...]:
         found.update(dict.fromkeys(following))
         left += following
     return tuple(found)
-
-
-def _distinct_bytes(experts: Mapping[str, Expert], names: Sequence[str]) -> int:
-    footprints = [experts[name].footprints[CPU] for name in names]
-    segments = {segment.id: segment.bytes for footprint in footprints for segment in footprint.segments}
-    return sum(segments.values()) + sum(footprint.private_bytes for footprint in footprints)
 
 
 def _fits(made: Installation, experts: Mapping[str, Expert], names: Sequence[str]) -> bool:
@@ -97,7 +91,7 @@ def _rates(made: Installation, experts: Mapping[str, Expert], product: str, comp
     answers = {name: tuple(leading_on(graph, name)) for name in experts}
     disk = SharedDisk(made.profile.disk_bytes_per_second)
     world = World(experts.values(), made.devices, lambda request, expert: answers[expert], disk=disk)
-    start, loads, seconds = 0.0, 0, 0.0
+    start, loads, answered, seconds = 0.0, 0, 0, 0.0
     for board in range(WARM_BOARDS + COUNTED_BOARDS):
         requests = [
             Request(f"{board}-{number}", name, start, None, LINE, product) for number, name in enumerate(components)
@@ -106,9 +100,9 @@ def _rates(made: Installation, experts: Mapping[str, Expert], product: str, comp
         start += report.seconds + REST_SECONDS
         if board >= WARM_BOARDS:
             loads += sum(isinstance(action, Load) for action in report.actions)
+            answered += report.answered
             seconds += report.seconds
-    pictures = COUNTED_BOARDS * len(components)
-    return Rates(loads / COUNTED_BOARDS, pictures / seconds if seconds else 0.0)
+    return Rates(loads / COUNTED_BOARDS, answered / seconds if seconds else 0.0)
 
 
 def leading_on(graph: ExpertGraph, expert: str) -> Iterator[Finding]:

@@ -24,10 +24,9 @@ from appliance.errors import ApplianceError
 from appliance.lab import paper
 from appliance.lab.paper import Board
 from appliance.lab.shapes import SHAPES, Shape, small_net, write_expert
+from appliance.lab.telling import Say
 from appliance.store.compile import compile_bundles
 from appliance.store.store import Compiled, Store
-
-Say = Callable[[str], None]
 
 DETECTORS: Mapping[str, tuple[str, str]] = {
     "tiny": ("tiny", "tiny"),

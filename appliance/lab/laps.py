@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,17 +11,19 @@ from PIL import Image
 
 from appliance.drivers.album import Album, Subject
 from appliance.lab import paper
-from appliance.lab.paper import Board, Job, Trace
+from appliance.lab.paper import Board, Job
+from appliance.lab.telling import quantile
 
 Pictures = Sequence[bytes]
 
+_SEED = 1
 _PICTURES, _PICTURE_SIZE = 16, (320, 240)
 _MAX_BYTES, _MAX_PIXELS = 1 << 24, 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
-    """What is asked: so many requests for so many types of components, one every `gap_seconds`.
+class Workload:
+    """A task as it is asked for: so many requests for so many types of components, one every `gap_seconds`.
 
     `checked_share` of them go on to a detector. The budget is a share of all experts' bytes.
     """
@@ -33,12 +34,11 @@ class Task:
     budget_share: float = 0.25
     gap_seconds: float = paper.GAP_SECONDS
     checked_share: float = paper.BOARD_A.checked_share
-    seed: int = 1
 
     @property
     def job(self) -> Job:
         board = Board(self.experts, paper.BOARD_A.zipf, self.checked_share, gpu_executors=0)
-        return Job("task", board, self.requests, self.seed, self.gap_seconds)
+        return Job("task", board, self.requests, _SEED, self.gap_seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +70,7 @@ class Lap:
         return len(self.waits_seconds) / self.seconds
 
     def wait_seconds(self, share: float) -> float:
-        ordered = sorted(self.waits_seconds)
-        return ordered[min(int(len(ordered) * share), len(ordered) - 1)]
+        return quantile(self.waits_seconds, share)
 
 
 class Stays:
@@ -91,17 +90,6 @@ class Stays:
 
     def until(self, at: float) -> tuple[Stay, ...]:
         return (*self._over, *(Stay(expert, since, at) for (_, expert), since in self._since.items()))
-
-
-def asked(trace: Trace) -> Mapping[str, Sequence[float]]:
-    """Which expert the task asks when, in seconds since the first picture; a detector when the picture comes."""
-    found = defaultdict[str, list[float]](list)
-    for request in trace.requests:
-        rank = int(request.component.removeprefix("type"))
-        found[paper.classifier(rank)].append(request.arrived_seconds)
-        if request.id in trace.checked:
-            found[paper.detector(rank)].append(request.arrived_seconds)
-    return found
 
 
 def encoded_pictures() -> Pictures:

@@ -7,7 +7,7 @@ begins with as many experts in memory as its budget holds.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from queue import Empty, Queue
@@ -29,7 +29,6 @@ from appliance.core.types import (
     Finished,
     Load,
     Loaded,
-    Outcome,
     Publish,
     Quarantine,
     Refusal,
@@ -43,15 +42,13 @@ from appliance.engine.engine import Engine, Engines
 from appliance.engine.weights import Weights
 from appliance.errors import ApplianceError
 from appliance.lab import paper
+from appliance.lab.contenders import Pool, Setup, contender, pools
 from appliance.lab.fleet import MAX_BATCH, Fleet
-from appliance.lab.laps import Lap, Pictures, Stays, album, asked
+from appliance.lab.laps import Lap, Pictures, Stays, album
 from appliance.lab.paper import Trace
-from appliance.startup import footprint
+from appliance.startup import CPU, footprint
 from appliance.store.store import Compiled
 
-ALL = policies.ALL_RESIDENT.name
-ORACLE = "oracle"
-NAMES = (*policies.POLICIES, ALL, ORACLE)
 _STALLED_SECONDS = 120.0
 _KEEP_FREE = 0.2
 """Of the memory that is available, at least."""
@@ -59,11 +56,10 @@ _KEEP_FREE = 0.2
 
 def lap(name: str, made: Fleet, trace: Trace, pictures: Pictures, budget_bytes: int, bytes_per_second: float) -> Lap:
     """The task served once by a policy. Raises ApplianceError when a request gets no answer."""
-    uses, uses_at = asked(trace), dict[str, list[float]]()
-    known = {**policies.POLICIES, ALL: policies.ALL_RESIDENT, ORACLE: policies.oracle(uses_at)}
-    policy = known[name]
-    box = _box(policy, made, budget_bytes, bytes_per_second)
-    served = _Served(policy, box, made, trace, pictures)
+    uses, uses_at = trace.asked, dict[str, list[float]]()
+    policy = contender(name, uses_at)
+    equipment = _equipment(policy, made, budget_bytes, bytes_per_second)
+    served = _Served(policy, equipment, made, trace, pictures)
     try:
         begin, cpu_begin = time.monotonic(), time.process_time()
         uses_at.update((expert, [begin + at for at in times]) for expert, times in uses.items())
@@ -79,43 +75,39 @@ def lap(name: str, made: Fleet, trace: Trace, pictures: Pictures, budget_bytes: 
         cpu_seconds=cpu_seconds,
         waits_seconds=tuple(verdict.waited_seconds for verdict in served.verdicts),
         loads=served.loads,
-        loads_floor=len(uses.keys() - {expert for _, expert in box.residents}),
+        loads_floor=len(uses.keys() - {expert for _, expert in equipment.setup.residents}),
         peak_bytes=served.peak_bytes,
         stays=stays,
-        how=box.how,
+        how=equipment.how,
     )
 
 
 @dataclass(frozen=True, slots=True)
-class _Box:
-    """What a policy is given to work with, and who is in memory when the first picture comes."""
+class _Equipment:
+    """A policy's setup, the experts' files for it, and what is special about it, in words."""
 
-    devices: tuple[Device, ...]
-    executors: tuple[Executor, ...]
-    experts: Mapping[str, Expert]
+    setup: Setup
     compiled: Mapping[str, Compiled]
-    residents: tuple[tuple[str, str], ...]
     how: str
 
 
-def _box(policy: Policy, made: Fleet, budget_bytes: int, load_bytes_per_second: float) -> _Box:
-    """Executors and pools as CoServe has them where a load occupies its executor, else one pool for all of them."""
-    count, compiled, how = cores(), made.compiled, f"{cores()} executors, one pool"
+def _equipment(policy: Policy, made: Fleet, budget_bytes: int, load_bytes_per_second: float) -> _Equipment:
+    found = pools(policy, {CPU: cores()})
+    compiled, how = made.compiled, _how(found)
     if policy is policies.ALL_RESIDENT:
         budget_bytes = made.bytes
         how = "all weights in memory"
         if made.bytes > (1 - _KEEP_FREE) * psutil.virtual_memory().available:
             compiled, how = made.shared, "one copy of the weights per architecture, for want of memory"
-    if policy.assign is policies.first:
-        pools, how = [("cpu", 1)], "one executor"
-    elif policy.in_order:
-        pools, how = [(f"cpu{number}", 1) for number in range(count)], f"{count} executors, a pool each"
-    else:
-        pools = [("cpu", count)]
     prints = {name: footprint(one) for name, one in compiled.items()}
     working = max(print.activation_bytes(MAX_BATCH) for print in prints.values())
-    devices = tuple(Device(name, budget_bytes // len(pools), n, n * working) for name, n in pools)
-    executors = tuple(Executor(f"{name}-{number}", name) for name, n in pools for number in range(n))
+    devices = tuple(
+        Device(pool.name, budget_bytes // len(found), len(pool.executors), len(pool.executors) * working)
+        for pool in found
+    )
+    executors = tuple(
+        Executor(f"{pool.name}-{turn}", pool.name) for pool in found for turn in range(len(pool.executors))
+    )
     chances = {e.name: e.probability for e in paper.experts(made.board, {})}
     experts = {
         name: Expert(
@@ -129,10 +121,17 @@ def _box(policy: Policy, made: Fleet, budget_bytes: int, load_bytes_per_second: 
     }
     sizes = [(name, prints[name].weights_bytes) for name in sorted(chances, key=lambda name: (-chances[name], name))]
     if policy is policies.ALL_RESIDENT:
-        residents = [("cpu", name) for name, _ in sizes]
+        residents = [(CPU, name) for name, _ in sizes]
     else:
         residents = policy.place(sizes, {device.name: device.budget_bytes for device in devices})
-    return _Box(devices, executors, experts, compiled, tuple(residents), how)
+    return _Equipment(Setup(devices, executors, experts, tuple(residents)), compiled, how)
+
+
+def _how(found: Sequence[Pool]) -> str:
+    count = sum(len(pool.executors) for pool in found)
+    if count == 1:
+        return "one executor"
+    return f"{count} executors, {'one pool' if len(found) == 1 else 'a pool each'}"
 
 
 def _cost(compiled: Compiled, bytes_per_second: float) -> Cost:
@@ -142,12 +141,12 @@ def _cost(compiled: Compiled, bytes_per_second: float) -> Cost:
 class _Served:
     """One policy on its box, from the first picture to the last verdict."""
 
-    def __init__(self, policy: Policy, box: _Box, made: Fleet, trace: Trace, pictures: Pictures) -> None:
-        self._box, self._trace, self._album = box, trace, album(pictures)
+    def __init__(self, policy: Policy, equipment: _Equipment, made: Fleet, trace: Trace, pictures: Pictures) -> None:
+        self._trace, self._album, box = trace, album(pictures), equipment.setup
         self._events: Queue[Event] = Queue()
         self._engines = {
             d.name: Engine.on(
-                d, box.compiled, Weights(made.segment_path, budget_bytes=d.budget_bytes), CpuPlace(), self._told
+                d, equipment.compiled, Weights(made.segment_path, budget_bytes=d.budget_bytes), CpuPlace(), self._told
             )
             for d in box.devices
         }
@@ -209,7 +208,7 @@ class _Served:
         for action in self._controller.handle(event, now, more=more):
             match action:
                 case Publish(verdict):
-                    if verdict.outcome not in (Outcome.PASS, Outcome.FAIL):
+                    if not verdict.outcome.is_answer:
                         raise ApplianceError(f"{verdict.request} got no answer: {verdict.refusal}", "report this")
                     self.verdicts.append(verdict)
                     self._album.forget(verdict.request)

@@ -8,7 +8,8 @@ many experts its executors hold.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -27,6 +28,7 @@ class Machine:
 
     `gpu_pools` are the experts that each GPU executor holds, by how many executors there are; `one_pool` those of a
     box with a single executor. `load_seconds` is what a switch of experts took there, whatever its bytes.
+    Activations hold a full batch of each executor, or `activation_share` of that.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Machine:
     cpu_item_seconds: float
     cpu_fixed_seconds: float
     disk_bytes_per_second: float
+    activation_share: float = 1.0
 
     def cost(self, device: str, loader: str, size: int, executors: int, loads_in_flight: int) -> Cost:
         """What the controller is told: a load takes what it takes when as many as may are in flight.
@@ -139,6 +142,17 @@ class Trace:
 
     def answer(self, request: str, expert: str) -> tuple[Finding, ...]:
         return (CHECK if request in self.checked else SETTLED,)
+
+    @property
+    def asked(self) -> Mapping[str, Sequence[float]]:
+        """Which expert is asked when; a detector at the moment at which the picture comes, if not before."""
+        found = defaultdict[str, list[float]](list)
+        for request in self.requests:
+            rank = int(request.component.removeprefix("type"))
+            found[classifier(rank)].append(request.arrived_seconds)
+            if request.id in self.checked:
+                found[detector(rank)].append(request.arrived_seconds)
+        return found
 
 
 def drawn(job: Job) -> Trace:

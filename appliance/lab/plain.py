@@ -21,12 +21,13 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from appliance.core.policies import filled
 from appliance.core.types import Request
 from appliance.drivers import heads, images, runtime
 from appliance.drivers.devices import anonymous_bytes, cores
 from appliance.lab import paper
 from appliance.lab.fleet import Fleet
-from appliance.lab.laps import Lap, Pictures, Stays, album, asked
+from appliance.lab.laps import Lap, Pictures, Stays, album
 from appliance.lab.paper import Trace
 
 PLAIN = "plain-lru"
@@ -57,7 +58,7 @@ def lap(
     cache = _Cache(lambda expert: _opened(made.model_of(expert), setting.threads), budget_bytes)
     cache.sizes = {expert: sizes[shape] for expert, shape in made.shapes.items()}
     chances = [(e.name, cache.sizes[e.name]) for e in paper.experts(made.board, {})]
-    for expert in reversed(_first_fitting(chances, budget_bytes)):
+    for _, expert in reversed(filled(chances, {PLAIN: budget_bytes})):
         cache.session(expert)
     began_with, loads_before = cache.resident, cache.loads
     served = _Served(cache, made, trace, pictures)
@@ -72,7 +73,7 @@ def lap(
         cpu_seconds=time.process_time() - cpu_begin,
         waits_seconds=tuple(served.waits),
         loads=cache.loads - loads_before,
-        loads_floor=len(asked(trace).keys() - began_with),
+        loads_floor=len(trace.asked.keys() - began_with),
         peak_bytes=cache.peak_bytes,
         stays=cache.stays.until(seconds),
         how=f"{setting.how}; models from {sum(map(len, made.model_files.values()))} files in the page cache",
@@ -113,16 +114,6 @@ def _opened(path: Path, threads: int) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-def _first_fitting(sizes: list[tuple[str, int]], budget_bytes: int) -> list[str]:
-    chosen, used = list[str](), 0
-    for expert, size in sizes:
-        if used + size > budget_bytes:
-            break
-        chosen.append(expert)
-        used += size
-    return chosen
 
 
 class _Cache:

@@ -10,7 +10,7 @@ import heapq
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 from pathlib import Path
 from typing import Any, assert_never
@@ -29,6 +29,7 @@ from appliance.core.types import (
     Device,
     Event,
     Evict,
+    Executor,
     Expert,
     Finding,
     Finished,
@@ -38,6 +39,7 @@ from appliance.core.types import (
     Load,
     Loaded,
     LoadFailed,
+    Outcome,
     Publish,
     Quarantine,
     Refusal,
@@ -49,6 +51,7 @@ from appliance.core.types import (
 )
 from appliance.drivers import journal
 from appliance.errors import ConfigError
+from appliance.lab.contenders import pools
 
 Answer = Callable[[str, str], tuple[Finding, ...] | Refusal]
 
@@ -240,7 +243,7 @@ class World:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class Simulation:
     """What a run came to. `seconds` is virtual time from the first arrival to the last verdict."""
 
     verdicts: tuple[Verdict, ...]
@@ -254,11 +257,22 @@ class Report:
     """Processor time that the controller took for its decisions."""
 
     @property
+    def answered(self) -> int:
+        """Late, failed and rejected pictures are none that a box has done."""
+        return sum(verdict.outcome.is_answer for verdict in self.verdicts)
+
+    @property
     def images_per_second(self) -> float:
-        return len(self.verdicts) / self.seconds if self.seconds else 0.0
+        return self.answered / self.seconds if self.seconds else 0.0
+
+    @property
+    def waits_seconds(self) -> tuple[float, ...]:
+        """Of all that were not turned away. Who was late has waited until it was: without them, overload would look
+        better the more of them there are."""
+        return tuple(v.waited_seconds for v in self.verdicts if v.outcome is not Outcome.REJECTED)
 
 
-def simulate(controller: Controller, world: World, arrivals: Sequence[Request]) -> Report:
+def simulate(controller: Controller, world: World, arrivals: Sequence[Request]) -> Simulation:
     """Feed the arrivals, in order of time, at their times; everything else takes as long as the world says."""
     event: Event
     agenda: list[tuple[float, int, Event]] = [(r.arrived_seconds, n, Arrived(r)) for n, r in enumerate(arrivals)]
@@ -296,7 +310,7 @@ def simulate(controller: Controller, world: World, arrivals: Sequence[Request]) 
                 disk.begin(sum(segment.bytes for segment in action.segments), number, after, now)
             else:
                 heapq.heappush(agenda, (now + seconds, number, after))
-    return _report(controller, world, taken, ended - started, scheduling)
+    return _summed_up(controller, world, taken, ended - started, scheduling)
 
 
 def _come_together(event: Event, agenda: Sequence[tuple[float, int, Event]], now: float) -> bool:
@@ -304,7 +318,7 @@ def _come_together(event: Event, agenda: Sequence[tuple[float, int, Event]], now
     return isinstance(event, Arrived) and bool(agenda) and agenda[0][0] == now and isinstance(agenda[0][2], Arrived)
 
 
-def replay(controller: Controller, world: World, events: Iterable[Heard]) -> Report:
+def replay(controller: Controller, world: World, events: Iterable[Heard]) -> Simulation:
     """Feed recorded events to a fresh controller: the same input makes the same actions."""
     taken: list[Action] = []
     started = ended = None
@@ -315,15 +329,15 @@ def replay(controller: Controller, world: World, events: Iterable[Heard]) -> Rep
             taken.append(action)
             world.obey(action)
             ended = now if isinstance(action, Publish) else ended
-    return _report(controller, world, taken, (ended or 0.0) - (started or 0.0))
+    return _summed_up(controller, world, taken, (ended or 0.0) - (started or 0.0))
 
 
-def _report(
+def _summed_up(
     controller: Controller, world: World, actions: list[Action], seconds: float, scheduling_seconds: float = 0.0
-) -> Report:
+) -> Simulation:
     """Counts are the controller's own, as a live box tells them: who was given up while loading is not evicted."""
-    return Report(
-        tuple(world.verdicts),
+    return Simulation(
+        tuple(action.verdict for action in actions if isinstance(action, Publish)),
         tuple(actions),
         seconds,
         controller.counts["loads"],
@@ -341,35 +355,37 @@ def _require(holds: bool, otherwise: str) -> None:
 def simulated(path: Path, *, predict: bool, policy: str | None = None) -> dict[str, Any]:
     """What `appliance simulate` tells of a journal.
 
-    Raises RecordsError when it cannot be read, and ConfigError for a policy that no service has.
+    A prediction may be of another policy than the one that the service had, with the memories that such a box has.
 
-    A prediction may be of another policy than the one that the service had.
+    Raises RecordsError when it cannot be read, and ConfigError for a policy that no service has.
     """
     opening, recorded = journal.read(path)
     events = list(recorded)
-    controller = controller_of(opening, policy if predict and policy else opening.policy)
+    if predict and policy:
+        opening = under(opening, policy)
+    controller = controller_of(opening)
     answers = _recorded_answers(event for _, event, _ in events)
     world = World(opening.experts, opening.devices, lambda request, expert: answers[request, expert])
     started = time.perf_counter()
     if predict:
-        report = simulate(controller, world, [e.request for _, e, _ in events if isinstance(e, Arrived)])
+        simulation = simulate(controller, world, [e.request for _, e, _ in events if isinstance(e, Arrived)])
     else:
-        report = replay(controller, world, events)
+        simulation = replay(controller, world, events)
     wall_seconds = time.perf_counter() - started
     return {
-        "requests": len(report.verdicts),
-        "outcomes": dict(Counter(verdict.outcome.value for verdict in report.verdicts)),
-        "loads": report.loads,
-        "evictions": report.evictions,
-        "peak_weights_bytes": report.peak_bytes,
+        "requests": len(simulation.verdicts),
+        "outcomes": dict(Counter(verdict.outcome.value for verdict in simulation.verdicts)),
+        "loads": simulation.loads,
+        "evictions": simulation.evictions,
+        "peak_weights_bytes": simulation.peak_bytes,
         "budget_bytes": sum(device.budget_bytes for device in opening.devices),
-        "seconds": report.seconds,
-        "images_per_second": report.images_per_second,
-        "requests_per_wall_second": len(report.verdicts) / wall_seconds,
+        "seconds": simulation.seconds,
+        "images_per_second": simulation.images_per_second,
+        "requests_per_wall_second": len(simulation.verdicts) / wall_seconds,
     }
 
 
-def controller_of(opening: journal.Opening, policy: str) -> Controller:
+def controller_of(opening: journal.Opening) -> Controller:
     """One like the service's at its start. Raises ConfigError for a policy that no service has."""
     return Controller(
         opening.graph,
@@ -379,11 +395,62 @@ def controller_of(opening: journal.Opening, policy: str) -> Controller:
         opening.unavailable,
         pinned=opening.pinned,
         preload=opening.preload,
-        policy=policy_of(policy),
+        policy=policy_of(opening.policy),
         priorities=opening.priorities,
         most_waiting=opening.most_waiting,
         overflow=opening.overflow,
         products=opening.products,
+    )
+
+
+def under(opening: journal.Opening, name: str) -> journal.Opening:
+    """The same box under another policy: in CoServe each executor has a memory and a load of its own, an even share.
+
+    Raises ConfigError for a policy that no service has, and when an expert is too large for such a share.
+    """
+    policy = policy_of(name)
+    if name == opening.policy or not policy.in_order:
+        return replace(opening, policy=name)
+    able = Counter(device for expert in opening.experts for device in expert.footprints)
+    devices = {device.name: device for device in sorted(opening.devices, key=lambda device: -able[device.name])}
+    executors = Counter(executor.device for executor in opening.executors)
+    found = pools(policy, {device: executors[device] for device in devices if executors[device]})
+    parts = Counter(pool.device for pool in found)
+    made = replace(
+        opening,
+        policy=name,
+        devices=tuple(_part(devices[pool.device], pool.name, parts[pool.device]) for pool in found),
+        executors=tuple(Executor(f"{pool.name}-0", pool.name) for pool in found),
+        experts=tuple(
+            replace(
+                expert,
+                footprints={p.name: expert.footprints[p.device] for p in found if p.device in expert.footprints},
+                costs={p.name: expert.costs[p.device] for p in found if p.device in expert.costs},
+            )
+            for expert in opening.experts
+        ),
+    )
+    for expert in made.experts:
+        if not any(_holds(device, expert) for device in made.devices):
+            raise ConfigError(
+                f"{expert.name} does not fit one executor's share of the memory, which {name} divides",
+                "choose a policy that shares it, such as appliance",
+            )
+    return made
+
+
+def _holds(device: Device, expert: Expert) -> bool:
+    footprint = expert.footprints.get(device.name)
+    if footprint is None or footprint.weights_bytes > device.budget_bytes:
+        return False
+    return device.activation_bytes is None or footprint.activation_bytes(1) <= device.activation_bytes
+
+
+def _part(device: Device, name: str, parts: int) -> Device:
+    """One of so many even parts of a device's memory, for one executor."""
+    activations = None if device.activation_bytes is None else device.activation_bytes // parts
+    return replace(
+        device, name=name, budget_bytes=device.budget_bytes // parts, load_slots=1, activation_bytes=activations
     )
 
 

@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,10 +25,9 @@ from appliance.engine.sessions import Sessions
 from appliance.engine.weights import Weights
 from appliance.errors import ApplianceError
 from appliance.lab.shapes import small_net, write_expert
+from appliance.lab.telling import Say
 from appliance.store.compile import compile_bundles
 from appliance.store.store import Compiled, Store
-
-Say = Callable[[str], None]
 
 _SIDE = 32
 _ACTIVATION_BYTES = 64 << 20

@@ -16,19 +16,18 @@ from typing import Any
 import onnxruntime
 import psutil
 
-from appliance.core.policies import APPLIANCE, COSERVE
+from appliance.core.policies import APPLIANCE, COSERVE, POLICIES
 from appliance.drivers.devices import cores
 from appliance.engine.weights import Weights
 from appliance.errors import ApplianceError, ConfigError
 from appliance.lab import live, paper, plain
+from appliance.lab.contenders import ALL, ORACLE
 from appliance.lab.fleet import Fleet, fleet, shape_named
-from appliance.lab.laps import Lap, Task, encoded_pictures
-from appliance.lab.live import ALL
+from appliance.lab.laps import Lap, Workload, encoded_pictures
 from appliance.lab.plain import PLAIN
+from appliance.lab.telling import Say
 
-Say = Callable[[str], None]
-
-NAMES = (ALL, *reversed(live.NAMES[:-2]), live.ORACLE, PLAIN)
+NAMES = (ALL, *reversed(POLICIES), ORACLE, PLAIN)
 COMPARED = (APPLIANCE.name, COSERVE.name, PLAIN)
 """Whose throughput is plotted over memory."""
 _PROBES = 6
@@ -37,7 +36,7 @@ _MEMORY_BESIDE = 1 << 30
 
 
 def task(
-    asked: Task,
+    asked: Workload,
     names: Sequence[str] = (),
     *,
     pairs: int = 1,

@@ -12,8 +12,8 @@ from typing import Any
 
 from appliance.core.policies import APPLIANCE, COSERVE
 from appliance.lab import paper
+from appliance.lab.contenders import ALL
 from appliance.lab.laps import Lap, Stay
-from appliance.lab.live import ALL
 from appliance.lab.plain import PLAIN
 
 _WIDTH, _LABELS, _VALUES, _ROW = 720, 120, 90, 26

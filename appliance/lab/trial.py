@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
@@ -12,26 +11,19 @@ from typing import Any
 from appliance.core import policies
 from appliance.core.controller import Controller
 from appliance.core.policies import Policy
-from appliance.core.types import Device, Executor, Expert, Outcome, Verdict
+from appliance.core.types import Device, Executor, Outcome, Verdict
 from appliance.errors import ConfigError
 from appliance.lab import paper
+from appliance.lab.contenders import NAMES, Pool, Setup, contender, pools
 from appliance.lab.paper import CLASSIFIER_BYTES, Job, Machine, Trace
 from appliance.lab.simulate import SharedDisk, World, simulate
+from appliance.lab.telling import quantile
 
+Trial = Callable[[Machine, Job, str, str], Mapping[str, Any]]
+"""What a policy, by name, comes to at a task on a machine with a loader."""
 LOADERS = ("paper", "segments")
-NAMES = (*policies.POLICIES, policies.ALL_RESIDENT.name, "oracle")
-GPU_BATCH, CPU_BATCH = 16, 8  # profiled maxima: later the latency per image falls no more
-
-
-@dataclass(frozen=True, slots=True)
-class Box:
-    """What a policy is given to work with."""
-
-    devices: tuple[Device, ...]
-    executors: tuple[Executor, ...]
-    experts: tuple[Expert, ...]
-    residents: tuple[tuple[str, str], ...]
-    loads_in_flight: int
+_ITEMS = {"gpu": 16, "cpu": 8}
+"""What activations hold for each executor: the batches from which on the latency per image falls no more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,21 +52,18 @@ def tried_by_name(machine: str, task: str, policy: str, loader: str, pace: Pace)
 def tried(machine: Machine, job: Job, name: str, loader: str = "paper") -> dict[str, Any]:
     """What a trial comes to, all times in virtual seconds but `wall` ones and `scheduling`: processor time."""
     trace = paper.drawn(job)
-    policy = _policy(name, trace, job)
-    box = _box(machine, job, policy, loader)
+    asked = trace.asked
+    policy = contender(name, asked)
+    box = _setup(machine, job, policy, loader)
     graph = paper.graph(job.board)
-    controller = Controller(
-        graph, {e.name: e for e in box.experts}, box.devices, box.executors, policy=policy, residents=box.residents
-    )
+    controller = Controller(graph, box.experts, box.devices, box.executors, policy=policy, residents=box.residents)
     disk = SharedDisk(machine.disk_bytes_per_second) if loader == "segments" else None
-    world = World(box.experts, box.devices, trace.answer, disk=disk, residents=box.residents)
+    world = World(box.experts.values(), box.devices, trace.answer, disk=disk, residents=box.residents)
     began = time.perf_counter()
     report = simulate(controller, world, trace.requests)
     wall_seconds = time.perf_counter() - began
 
-    asked = _asked(trace)
     absent = asked.keys() - {expert for _, expert in box.residents}
-    waits = sorted(v.waited_seconds for v in report.verdicts if v.outcome is not Outcome.LATE)
     return {
         "policy": name,
         "device": machine.name,
@@ -88,8 +77,8 @@ def tried(machine: Machine, job: Job, name: str, loader: str = "paper") -> dict[
         "loads_floor": len(absent),
         "evictions": report.evictions,
         "late": sum(v.outcome is Outcome.LATE for v in report.verdicts),
-        "wait_p50_seconds": _quantile(waits, 0.5),
-        "wait_p99_seconds": _quantile(waits, 0.99),
+        "wait_p50_seconds": quantile(report.waits_seconds, 0.5),
+        "wait_p99_seconds": quantile(report.waits_seconds, 0.99),
         "seconds": report.seconds,
         "executors": len(box.executors),
         "requests_per_wall_second": len(report.verdicts) / wall_seconds,
@@ -97,64 +86,52 @@ def tried(machine: Machine, job: Job, name: str, loader: str = "paper") -> dict[
     }
 
 
-def _policy(name: str, trace: Trace, job: Job) -> Policy:
-    if name == "oracle":
-        return policies.oracle({expert: tuple(times) for expert, times in _asked(trace).items()})
-    return {**policies.POLICIES, policies.ALL_RESIDENT.name: policies.ALL_RESIDENT}[name]
+def _setup(machine: Machine, job: Job, policy: Policy, loader: str) -> Setup:
+    held = {"gpu": machine.gpu_pools[job.board.gpu_executors], "cpu": (machine.cpu_pool,)}
+    found = pools(policy, {name: len(sizes) for name, sizes in held.items()})
 
+    def holds(pool: Pool) -> int:
+        if policy is policies.ALL_RESIDENT:
+            return job.board.types + len(paper.DETECTOR_BYTES) + 1
+        if policy.assign is policies.first:
+            return machine.one_pool
+        return sum(held[pool.device][number] for number in pool.executors)
 
-def _asked(trace: Trace) -> Mapping[str, Sequence[float]]:
-    """Which expert the trace asks when; a detector at the moment at which the picture arrives, if not before."""
-    asked = defaultdict[str, list[float]](list)
-    for request in trace.requests:
-        rank = int(request.component.removeprefix("type"))
-        asked[paper.classifier(rank)].append(request.arrived_seconds)
-        if request.id in trace.checked:
-            asked[paper.detector(rank)].append(request.arrived_seconds)
-    return asked
+    def works(pool: Pool) -> int:
+        return max(int(_ITEMS[pool.device] * len(pool.executors) * machine.activation_share), 1)
 
-
-def _box(machine: Machine, job: Job, policy: Policy, loader: str) -> Box:
-    """Pools and executors: a pool per executor where loads occupy it, as in the paper; else one per device."""
-    pools = machine.gpu_pools[job.board.gpu_executors]
-    if policy.assign is policies.first:
-        made = [("gpu", machine.one_pool, 1)]
-    elif policy.in_order:
-        made = [*((f"gpu{number}", size, 1) for number, size in enumerate(pools)), ("cpu", machine.cpu_pool, 1)]
-    else:
-        made = [("gpu", sum(pools), len(pools)), ("cpu", machine.cpu_pool, 1)]
-    if policy is policies.ALL_RESIDENT:
-        made = [(name, job.board.types + len(paper.DETECTOR_BYTES) + 1, count) for name, _, count in made]
     devices = tuple(
-        Device(name, size * CLASSIFIER_BYTES, count, CPU_BATCH if name == "cpu" else GPU_BATCH * count)
-        for name, size, count in made
+        Device(pool.name, holds(pool) * CLASSIFIER_BYTES, len(pool.executors), works(pool)) for pool in found
     )
-    executors = tuple(Executor(f"{name}-{number}", name) for name, _, count in made for number in range(count))
+    executors = tuple(
+        Executor(f"{pool.name}-{turn}", pool.name) for pool in found for turn in range(len(pool.executors))
+    )
     in_flight = sum(device.load_slots for device in devices)
-    on_gpu = sum(not executor.device.startswith("cpu") for executor in executors)
-    costs = {device.name: machine.cost(device.name, loader, CLASSIFIER_BYTES, on_gpu, in_flight) for device in devices}
-    experts = tuple(paper.experts(job.board, costs))
-    sizes = [(e.name, e.footprints[devices[0].name].weights_bytes) for e in experts]
-    rooms = {device.name: device.budget_bytes for device in devices}
-    residents = policy.place(sizes, rooms)
+    on_gpu = sum(len(pool.executors) for pool in found if pool.device == "gpu")
+    costs = {pool.name: machine.cost(pool.device, loader, CLASSIFIER_BYTES, on_gpu, in_flight) for pool in found}
+    experts = {expert.name: expert for expert in paper.experts(job.board, costs)}
+    sizes = [(name, expert.footprints[devices[0].name].weights_bytes) for name, expert in experts.items()]
     if policy is policies.ALL_RESIDENT:
         residents = [(device.name, name) for device in devices for name, _ in sizes]
-    return Box(devices, executors, experts, tuple(residents), in_flight)
+    else:
+        residents = policy.place(sizes, {device.name: device.budget_bytes for device in devices})
+    return Setup(devices, executors, experts, tuple(residents))
 
 
 def _least_seconds(
-    machine: Machine, job: Job, box: Box, asked: Mapping[str, Sequence[float]], absent: Iterable[str], loader: str
+    machine: Machine, job: Job, box: Setup, asked: Mapping[str, Sequence[float]], absent: Iterable[str], loader: str
 ) -> float:
     """No schedule on this box is quicker: arrivals, compulsory loads and runs, each as if the others cost nothing."""
     arriving = (job.pictures * job.boards - 1) * job.gap_seconds
     runs = sum(len(times) for times in asked.values())
-    speed = sum(1 / box.experts[0].costs[executor.device].item_seconds for executor in box.executors)
+    costs = next(iter(box.experts.values())).costs
+    speed = sum(1 / costs[executor.device].item_seconds for executor in box.executors)
     absent = set(absent)
     if loader == "segments":
-        sizes = {e.name: e.footprints[box.devices[0].name].weights_bytes for e in box.experts}
-        loading = sum(sizes[name] for name in absent) / machine.disk_bytes_per_second
+        sizes = (box.experts[name].footprints[box.devices[0].name].weights_bytes for name in absent)
+        loading = sum(sizes) / machine.disk_bytes_per_second
     else:
-        loading = len(absent) * machine.load_seconds / box.loads_in_flight
+        loading = len(absent) * machine.load_seconds / sum(device.load_slots for device in box.devices)
     return max(arriving, runs / speed, loading)
 
 
@@ -162,22 +139,18 @@ def _steady(trace: Trace, verdicts: Sequence[Verdict]) -> float:
     """Answers in time per second of the middle eight tenths of the time in which pictures came; zero for no time."""
     lasting = trace.requests[-1].arrived_seconds
     came = {request.id: request.arrived_seconds for request in trace.requests}
-    answered = (came[v.request] + v.waited_seconds for v in verdicts if v.outcome is not Outcome.LATE)
+    answered = (came[v.request] + v.waited_seconds for v in verdicts if v.outcome.is_answer)
     return sum(0.1 * lasting <= at < 0.9 * lasting for at in answered) / (0.8 * lasting) if lasting else 0.0
 
 
-def _quantile(ordered: Sequence[float], share: float) -> float:
-    return ordered[min(int(len(ordered) * share), len(ordered) - 1)] if ordered else 0.0
-
-
-def paper_table() -> dict[str, Any]:
+def paper_table(trial: Trial = tried) -> dict[str, Any]:
     """Every printed cell beside ours, and how far they are apart."""
     cells = []
     for machine in paper.MACHINES.values():
         for policy, printed in paper.PRINTED_IMAGES_PER_SECOND[machine.name].items():
             switches = paper.PRINTED_SWITCHES[machine.name].get(policy)
             for number, (task, job) in enumerate(paper.JOBS.items()):
-                found = tried(machine, job, policy)
+                found = trial(machine, job, policy, "paper")
                 cells.append(
                     {
                         "device": machine.name,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from appliance.engine.sessions import Sessions
 from appliance.engine.weights import Weights
 from appliance.errors import ApplianceError
 from appliance.lab.shapes import small_net, write_expert
+from appliance.lab.telling import Say, Target
 from appliance.store.compile import compile_bundles
 from appliance.store.store import Compiled, Store
 
@@ -26,7 +27,7 @@ _BOUND = 0.25
 _ACTIVATION_BYTES = 64 << 20
 
 
-def trunks(count: int, folder: Path, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+def trunks(count: int, folder: Path, say: Say = lambda line: None) -> dict[str, Any]:
     """Compile so many fine-tunes of one trunk and bring them all into memory. Nothing is left in `folder`.
 
     Raises ApplianceError when one cannot be compiled here.
@@ -47,8 +48,7 @@ def trunks(count: int, folder: Path, say: Callable[[str], None] = lambda line: N
         "disk_bytes": on_disk,
         "resident_bytes": resident,
         "targets": [
-            {"name": name, "value": value / unshared, "relation": "at most", "bound": _BOUND}
-            | {"met": value / unshared <= _BOUND}
+            Target(name, value / unshared, "at most", _BOUND).told()
             for name, value in (("disk_share", on_disk), ("resident_share", resident))
         ],
     }
