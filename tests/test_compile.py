@@ -903,7 +903,7 @@ def test_a_rebuild_gives_way_to_runs_and_loads(
 
     monkeypatch.setattr("appliance.store.storecheck.compile_bundles", noted)
     check_beside(bench.store, {"e": bundle}, {"e": compiled}, caplog)
-    assert niceness[0] >= min(19, os.nice(0) + 10), "a child has the priority of the thread that starts it"
+    assert niceness[0] >= 10, "a child has the priority of the thread that starts it, whatever that of the service is"
 
 
 def check_beside(
