@@ -358,7 +358,7 @@ class Service:
         """Pictures from the spool to the controller in order of acceptance, as many as it has room for."""
         while self._more_spooled and (room := self._controller.room(FED_AT_ONCE)) > 0:
             spooled = self._records.waiting(self._fed_through, room)
-            self._more_spooled = bool(spooled)
+            self._more_spooled = len(spooled) == room
             for one in spooled:
                 self._fed_through = one.arrival
                 self._begin(one)
