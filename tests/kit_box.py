@@ -27,7 +27,7 @@ from appliance.config import Config, Paths
 from appliance.drivers.broker import free_port
 from appliance.lab.shapes import write_manifest
 from appliance.startup import install
-from tests.kit_brokers import AnyBroker, Camera, until
+from tests.kit_brokers import Camera, HasPort, until
 from tests.kit_models import SIDE, conv_net, run_plain, write_bundle
 
 INFER = "coe/v1/plant/infer/line1/-/-/"
@@ -104,7 +104,7 @@ class Box:
     """
 
     def __init__(
-        self, folder: Path, catalog: Path, broker: AnyBroker | None = None, *, settings: str = "", program: str = ""
+        self, folder: Path, catalog: Path, broker: HasPort | None = None, *, settings: str = "", program: str = ""
     ) -> None:
         self._program = f"{program}\nfrom appliance.cli import main\nmain()"
         self.folder, self.port = folder, broker.port if broker else free_port()
