@@ -490,6 +490,30 @@ def door(
     _print(found) if as_json else print_door(found, Console())
 
 
+@bench.command()
+def faults(
+    minutes: Annotated[float, typer.Option(min=0.05, help="How long, shared by the brokers.")] = 2.0,
+    broker: Annotated[str | None, typer.Option(help="embedded or mosquitto; all that are here by default.")] = None,
+    seed: Annotated[int, typer.Option(help="Of what breaks when.")] = 0,
+    folder: BenchFolder = Path(".appliance"),
+    as_json: AsJson = False,
+) -> None:
+    """Break everything between a camera and its verdict, at random, and count what was lost.
+
+    A line publishes all the while and keeps each picture until its verdict comes. Service and broker are killed with
+    SIGKILL, the box's link is reset, cut in mid-packet, held up and swallowed. At the end what was published, answered
+    and recorded is compared. Exit code 1 when anything was lost, or told in two ways, or the service grew.
+
+        appliance bench faults --minutes 20 --json
+    """
+    from appliance.lab.faults import faults as broken
+    from appliance.report import print_faults
+
+    found = broken(minutes=minutes, broker=broker, seed=seed, folder=folder, say=Console(stderr=True).print)
+    _print(found) if as_json else print_faults(found, Console())
+    raise typer.Exit(0 if found["is_clean"] and found["is_flat"] else 1)
+
+
 def main() -> None:
     """The console script. One of the two borders where every error becomes an answer."""
     try:

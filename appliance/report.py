@@ -392,6 +392,18 @@ def print_door(found: Mapping[str, Any], console: Console) -> None:
     )
 
 
+def print_faults(found: Mapping[str, Any], console: Console) -> None:
+    table = Table("", *found["brokers"])
+    for count in ("published", "verdicts", "records", "lost", "conflicting", "phantom"):
+        table.add_row(count, *(f"{run[count]:,}" for run in found["brokers"].values()))
+    for kind in found["kills"]:
+        table.add_row(f"broken: {kind}", *(f"{run['kills'].get(kind, 0)}" for run in found["brokers"].values()))
+    console.print(table)
+    clean = "[green]nothing was lost[/]" if found["is_clean"] else "[red]not clean[/]"
+    flat = "[green]the service did not grow[/]" if found["is_flat"] else "[red]the service grew[/]"
+    console.print(f"{clean}; {flat}; {found['minutes']:g} minutes, seed {found['seed']}")
+
+
 def quantity(name: str, value: float) -> str:
     """A number in the unit that people read, by the unit that its name ends in."""
     if name.endswith("bytes_per_second"):
