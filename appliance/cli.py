@@ -481,6 +481,57 @@ def schedule(
     _print(found) if as_json else print_scheduling(found, Console())
 
 
+@bench.command()
+def door(
+    broker: Annotated[str | None, typer.Option(help="embedded or mosquitto; all that are here by default.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each is measured, by turns.")] = 5,
+    quick: Annotated[
+        bool, typer.Option(help="One round of few pictures: whether it works, not what it takes.")
+    ] = False,
+    folder: BenchFolder = Path(".appliance"),
+    catalog: Annotated[Path, typer.Option(help="The demo's bundles and products.")] = Path("models_onnx"),
+    as_json: AsJson = False,
+) -> None:
+    """Measure what the way in and out costs: a real broker, the real service and a camera on the same cores.
+
+    With pictures of 50 KB at QoS 1: what the broker alone does, confirming and handing on; what a box does without
+    experts (one that takes the mean of 64 pixels), from publishing to the recorded verdict; one picture at a time;
+    with an expert of 25 ms and with the demo's, beside the same work without broker, spool and records. The disk's
+    fsync is measured meanwhile. Medians; each target stands beside what was found: a missed one is shown, not an error.
+    Four minutes with two brokers.
+    """
+    from appliance.lab.door import door as measured
+    from appliance.report import print_door
+
+    say = Console(stderr=True).print
+    found = measured(broker=broker, rounds=rounds, quick=quick, folder=folder, catalog=catalog, say=say)
+    _print(found) if as_json else print_door(found, Console())
+
+
+@bench.command()
+def faults(
+    minutes: Annotated[float, typer.Option(min=0.05, help="How long, shared by the brokers.")] = 2.0,
+    broker: Annotated[str | None, typer.Option(help="embedded or mosquitto; all that are here by default.")] = None,
+    seed: Annotated[int, typer.Option(help="Of what breaks when.")] = 0,
+    folder: BenchFolder = Path(".appliance"),
+    as_json: AsJson = False,
+) -> None:
+    """Break everything between a camera and its verdict, at random, and count what was lost.
+
+    A line publishes all the while and keeps each picture until its verdict comes. Service and broker are killed with
+    SIGKILL, the box's link is reset, cut in mid-packet, held up and swallowed. At the end what was published, answered
+    and recorded is compared. Exit code 1 when anything was lost, or told in two ways, or the service grew.
+
+        appliance bench faults --minutes 20 --json
+    """
+    from appliance.lab.faults import faults as broken
+    from appliance.report import print_faults
+
+    found = broken(minutes=minutes, broker=broker, seed=seed, folder=folder, say=Console(stderr=True).print)
+    _print(found) if as_json else print_faults(found, Console())
+    raise typer.Exit(0 if found["is_clean"] and found["is_flat"] else 1)
+
+
 def main() -> None:
     """The console script. One of the two borders where every error becomes an answer."""
     try:

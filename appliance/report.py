@@ -392,10 +392,37 @@ def print_task(found: Mapping[str, Any], console: Console) -> None:
     )
 
 
+def print_door(found: Mapping[str, Any], console: Console) -> None:
+    table = Table("", *found["brokers"])
+    goals = {name: {goal["name"]: goal for goal in each["targets"]} for name, each in found["brokers"].items()}
+    for key in (name for name in next(iter(found["brokers"].values())) if name != "targets"):
+        cells = (f"{quantity(key, each[key])} {_goal(goals[name].get(key))}" for name, each in found["brokers"].items())
+        table.add_row(key.replace("_", " "), *cells)
+    console.print(table)
+    console.print(
+        f"medians of {found['rounds']} rounds on {found['cores']} cores; pictures of {found['picture_bytes']:,} bytes, "
+        f"an expert of {found['work_seconds'] * 1e3:.1f} ms; load {found['load_average']}"
+    )
+
+
+def print_faults(found: Mapping[str, Any], console: Console) -> None:
+    table = Table("", *found["brokers"])
+    for count in ("published", "verdicts", "records", "lost", "conflicting", "phantom"):
+        table.add_row(count, *(f"{run[count]:,}" for run in found["brokers"].values()))
+    for kind in found["kills"]:
+        table.add_row(f"broken: {kind}", *(f"{run['kills'].get(kind, 0)}" for run in found["brokers"].values()))
+    console.print(table)
+    clean = "[green]nothing was lost[/]" if found["is_clean"] else "[red]not clean[/]"
+    flat = "[green]the service did not grow[/]" if found["is_flat"] else "[red]the service grew[/]"
+    console.print(f"{clean}; {flat}; {found['minutes']:g} minutes, seed {found['seed']}")
+
+
 def quantity(name: str, value: float) -> str:
     """A number in the unit that people read, by the unit that its name ends in."""
     if name.endswith("bytes_per_second"):
         return f"{value / 1e9:.2f} GB/s"
+    if name.endswith("_per_second"):
+        return f"{value:,.0f}/s"
     if name.endswith("_seconds"):
         return f"{value * 1e3:.2f} ms"
     if name.endswith("_bytes"):

@@ -354,7 +354,7 @@ class Service:
         when it knows all that it takes at once."""
         while self._more_spooled and (room := self._controller.room(FED_AT_ONCE)) > 0:
             spooled = self._records.waiting(self._fed_through, room)
-            self._more_spooled = bool(spooled)
+            self._more_spooled = len(spooled) == room
             for one in spooled:
                 self._fed_through = one.arrival
                 self._begin(one)

@@ -23,10 +23,10 @@ import numpy as np
 from onnx import ModelProto
 from PIL import Image
 
-from appliance.catalog import Bundle
 from appliance.config import Config, Paths
+from appliance.lab.shapes import write_manifest
 from appliance.startup import install
-from tests.kit_brokers import AnyBroker, Camera, until
+from tests.kit_brokers import Camera, HasPort, until
 from tests.kit_models import SIDE, conv_net, run_plain, write_bundle
 from tests.kit_ports import free_port
 
@@ -62,8 +62,7 @@ def write_catalog(folder: Path, experts: Mapping[str, ModelProto] | int, edges: 
     """Bundles, and a graph in which component `c-<expert>` asks its expert; edges are always taken."""
     nets = experts if isinstance(experts, Mapping) else {f"e{n}": conv_net(n) for n in range(experts)}
     for name, net in nets.items():
-        bundle = write_bundle(folder, name, net)
-        (bundle.folder / "expert.toml").write_text(manifest_text(bundle), "utf-8")
+        write_manifest(write_bundle(folder, name, net))
     lines = ["schema = 1", "name = 'test'", "[components]", *(f"c-{name} = '{name}'" for name in nets)]
     for source, to in edges:
         lines += ["[[edges]]", f"from = '{source}'", f"to = '{to}'"]
@@ -76,17 +75,6 @@ def compiled(catalog: Path) -> Path:
     profile, state = Path(__file__).parents[1] / "profiles" / "default.json", catalog.with_name("state")
     install(Config(paths=Paths(catalog=catalog, state=state, store=catalog.with_name("store"), profile=profile)))
     return catalog
-
-
-def manifest_text(bundle: Bundle) -> str:
-    """expert.toml as `export` would write it. JSON values are TOML values here."""
-    plain: dict[str, Any] = json.loads(bundle.manifest.model_dump_json(by_alias=True, exclude_none=True))
-    tables = [(f"[{key}]", value) for key, value in plain.items() if isinstance(value, dict)]
-    tables += [("[[inputs]]", value) for value in plain["inputs"]]
-    lines = [f"{k} = {json.dumps(v)}" for k, v in plain.items() if k != "inputs" and not isinstance(v, dict)]
-    for title, values in tables:
-        lines += [title, *(f"{k} = {json.dumps(v)}" for k, v in values.items())]
-    return "\n".join(lines)
 
 
 def add_golden(folder: Path) -> None:
@@ -116,7 +104,7 @@ class Box:
     """
 
     def __init__(
-        self, folder: Path, catalog: Path, broker: AnyBroker | None = None, *, settings: str = "", program: str = ""
+        self, folder: Path, catalog: Path, broker: HasPort | None = None, *, settings: str = "", program: str = ""
     ) -> None:
         self._program = f"{program}\nfrom appliance.cli import main\nmain()"
         self.folder, self.port = folder, broker.port if broker else free_port()

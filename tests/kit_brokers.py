@@ -98,11 +98,14 @@ class Nats:
     def thaw(self) -> None:
         self._signal(signal.SIGCONT)
 
+    @property
+    def pid(self) -> int:
+        assert self._broker.pid is not None
+        return self._broker.pid
+
     def _signal(self, number: signal.Signals) -> None:
-        pid = self._broker.pid
-        assert pid is not None
         if self._broker.is_alive:
-            os.kill(pid, number)
+            os.kill(self.pid, number)
 
 
 class Mosquitto:
@@ -112,15 +115,15 @@ class Mosquitto:
 
     def __init__(self, folder: Path, *settings: str) -> None:
         self.port = free_port()
-        self._folder, self._settings = folder, settings
+        self.folder, self._settings = folder, settings
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         lines = [
             f"listener {self.port} 127.0.0.1",
             "persistence true",
-            f"persistence_location {self._folder}/",
+            f"persistence_location {self.folder}/",
             "autosave_interval 1",
             "max_queued_messages 0",
             "set_tcp_nodelay true",
@@ -130,9 +133,9 @@ class Mosquitto:
             lines.append("allow_anonymous true")
         if os.geteuid() == 0:
             lines.append("user root")  # else it becomes a user that cannot read this folder
-        path = self._folder / "mosquitto.conf"
+        path = self.folder / "mosquitto.conf"
         path.write_text("\n".join(lines) + "\n")
-        with (self._folder / "mosquitto.log").open("ab") as log:
+        with (self.folder / "mosquitto.log").open("ab") as log:
             self._process = subprocess.Popen([program("mosquitto") or "mosquitto", "-c", path], stdout=log, stderr=log)
         until(self._is_listening)
 
@@ -161,7 +164,7 @@ class Mosquitto:
 
     def _is_listening(self) -> bool:
         assert self._process is not None
-        assert self._process.poll() is None, (self._folder / "mosquitto.log").read_text()
+        assert self._process.poll() is None, (self.folder / "mosquitto.log").read_text()
         try:
             socket.create_connection(("127.0.0.1", self.port), 1).close()
         except OSError:

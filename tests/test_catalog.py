@@ -12,7 +12,8 @@ from appliance import catalog as catalogs
 from appliance.catalog import ClassificationHead, Recipe
 from appliance.core.types import Finding
 from appliance.errors import CatalogError, DigestMismatch, GraphError
-from tests.kit_box import manifest_text, write_catalog
+from appliance.lab.shapes import manifest_text
+from tests.kit_box import write_catalog
 from tests.kit_models import conv_net, write_bundle
 
 

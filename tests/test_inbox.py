@@ -24,6 +24,17 @@ def test_events_and_wake_ups_come_in_order() -> None:
     assert [inbox.wait(1.0) for _ in range(3)] == [Tick(), None, Loaded("cpu", "a")]
 
 
+def test_wake_ups_before_anybody_looked_are_one() -> None:
+    inbox = Inbox()
+    inbox.wake()
+    inbox.wake()
+    assert inbox.wait(1.0) is None
+    inbox.wake()
+    assert inbox.wait(1.0) is None
+    with pytest.raises(TimeoutError):
+        inbox.wait(0.01)
+
+
 def test_nothing_in_time_is_said() -> None:
     with pytest.raises(TimeoutError):
         Inbox().wait(0.01)

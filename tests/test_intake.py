@@ -33,7 +33,8 @@ from appliance.drivers.mqtt import Door
 from appliance.drivers.outbox import Outbox
 from appliance.drivers.records import Records
 from appliance.errors import MessageError
-from tests.kit_box import manifest_text, picture, write_catalog
+from appliance.lab.shapes import manifest_text
+from tests.kit_box import picture, write_catalog
 from tests.kit_brokers import WAIT_SECONDS, until
 from tests.kit_models import SIDE, conv_net, write_bundle
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
@@ -148,6 +148,32 @@ def test_a_backlog_is_read_once(tmp_path: Path, nats: Nats, monkeypatch: pytest.
         assert 300 <= rows["read"] <= 300 + 2 * READ_ROWS
 
 
+def test_a_verdict_that_was_read_from_the_record_before_it_was_posted_is_published_once(
+    tmp_path: Path, nats: Nats
+) -> None:
+    """The writer tells after its commit; on the way there the link's thread may have read, sent and confirmed it."""
+    posted: list[Publication] = []
+    with _office(tmp_path, nats) as (records, outbox, door), Camera(nats.port, "coe/v1/plant/result/#") as camera:
+        _conclude(records, outbox, nats, "r1", post=posted.extend)
+        door.start()
+        assert camera.hear().payload == b"verdict of r1"
+        until(lambda: not records.unpublished())
+        outbox.post(posted)
+        _conclude(records, outbox, nats, "r2")
+        assert camera.hear().payload == b"verdict of r2"
+
+
+def test_who_asks_again_is_answered_though_it_was_published(tmp_path: Path, nats: Nats) -> None:
+    posted: list[Publication] = []
+    with _office(tmp_path, nats) as (records, outbox, door), Camera(nats.port, "coe/v1/plant/result/#") as camera:
+        _conclude(records, outbox, nats, "r1", post=posted.extend)
+        door.start()
+        assert camera.hear().payload == b"verdict of r1"
+        until(lambda: outbox.counts["published"] == 1)
+        outbox.repeat(posted)
+        assert camera.hear().payload == b"verdict of r1"
+
+
 @contextmanager
 def _strict(folder: Path, *rules: str) -> Iterator[Mosquitto]:
     """A broker that allows this and no more."""
@@ -194,8 +220,9 @@ def _conclude(
     *,
     line: str = "line1",
     response_topic: str | None = None,
+    post: Callable[[Iterable[Publication]], None] | None = None,
 ) -> None:
-    """Accept a picture and record its verdict, as the service does."""
+    """Accept a picture and record its verdict, as the service does; `post` hears of it in place of the outbox."""
     accepted, concluded = Event(), Event()
     address = Address(line, "-", "-", "R1")
     picture = Picture(name, line, "-", "-", "R1", "00", 0.0, response_topic=response_topic)
@@ -205,7 +232,7 @@ def _conclude(
 
     def recorded(answer: Conclusion) -> None:
         assert isinstance(answer, Recorded)
-        outbox.post(answer.publications)
+        (post or outbox.post)(answer.publications)
         concluded.set()
 
     records.accept(picture, b"picture", done)

@@ -18,11 +18,12 @@ from appliance.catalog import Bundle
 from appliance.config import Config, Executors, Experts, Memory, Paths
 from appliance.drivers.devices import Gpu, memory_bytes
 from appliance.errors import ApplianceError, ConfigError, ModelError
+from appliance.lab.shapes import manifest_text
 from appliance.report import print_check
 from appliance.startup import Installation, checked, install, probabilities, waiting_to_compile
 from appliance.store.compile import compile_bundles
 from appliance.store.store import Compiled, Store
-from tests.kit_box import manifest_text, write_catalog
+from tests.kit_box import write_catalog
 from tests.kit_models import conv_net, fine_tune, greedy_net, write_bundle
 
 PROFILE = Path(__file__).parents[1] / "profiles" / "default.json"

@@ -321,7 +321,7 @@ class Intake:
                 case Answered(publications):
                     self.counts["answered_again"] += 1
                     self._settle(owed)
-                    self._outbox.post(publications)
+                    self._outbox.repeat(publications)
                 case Conflict():
                     what = f"request-id {picture.id} already stands for another picture"
                     error = MessageError("conflict", what, "give every picture its own request-id")

@@ -99,6 +99,7 @@ class Door:
         self._waker, self._woken = socket.socketpair()
         self._waker.setblocking(False)
         self._woken.setblocking(False)
+        self._is_woken = False
         self._thread = threading.Thread(target=self._live, name="mqtt", daemon=True)
 
     def start(self) -> None:
@@ -365,13 +366,17 @@ class Door:
         self._wake()
 
     def _wake(self) -> None:
-        with suppress(OSError):  # full: it is awake already; closed: nobody is left to wake
-            self._waker.send(b"\0")
+        """Once until the link's thread looks: a group of verdicts needs no byte for each."""
+        if not self._is_woken:
+            self._is_woken = True
+            with suppress(OSError):  # closed: nobody is left to wake
+                self._waker.send(b"\0")
 
     def _drain_wakes(self) -> None:
         with suppress(BlockingIOError):
             while self._woken.recv(4096):
                 pass
+        self._is_woken = False  # before the orders are obeyed: what comes from here on wakes again
 
 
 def pause_seconds(failures: int, chance: float) -> float:

@@ -72,15 +72,25 @@ class Outbox:
         self._door = door
 
     def post(self, publications: Iterable[Publication]) -> None:
-        """These are recorded: publish them, in turn with those that wait already."""
+        """These were recorded just now: publish them, in turn with those that wait already.
+
+        What was read from the record between its commit and this call is on its way, or even published.
+        """
         with self._lock:
-            if not self._is_behind:
-                for publication in publications:
-                    self._rows.append(publication)
-                    self._read_through = max(self._read_through, publication.token)
-                self._is_behind = not self._send_rows()
-            else:
-                self._pump()
+            self._add([one for one in publications if one.token > self._read_through])
+
+    def repeat(self, publications: Iterable[Publication]) -> None:
+        """Somebody asked again: publish them once more, unless they are on their way."""
+        with self._lock:
+            self._add(publications)
+
+    def _add(self, publications: Iterable[Publication]) -> None:
+        if self._is_behind:
+            return self._pump()
+        for publication in publications:
+            self._rows.append(publication)
+            self._read_through = max(self._read_through, publication.token)
+        self._is_behind = not self._send_rows()
 
     def answer(
         self,

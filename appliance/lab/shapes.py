@@ -7,6 +7,7 @@ folded into the convolutions as exporters leave it. What they answer means nothi
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -149,6 +150,11 @@ def small_net(channels: int, layers: int = 3) -> Callable[[int], ModelProto]:
     return build
 
 
+def pooled(seed: int) -> ModelProto:
+    """One dense layer behind the mean of 8 x 8 pixels: as little as an expert can do."""
+    return _Net(np.random.default_rng(seed)).model(8, "image", 3, len(LABELS))
+
+
 def _stem(net: _Net) -> str:
     x = net.node("Relu", net.conv("image", 3, 64, 7, stride=2))
     return net.node("MaxPool", x, kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])
@@ -187,3 +193,19 @@ def write_expert(folder: Path, name: str, net: ModelProto, *, side: int, max_bat
         head=ClassificationHead(kind="classification", output="logits", labels=labels),
     )
     return Bundle(home, manifest)
+
+
+def write_manifest(bundle: Bundle) -> None:
+    """expert.toml beside the model, as `appliance export` would write it, for who reads a catalogue from disk."""
+    (bundle.folder / "expert.toml").write_text(manifest_text(bundle), "utf-8")
+
+
+def manifest_text(bundle: Bundle) -> str:
+    """JSON values are TOML values here."""
+    plain: dict[str, Any] = json.loads(bundle.manifest.model_dump_json(by_alias=True, exclude_none=True))
+    tables = [(f"[{key}]", value) for key, value in plain.items() if isinstance(value, dict)]
+    tables += [("[[inputs]]", value) for value in plain["inputs"]]
+    lines = [f"{k} = {json.dumps(v)}" for k, v in plain.items() if k != "inputs" and not isinstance(v, dict)]
+    for title, values in tables:
+        lines += [title, *(f"{k} = {json.dumps(v)}" for k, v in values.items())]
+    return "\n".join(lines)
