@@ -349,6 +349,16 @@ class StepBody(BaseModel):
     milliseconds: float
 
 
+class StandInBody(BaseModel):
+    """Another expert was asked instead of one that could not serve, and why that could not."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    expert: str
+    stand_in: str
+    reason: str
+
+
 class VerdictBody(Body):
     """A verdict as published. The same `request_id` always has the same `result_id`."""
 
@@ -365,6 +375,8 @@ class VerdictBody(Body):
     picture_sha256: str
     findings: tuple[FindingBody, ...]
     steps: tuple[StepBody, ...]
+    degraded: tuple[StandInBody, ...]
+    """Empty when all were asked whom the graph names."""
     waited_milliseconds: float
     box: str
     finished_at: AwareDatetime
@@ -447,6 +459,9 @@ def verdict_body(
             for finding in step.findings
         ),
         steps=tuple(_step_body(step, serving[step.executor, step.expert]) for step in verdict.steps),
+        degraded=tuple(
+            StandInBody(expert=one.expert, stand_in=one.stand_in, reason=one.reason) for one in verdict.stand_ins
+        ),
         waited_milliseconds=round(verdict.waited_seconds * 1000, 3),
         box=box,
         finished_at=finished_at,

@@ -33,6 +33,7 @@ from appliance.core.types import (
     Publish,
     Quarantine,
     Refusal,
+    Reinstate,
     Request,
     Run,
     RunFailed,
@@ -322,6 +323,9 @@ class Service:
             case Publish(verdict):
                 self._conclude(verdict)
             case Quarantine():
+                self.telemetry.alarm_of_experts()
+            case Reinstate(expert, on_trial):
+                log.warning("reinstated expert=%s on_trial=%s", expert, on_trial)
                 self.telemetry.alarm_of_experts()
             case Acknowledge(command, refusal):
                 self._commands.acknowledge(command, refusal)

@@ -271,5 +271,6 @@ class Telemetry:
         self._alarms.set(Alarm.MEMORY_BUDGET, numbers if given < wanted else None)
 
     def alarm_of_experts(self) -> None:
-        broken = {name: {"reason": r.reason, "detail": r.detail} for name, r in self._controller.unavailable.items()}
+        failed = self._controller.unavailable | self._controller.on_trial
+        broken = {name: {"reason": r.reason, "detail": r.detail} for name, r in failed.items()}
         self._alarms.set(Alarm.EXPERTS, {"experts": broken} if broken else None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import string
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
@@ -29,7 +30,7 @@ from appliance.contract import (
     result_id,
     verdict_body,
 )
-from appliance.core.types import Box, Finding, Outcome, Refusal, Step, Verb, Verdict
+from appliance.core.types import Box, Finding, Outcome, Refusal, StandIn, Step, Verb, Verdict
 from appliance.errors import MessageError
 
 CONFIG = Config()
@@ -339,6 +340,13 @@ def body_of(verdict: Verdict) -> bytes:
     )
 
 
+def test_a_verdict_says_who_stood_in_for_whom() -> None:
+    degraded = replace(VERDICT, stand_ins=(StandIn("solder-2", "solder", "crashes"),))
+    assert json.loads(body_of(degraded))["degraded"] == [
+        {"expert": "solder-2", "stand_in": "solder", "reason": "crashes"}
+    ]
+
+
 def test_a_verdict_says_everything_but_the_picture() -> None:
     assert json.loads(body_of(VERDICT)) == {
         "schema_version": 1,
@@ -378,6 +386,7 @@ def test_a_verdict_says_everything_but_the_picture() -> None:
             },
         ],
         "waited_milliseconds": 500.0,
+        "degraded": [],
         "box": "box1",
         "finished_at": "2026-01-31T08:15:00Z",
     }

@@ -72,6 +72,7 @@ DEVICE = "device"
 CANCELLED = "cancelled"
 QUEUE_FULL = "queue-full"
 GOLDEN_MISMATCH = "golden-mismatch"
+FAILING = "failing"
 """Reasons of refusals that we give ourselves, or that decide what happens next."""
 
 
@@ -97,14 +98,24 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class StandIn:
+    """Another expert was asked instead of one that cannot serve, and why that cannot."""
+
+    expert: str
+    stand_in: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
-    """The one answer to a request."""
+    """The one answer to a request. It is degraded where others stood in for its experts."""
 
     request: str
     outcome: Outcome
     steps: tuple[Step, ...]
     waited_seconds: float
     refusal: Refusal | None = None
+    stand_ins: tuple[StandIn, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +255,8 @@ class Verb(StrEnum):
     """Let it leave like any other."""
     EVICT = "evict"
     """Drop it from every device, unless somebody needs it."""
+    REINSTATE = "reinstate"
+    """Let it serve again, although it failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,7 +324,7 @@ class Rule(StrEnum):
     FRAGMENTED = "fragmented"
     """Memory was free, but in pieces."""
     QUARANTINED = "quarantined"
-    """It answers its golden samples wrongly."""
+    """It keeps failing, or answers its golden samples wrongly."""
     COMMANDED = "commanded"
     """An operator wanted it, and nobody needed the expert."""
     NOT_LOADED = "not-loaded"
@@ -354,6 +367,14 @@ class Quarantine:
 
 
 @dataclass(frozen=True, slots=True)
+class Reinstate:
+    """The expert serves again: on trial, or for good because its trial went well or an operator says so."""
+
+    expert: str
+    on_trial: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Acknowledge:
     """The command of this number is done, or was refused, and why."""
 
@@ -361,4 +382,4 @@ class Acknowledge:
     refusal: Refusal | None
 
 
-Action = Load | CancelLoad | HurryLoad | Evict | Run | CancelRun | Publish | Quarantine | Acknowledge
+Action = Load | CancelLoad | HurryLoad | Evict | Run | CancelRun | Publish | Quarantine | Reinstate | Acknowledge
