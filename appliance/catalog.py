@@ -230,6 +230,11 @@ class Bundle:
     def golden_path(self) -> Path | None:
         return self.folder / self.manifest.golden.file if self.manifest.golden else None
 
+    @property
+    def mark(self) -> str:
+        """Names this version of this expert: made from all that its manifest says, the digests of its files too."""
+        return hashlib.sha256(self.manifest.model_dump_json().encode()).hexdigest()[:14]
+
 
 @dataclass(frozen=True, slots=True)
 class Product:

@@ -24,6 +24,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from appliance.core.types import Crash
 from appliance.drivers.records import (
     Acceptance,
     Answered,
@@ -610,10 +611,10 @@ def test_a_crash_counts_for_those_in_hand_alone(tmp_path: Path) -> None:
         tmp_path,
         "records = store(sys.argv[1])\n"
         "for n in range(6): accept(records, f'p{n}')\n"
-        "records.take(1, [1, 2])\n"
-        "records.take(2, [3])\n"
+        "records.take(1, 'e0', [1, 2])\n"
+        "records.take(2, 'e0', [3])\n"
         "records.put_back(1)\n"
-        "records.take(3, [5])\n"
+        "records.take(3, 'e0', [5])\n"
         "os.kill(os.getpid(), signal.SIGKILL)",
     )
     with opened(tmp_path) as records:
@@ -622,9 +623,9 @@ def test_a_crash_counts_for_those_in_hand_alone(tmp_path: Path) -> None:
 
 def test_each_crash_counts_once(tmp_path: Path) -> None:
     crash = "os.kill(os.getpid(), signal.SIGKILL)"
-    run_child(tmp_path, "records = store(sys.argv[1])\naccept(records, 'p0')\nrecords.take(1, [1])\n" + crash)
+    run_child(tmp_path, "records = store(sys.argv[1])\naccept(records, 'p0')\nrecords.take(1, 'e0', [1])\n" + crash)
     run_child(tmp_path, "records = store(sys.argv[1])\n" + crash)
-    run_child(tmp_path, "records = store(sys.argv[1])\nrecords.take(1, [1])\n" + crash)
+    run_child(tmp_path, "records = store(sys.argv[1])\nrecords.take(1, 'e0', [1])\n" + crash)
     with opened(tmp_path) as records:
         assert attempts(records) == {"p0": 2}
 
@@ -632,7 +633,7 @@ def test_each_crash_counts_once(tmp_path: Path) -> None:
 def test_a_clean_end_counts_for_nobody(tmp_path: Path) -> None:
     with opened(tmp_path) as records:
         accept(records, "a")
-        records.take(1, [1])
+        records.take(1, "e0", [1])
     with opened(tmp_path) as records:
         assert attempts(records) == {"a": 0}
 
@@ -642,7 +643,7 @@ def test_what_was_in_hand_of_a_store_that_was_moved_aside_counts_for_nobody(tmp_
         tmp_path,
         "records = store(sys.argv[1])\n"
         "accept(records, 'a')\n"
-        "records.take(1, [1])\n"
+        "records.take(1, 'e0', [1])\n"
         "os.kill(os.getpid(), signal.SIGKILL)",
     )
     for path in tmp_path.glob("records.db*"):
@@ -671,9 +672,9 @@ def test_after_a_crash_pictures_from_before_it_are_noted_on_the_disk_itself(
     with opened(tmp_path) as records:
         assert accept(records, "b") == New(2)
         before = len(synced)
-        records.take(1, [2])
+        records.take(1, "e0", [2])
         assert len(synced) == before, "the kernel keeps it, however this process ends"
-        records.take(2, [1, 2])
+        records.take(2, "e0", [1, 2])
         assert len(synced) == before + 1, "the machine may have died of it"
 
 
@@ -684,11 +685,56 @@ def test_who_cannot_be_noted_may_not_be_touched(records: Records, monkeypatch: p
     with monkeypatch.context() as patched:
         patched.setattr("appliance.drivers.records.inhand.os.pwrite", refuse)
         with pytest.raises(RecordsError, match="cannot be noted: Input/output error"):
-            records.take(1, [1])
+            records.take(1, "e0", [1])
 
 
 def attempts(records: Records) -> dict[str, int]:
     return {spooled.picture.id: spooled.attempts for spooled in records.waiting()}
+
+
+def test_an_expert_that_was_at_work_at_a_crash_is_known_by_its_mark(tmp_path: Path) -> None:
+    """One runs two pictures, one decodes, one is loaded; two have ended."""
+    run_child(
+        tmp_path,
+        "records = store(sys.argv[1])\n"
+        "records.take(1, 'aa', [1, 2]); records.work(1, runs=True)\n"
+        "records.take(2, 'bb', [3])\n"
+        "records.take(3, 'cc', [4]); records.work(3, runs=True); records.put_back(3)\n"
+        "records.take(5, 'ff', [5]); records.work(5, runs=True); records.work(5, runs=False)\n"
+        "records.take_load('cpu', 'dd')\n"
+        "records.take_load('cpu', 'ee'); records.put_back_load('cpu', 'ee')\n"
+        "os.kill(os.getpid(), signal.SIGKILL)",
+    )
+    with opened(tmp_path) as records:
+        company = {"aa": (Crash(frozenset({1, 2}), False),), "dd": (Crash(frozenset(), False),)}
+        assert records.crashes() == company
+
+
+def test_crashes_of_an_expert_add_up_until_it_has_worked(tmp_path: Path) -> None:
+    alone = "records = store(sys.argv[1])\n{}\nos.kill(os.getpid(), signal.SIGKILL)"
+    run_child(tmp_path, alone.format("records.take(1, 'aa', [1]); records.work(1, runs=True)"))
+    run_child(tmp_path, alone.format("records.take_load('cpu', 'aa')"))
+    with opened(tmp_path) as records:
+        ran, loaded = Crash(frozenset({1}), True), Crash(frozenset(), True)
+        assert records.crashes() == {"aa": (ran, loaded)}
+        records.forgive("aa", only_loads=True)
+        until(lambda: records.crashes() == {"aa": (ran,)})
+        records.forgive("bb")
+        records.forgive("aa")
+        until(lambda: not records.crashes())
+
+
+def test_suspects_are_told_those_first_that_were_at_the_fewest_crashes(tmp_path: Path) -> None:
+    for arrivals in ([1, 2, 4], [1, 2], [1]):
+        run_child(
+            tmp_path,
+            "records = store(sys.argv[1])\n"
+            "for n in range(6): accept(records, f'p{n}')\n"
+            f"records.take(1, 'aa', {arrivals})\n"
+            "os.kill(os.getpid(), signal.SIGKILL)",
+        )
+    with opened(tmp_path) as records:
+        assert [(one.picture.id, one.attempts) for one in records.suspects()] == [("p3", 1), ("p1", 2), ("p0", 3)]
 
 
 # The store against a dictionary.

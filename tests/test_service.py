@@ -308,6 +308,58 @@ def test_a_picture_that_ends_the_process_becomes_a_dead_letter_and_the_line_goes
             assert not kept.exists()
 
 
+DEADLY_EXPERT = """
+import os, signal
+from pathlib import Path
+from appliance.engine.residents import Residents
+from appliance.engine.sessions import Lease
+bring, run = Residents.bring, Lease.run
+def dies(expert):
+    if expert == "e1" and not Path("%s").exists():
+        os.kill(os.getpid(), signal.SIGKILL)
+def deadly_bring(self, load, *rest):
+    dies(load.expert)
+    return bring(self, load, *rest)
+def deadly_run(self, *args, **kwargs):
+    dies(self.compiled.expert)
+    return run(self, *args, **kwargs)
+"""
+
+
+@pytest.mark.mosquitto
+@pytest.mark.parametrize("when", ["Residents.bring = deadly_bring", "Lease.run = deadly_run"], ids=["load", "run"])
+def test_an_expert_that_ends_the_process_is_set_aside_and_no_picture_becomes_a_dead_letter(
+    tmp_path: Path, catalog: Path, mosquitto: Mosquitto, when: str
+) -> None:
+    """Also after a restart; once it is repaired, an operator has it serve again."""
+    repaired = tmp_path / "repaired"
+    box = Box(tmp_path / "box", catalog, mosquitto, program=DEADLY_EXPERT % repaired + when)
+    payloads = [picture(number) for number in range(24)]
+    with box, client.Camera("127.0.0.1", box.port, line="line1", resend_seconds=2.0) as camera:
+        answers: dict[str, client.Answer] = {}
+        camera.on_answer(lambda answer: answers.update({answer.request_id: answer}))
+        ids = [camera.publish(part=f"c-e{number % 4}", picture=content) for number, content in enumerate(payloads)]
+        assert _kept_alive(box, camera) <= 4
+        reasons = {(number % 4, answers[id].body["reason"]) for number, id in enumerate(ids)}
+        assert reasons == {(0, None), (1, "crashes"), (2, None), (3, None)}
+        box.kill()
+        repaired.touch()
+        box.start()
+        box.wait_online()
+        with Camera(box.port, COMMAND + "reinstate/ack", ALARMS, RESULT) as operator:
+            while not (heard := operator.hear()).topic.endswith("/alarm/experts"):
+                pass
+            assert json.loads(heard.payload)["experts"]["e1"]["reason"] == "crashes"
+            operator.publish(COMMAND + "reinstate", b'{"expert": "e1"}', qos=0)
+            while "/ack" not in (heard := operator.hear()).topic:
+                pass
+            assert json.loads(heard.payload)["ok"]
+            operator.publish(INFER + "c-e1", picture(99))
+            assert next(iter(hear_verdicts(operator, 1).values()))["outcome"] in ("pass", "fail")
+    with closing(sqlite3.connect(box.folder / "state" / "records.db")) as db:
+        assert db.execute("SELECT count(*) FROM crashes").fetchone() == (0,)
+
+
 def _kept_alive(box: Box, camera: client.Camera) -> int:
     """Start the service again whenever it ended, as systemd does, until the camera has its answers; how often."""
     crashes, ends = 0, time.monotonic() + 120

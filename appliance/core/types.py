@@ -130,6 +130,17 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
+class Crash:
+    """An expert was at work when the process ended: it ran these `pictures`, or was being loaded (none).
+
+    `alone`: nothing else was in work.
+    """
+
+    pictures: frozenset[int]
+    alone: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Segment:
     """A contiguous piece of weights, named by its SHA-256; the unit that is read, shared and counted."""
 

@@ -57,6 +57,14 @@ class Published:
 
 
 @dataclass(frozen=True, slots=True)
+class Forgive:
+    """The expert worked: its crashes are not held against it any more, or only those while it was loaded."""
+
+    expert: str
+    only_loads: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Limits:
     """What the store holds at most; pictures of a sort without a quota are not kept."""
 
@@ -64,7 +72,7 @@ class Limits:
     quotas: Mapping[Sort, Quota]
 
 
-Request = Accept | Conclude | Published
+Request = Accept | Conclude | Published | Forgive
 Result = Acceptance | Conclusion | None
 
 
@@ -87,6 +95,11 @@ class Ledger:
                 return self._conclude(request)
             case Published(token):
                 self._mark(token)
+                return None
+            case Forgive(expert, only_loads):
+                self._db.execute(
+                    "DELETE FROM crashes WHERE expert = ? AND (pictures = '[]' OR NOT ?)", (expert, only_loads)
+                )
                 return None
             case _:
                 assert_never(request)

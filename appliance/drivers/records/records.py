@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -9,8 +10,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 
+from appliance.core.types import Crash
 from appliance.drivers.records.inhand import InHand
-from appliance.drivers.records.ledger import Accept, Conclude, Limits, Published
+from appliance.drivers.records.ledger import Accept, Conclude, Forgive, Limits, Published
 from appliance.drivers.records.opening import lock, prepare, take_stock
 from appliance.drivers.records.readers import Readers
 from appliance.drivers.records.schema import PICTURE_COLUMNS
@@ -101,19 +103,51 @@ class Records:
 
     def waiting(self, after: int = 0, limit: int = 1000) -> list[Spooled]:
         """Pictures without a verdict in order of acceptance, from behind the arrival `after`; payloads stay on disk."""
+        return self._spooled("arrival > ? ORDER BY arrival LIMIT ?", (after, limit))
+
+    def _spooled(self, which: str, values: tuple[str | float, ...]) -> list[Spooled]:
         columns = ", ".join(PICTURE_COLUMNS)
         rows = self._readers.query(
-            f"SELECT arrival, picture_bytes, attempts, {columns} FROM pictures"
-            " WHERE arrival > ? ORDER BY arrival LIMIT ?",
-            (after, limit),
+            f"SELECT arrival, picture_bytes, attempts, {columns} FROM pictures WHERE {which}", values
         )
         return [Spooled(arrival, Picture(*known), size, attempts) for arrival, size, attempts, *known in rows]
 
-    def take(self, batch: int, arrivals: Collection[int]) -> None:
-        """These pictures are about to be decoded and run, as this batch. If the process crashes before it has ended,
-        one attempt is counted for each. Raises RecordsError when that cannot be noted: then nobody may touch them.
+    def suspects(self) -> list[Spooled]:
+        """The pictures that were in hand at a crash, those first that were at the fewest."""
+        return self._spooled("attempts > 0 ORDER BY attempts, arrival", ())
+
+    def crashes(self) -> dict[str, tuple[Crash, ...]]:
+        """By the mark of an expert, those at which it was at work and after which it has not worked yet."""
+        found: dict[str, tuple[Crash, ...]] = {}
+        for mark, pictures, alone in self._readers.query(
+            "SELECT expert, pictures, alone FROM crashes ORDER BY number", ()
+        ):
+            found[mark] = (*found.get(mark, ()), Crash(frozenset(json.loads(pictures)), bool(alone)))
+        return found
+
+    def forgive(self, expert: str, *, only_loads: bool = False) -> None:
+        """The expert of this mark has worked, or shall be tried again."""
+        self._writer.put(Forgive(expert, only_loads))
+
+    def take(self, batch: int, expert: str, arrivals: Collection[int]) -> None:
+        """These pictures are about to be decoded and run, as this batch, by the expert of this mark. If the process
+        crashes before it has ended, one attempt is counted for each. Raises RecordsError when that cannot be noted:
+        then nobody may touch them. The mark has at most MARK_CHARACTERS of 0-9 a-f.
         """
-        self._in_hand.take(batch, arrivals)
+        self._in_hand.take(batch, expert, arrivals)
+
+    def work(self, batch: int, *, runs: bool) -> None:
+        """The batch's expert is at work now, or (not `runs`) pictures are decoded: a crash is no fault of the expert.
+        Raises RecordsError when that cannot be noted."""
+        self._in_hand.work(batch, runs=runs)
+
+    def take_load(self, device: str, expert: str) -> None:
+        """The expert of this mark is about to be loaded. Raises RecordsError when that cannot be noted."""
+        self._in_hand.take_load(device, expert)
+
+    def put_back_load(self, device: str, expert: str) -> None:
+        """The load has ended. Raises RecordsError when that cannot be noted."""
+        self._in_hand.put_back_load(device, expert)
 
     def put_back(self, batch: int) -> None:
         """The batch has ended. Raises RecordsError when that cannot be noted."""

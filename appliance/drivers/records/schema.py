@@ -10,7 +10,7 @@ from pathlib import Path
 
 from appliance.drivers.records.values import Counts, Picture, Sort
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 BALLAST = "ballast"
 """The file beside the store that the writer sacrifices on a full disk."""
 
@@ -34,6 +34,16 @@ CREATE TABLE kept (
     payload            BLOB NOT NULL
 );
 CREATE INDEX kept_by_age ON kept (sort, kept_at, bytes);
+"""
+
+SUSPECTS = """
+CREATE TABLE crashes (
+    number             INTEGER PRIMARY KEY AUTOINCREMENT,
+    expert             TEXT NOT NULL,
+    pictures           TEXT NOT NULL,
+    alone              INTEGER NOT NULL
+);
+CREATE INDEX suspects ON pictures (attempts, arrival) WHERE attempts > 0;
 """
 
 SCHEMA = f"""
@@ -76,8 +86,8 @@ CREATE TABLE outbox (
     correlation        BLOB
 );
 CREATE INDEX outbox_by_id ON outbox (id);
-{KEPT}"""
-UPGRADES = {1: KEPT}
+{KEPT}{SUSPECTS}"""
+UPGRADES = {1: KEPT, 2: SUSPECTS}
 """What makes the next version of each."""
 
 PICTURE_COLUMNS = tuple(f.name for f in fields(Picture))
