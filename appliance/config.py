@@ -189,6 +189,11 @@ class Limits(Settings):
     quarantine: ByteSize = Field(
         ByteSize(256_000_000), description="Pictures that ended the service are kept up to this; the oldest leave."
     )
+    stale_seconds: Annotated[float, Field(ge=0, le=3600)] = Field(
+        0.0,
+        description="A picture that was taken longer ago than this (`captured-at`) when it would be scheduled is "
+        "answered `stale` instead; 0 inspects them all. The clocks of cameras and box must agree.",
+    )
     verdict_days: Annotated[float, Field(gt=0)] = Field(30.0, description="Verdicts are kept this long.")
 
     @model_validator(mode="after")

@@ -245,16 +245,16 @@ def request_id(topic: str, payload: bytes, user: Mapping[str, str]) -> str:
 
 
 def captured_at(user: Mapping[str, str]) -> datetime | None:
-    """When the picture was taken, as the sender says; a label. Raises MessageError `captured-at`."""
+    """When the picture was taken, as the sender says, in UTC. Raises MessageError `captured-at`."""
     given = user.get("captured-at")
     if given is None:
         return None
     try:
         taken = datetime.fromisoformat(given)
-    except ValueError as error:
+        return taken.astimezone(UTC) if taken.tzinfo else taken.replace(tzinfo=UTC)
+    except (ValueError, OverflowError) as error:
         what = f"captured-at {shortened(given)} is not ISO 8601"
         raise MessageError("captured-at", what, "write it like 2026-01-31T08:15:00Z") from error
-    return taken if taken.tzinfo else taken.replace(tzinfo=UTC)
 
 
 def deadline_seconds(user: Mapping[str, str]) -> float | None:
@@ -373,6 +373,9 @@ class VerdictBody(Body):
     board: str
     part: str
     picture_sha256: str
+    captured_at: AwareDatetime | None
+    out_of_order: bool
+    """A picture of the same line, product, board and part that was taken later has its verdict already."""
     findings: tuple[FindingBody, ...]
     steps: tuple[StepBody, ...]
     degraded: tuple[StandInBody, ...]
@@ -430,6 +433,8 @@ def verdict_body(
     address: Address,
     component: str,
     picture_sha256: str,
+    captured_at: datetime | None,
+    out_of_order: bool,
     serving: Mapping[tuple[str, str], Serving],
     box: str,
     finished_at: datetime,
@@ -447,6 +452,8 @@ def verdict_body(
         board=address.board,
         part=address.part,
         picture_sha256=picture_sha256,
+        captured_at=captured_at,
+        out_of_order=out_of_order,
         findings=tuple(
             FindingBody(
                 expert=step.expert,

@@ -19,7 +19,7 @@ from appliance import __version__, contract
 from appliance import config as settings
 from appliance.config import Config
 from appliance.contract import Address, Message, Serving
-from appliance.core import suspects
+from appliance.core import freshness, suspects
 from appliance.core.types import (
     Acknowledge,
     Action,
@@ -54,7 +54,7 @@ from appliance.drivers.intake import Intake, component_of
 from appliance.drivers.journal import Journal, Opening
 from appliance.drivers.mqtt import Door, DoorState
 from appliance.drivers.outbox import Note, Outbox
-from appliance.drivers.records import Conclusion, Quota, Recorded, Records, Sort, Spooled
+from appliance.drivers.records import Conclusion, Picture, Quota, Recorded, Records, Sort, Spooled
 from appliance.engine.engine import Engine, Engines
 from appliance.engine.weights import Weights
 from appliance.errors import ApplianceError, BrokerError, DeviceError, MessageError, OutOfMemory
@@ -179,6 +179,8 @@ class Service:
         self._suspected = {name for name, mark in self._marks.items() if mark in crashes}
         """Experts that were at work when a former process crashed, until they have worked."""
         self._fed_early = set[int]()
+        self._newest = freshness.Newest(lambda place: records.newest_capture(*place))
+        self._clocks = freshness.Clocks()
         self._dead_letters = DeadLetters(records.folder / "quarantine", int(self._config.limits.quarantine))
         self._next_stats = 0.0
         self._store_checks = list(_store_checks(installation))
@@ -243,6 +245,7 @@ class Service:
             alarms=self._alarms,
             dead_letters=self._dead_letters,
             underway=self._underway,
+            clocks=self._clocks,
             waiting=lambda: [asked.spooled.attempts for asked in self._open.values()],
             say=self._say,
         )
@@ -438,8 +441,19 @@ class Service:
         if (why := suspects.poisoned(spooled.attempts)) is not None:
             self._bury(spooled, Verdict(picture.id, Outcome.ERROR, (), time.monotonic() - arrived, why))
             return
+        if (why := self._stale(picture, time.monotonic() - arrived)) is not None:
+            self._conclude(Verdict(picture.id, Outcome.REJECTED, (), time.monotonic() - arrived, why))
+            return
         deadline = None if picture.deadline_seconds is None else arrived + picture.deadline_seconds
         self._decide(Arrived(Request(picture.id, component, arrived, deadline, picture.line, picture.product, alone)))
+
+    def _stale(self, picture: Picture, waited_seconds: float) -> Refusal | None:
+        """Why it is too old, if it is; lines whose clocks are ahead are noted."""
+        if (captured := _captured(picture)) is None:
+            return None
+        behind_seconds = picture.accepted_at - captured.timestamp()
+        self._clocks.note(picture.line, -behind_seconds, time.monotonic())
+        return freshness.stale(behind_seconds, waited_seconds, self._config.limits.stale_seconds)
 
     def _bury(self, spooled: Spooled, verdict: Verdict) -> None:
         """A dead letter: nobody opens the picture any more, and its bytes are kept for whoever wants to know why."""
@@ -479,6 +493,8 @@ class Service:
             address=asked.address,
             component=asked.component,
             picture_sha256=picture.picture_sha256,
+            captured_at=_captured(picture),
+            out_of_order=self._is_out_of_order(picture),
             serving=self._serving,
             box=self._config.box.name,
             finished_at=datetime.now(UTC),
@@ -492,6 +508,10 @@ class Service:
             keep=self._sort(verdict),
         )
         self._album.forget(verdict.request)
+
+    def _is_out_of_order(self, picture: Picture) -> bool:
+        place = (picture.line, picture.product, picture.board, picture.part)
+        return picture.captured_at is not None and self._newest.is_out_of_order(place, picture.captured_at)
 
     def _sort(self, verdict: Verdict) -> Sort | None:
         """As what the picture is kept with its verdict. A dead letter is not: nobody shall open it by accident."""
@@ -613,6 +633,10 @@ class _Open:
     address: Address
     component: str
     alone: bool
+
+
+def _captured(picture: Picture) -> datetime | None:
+    return None if picture.captured_at is None else datetime.fromisoformat(picture.captured_at)
 
 
 def _kind(spooled: Spooled) -> tuple[str, str]:

@@ -14,6 +14,7 @@ from appliance import __version__, contract
 from appliance.core import suspects
 from appliance.core.controller import Controller
 from appliance.core.drift import Balance
+from appliance.core.freshness import Clocks
 from appliance.core.types import Evict, Load, Verdict
 from appliance.drivers import devices, runtime, systemd
 from appliance.drivers.alarms import Alarm, Alarms
@@ -52,13 +53,14 @@ class Telemetry:
         alarms: Alarms,
         dead_letters: DeadLetters,
         underway: Underway,
+        clocks: Clocks,
         waiting: Callable[[], Collection[int]],
         say: systemd.Supervisor,
     ) -> None:
         self._config, self._installation, self._controller = installation.config, installation, controller
         self._records, self._engines, self._album, self._intake = records, engines, album, intake
         self._door, self._alarms, self._dead_letters, self._underway = door, alarms, dead_letters, underway
-        self._waiting, self._say = waiting, say
+        self._clocks, self._waiting, self._say = clocks, waiting, say
         self._moves: deque[dict[str, object]] = deque(maxlen=RECENT_MOVES)
         self._outcomes: Counter[str] = Counter()
         self._reasons: Counter[str] = Counter()
@@ -126,6 +128,7 @@ class Telemetry:
         self._memory.look()
         self._look_at_memory()
         self._look_for_thrash()
+        self._look_at_clocks()
         self._say.status(self.status())
         if self._door.state is not DoorState.READY:
             return
@@ -229,6 +232,11 @@ class Telemetry:
             numbers = {device: asdict(thrashing) for device, thrashing in found.items()}
             remedy = "raise memory.weights, or see `appliance check`"
             self._alarms.set(Alarm.THRASHING, {"devices": numbers, "remedy": remedy})
+
+    def _look_at_clocks(self) -> None:
+        lines = self._clocks.ahead(time.monotonic())
+        remedy = "set the clocks of the cameras and of the box by the same source, such as NTP"
+        self._alarms.set(Alarm.CLOCK, {"lines": lines, "remedy": remedy} if lines else None)
 
     def _balances(self) -> dict[str, Balance]:
         passing = Passing(

@@ -603,6 +603,22 @@ def test_a_store_that_fails_in_another_way_is_given_up(records: Records, caplog:
     assert "records broken" in caplog.text
 
 
+def test_the_newest_picture_of_a_place_is_found_by_an_index_however_many_verdicts_there_are(tmp_path: Path) -> None:
+    with opened(tmp_path) as records:
+        for name, second, part in (("a", 1, "R1"), ("b", 3, "R1"), ("c", 2, "R1"), ("d", 9, "R2"), ("e", 0, "R3")):
+            taken = f"2026-01-31T08:15:{second:02}+00:00" if second else None
+            accept(records, name, part=part, captured_at=taken)
+            conclude(records, name)
+        found = [records.newest_capture("line1", "-", "-", part) for part in ("R1", "R2", "R3", "R4")]
+        assert found == ["2026-01-31T08:15:03+00:00", "2026-01-31T08:15:09+00:00", None, None]
+    with closing(sqlite3.connect(tmp_path / "records.db")) as db:
+        plan = db.execute(
+            "EXPLAIN QUERY PLAN SELECT max(captured_at) FROM verdicts"
+            " WHERE line = 'a' AND product = 'b' AND board = 'c' AND part = 'd' AND captured_at IS NOT NULL"
+        ).fetchall()
+    assert ["verdicts_by_place" in row[3] for row in plan] == [True]
+
+
 # Who ended the process.
 
 

@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from datetime import UTC, datetime, timedelta
 from itertools import islice
 from pathlib import Path
 from threading import Event
@@ -438,6 +439,34 @@ def test_a_picture_past_its_deadline_is_late(tmp_path: Path, large: Path, mosqui
         assert (body["outcome"], body["reason"]) == ("late", "deadline")
         camera.publish(INFER + "c-big0", picture(2), user={"deadline-ms": "30000"})
         assert json.loads(camera.hear().payload)["outcome"] in ("pass", "fail")
+
+
+@pytest.mark.mosquitto
+def test_a_stale_picture_is_told_so_and_an_old_one_behind_a_newer_one_is_marked(
+    tmp_path: Path, catalog: Path, mosquitto: Mosquitto
+) -> None:
+    """Also after a restart; and one from the future is inspected, and its line's clock is an alarm."""
+    now = datetime.now(UTC)
+
+    def ask(camera: Camera, seed: int, seconds_ago: float) -> dict[str, Any]:
+        taken = (now - timedelta(seconds=seconds_ago)).isoformat()
+        camera.publish(INFER + "c-e1", picture(seed), user={"captured-at": taken})
+        (verdict,) = hear_verdicts(camera, 1).values()
+        assert datetime.fromisoformat(verdict["captured_at"]) == datetime.fromisoformat(taken)
+        return verdict
+
+    box = Box(tmp_path / "box", catalog, mosquitto, settings="[limits]\nstale_seconds = 600\n")
+    with Camera(mosquitto.port, RESULT, protocol=MQTTProtocolVersion.MQTTv5) as camera:
+        with box:
+            assert [ask(camera, n, ago)["out_of_order"] for n, ago in enumerate((30, 10, 20))] == [False, False, True]
+            stale = ask(camera, 3, 700)
+            assert (stale["outcome"], stale["reason"], stale["out_of_order"]) == ("rejected", "stale", True)
+        with box, Camera(mosquitto.port, ALARMS) as operator:
+            assert [ask(camera, n, ago)["out_of_order"] for n, ago in ((4, 15), (5, 5))] == [True, False]
+            assert ask(camera, 6, -1000)["outcome"] in ("pass", "fail")
+            while not ((heard := operator.hear()).topic.endswith("/alarm/clock") and heard.payload):
+                pass
+            assert json.loads(heard.payload)["lines"] == ["line1"]
 
 
 def test_large_pictures_stay_inside_the_memory_promise(tmp_path: Path, catalog: Path) -> None:

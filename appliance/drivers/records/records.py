@@ -174,6 +174,15 @@ class Records:
             return bytes(body)
         return None
 
+    def newest_capture(self, line: str, product: str, board: str, part: str) -> str | None:
+        """When the newest picture of this place that has its verdict was taken, None when no sender has said."""
+        ((newest,),) = self._readers.query(
+            "SELECT max(captured_at) FROM verdicts"
+            " WHERE line = ? AND product = ? AND board = ? AND part = ? AND captured_at IS NOT NULL",
+            (line, product, board, part),
+        )
+        return None if newest is None else str(newest)
+
     @property
     def counts(self) -> Counts:
         return self._writer.counts

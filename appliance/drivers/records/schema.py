@@ -36,13 +36,14 @@ CREATE TABLE kept (
 CREATE INDEX kept_by_age ON kept (sort, kept_at, bytes);
 """
 
-SUSPECTS = """
+THIRD = """
 CREATE TABLE crashes (
     number             INTEGER PRIMARY KEY AUTOINCREMENT,
     expert             TEXT NOT NULL,
     pictures           TEXT NOT NULL,
     alone              INTEGER NOT NULL
 );
+CREATE INDEX verdicts_by_place ON verdicts (line, product, board, part, captured_at) WHERE captured_at IS NOT NULL;
 CREATE INDEX suspects ON pictures (attempts, arrival) WHERE attempts > 0;
 """
 
@@ -86,8 +87,8 @@ CREATE TABLE outbox (
     correlation        BLOB
 );
 CREATE INDEX outbox_by_id ON outbox (id);
-{KEPT}{SUSPECTS}"""
-UPGRADES = {1: KEPT, 2: SUSPECTS}
+{KEPT}{THIRD}"""
+UPGRADES = {1: KEPT, 2: THIRD}
 """What makes the next version of each."""
 
 PICTURE_COLUMNS = tuple(f.name for f in fields(Picture))
