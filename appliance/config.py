@@ -186,6 +186,10 @@ class Limits(Settings):
     spool: ByteSize = Field(
         ByteSize(2_000_000_000), description="Accepted pictures on disk; a full spool stops acknowledging."
     )
+    outbox: Annotated[int, Field(ge=1)] = Field(
+        100_000,
+        description="Verdicts that the broker has not confirmed yet; as many stop acknowledging, until it takes some.",
+    )
     quarantine: ByteSize = Field(
         ByteSize(256_000_000), description="Pictures that ended the service are kept up to this; the oldest leave."
     )

@@ -86,6 +86,7 @@ def serve(config: Config, *, stopping: threading.Event | None = None) -> None:
             Records.open(
                 config.paths.state,
                 spool_bytes=int(config.limits.spool),
+                outbox_rows=config.limits.outbox,
                 verdict_days=config.limits.verdict_days,
                 quotas=_quotas(config),
             )

@@ -129,6 +129,7 @@ class Telemetry:
         self._look_at_memory()
         self._look_for_thrash()
         self._look_at_clocks()
+        self._look_at_outbox()
         self._say.status(self.status())
         if self._door.state is not DoorState.READY:
             return
@@ -237,6 +238,15 @@ class Telemetry:
         lines = self._clocks.ahead(time.monotonic())
         remedy = "set the clocks of the cameras and of the box by the same source, such as NTP"
         self._alarms.set(Alarm.CLOCK, {"lines": lines, "remedy": remedy} if lines else None)
+
+    def _look_at_outbox(self) -> None:
+        """Full until a tenth of it is free: at the brim every verdict that leaves makes room for one picture."""
+        limit, unpublished = self._config.limits.outbox, self._records.counts.unpublished
+        if unpublished <= 0.9 * limit:
+            self._alarms.set(Alarm.OUTBOX, None)
+        elif unpublished >= limit and Alarm.OUTBOX not in self._alarms.raised:
+            remedy = "see whether the broker is up and lets the box publish its results"
+            self._alarms.set(Alarm.OUTBOX, {"unpublished": unpublished, "remedy": remedy})
 
     def _balances(self) -> dict[str, Balance]:
         passing = Passing(

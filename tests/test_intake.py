@@ -140,6 +140,7 @@ class Wire(Door):
         token: int | None = None,
         correlation: bytes | None = None,
         qos: Literal[0, 1] = 1,
+        resent: bool = False,
     ) -> bool:
         check_publishable(topic)
         if topic.startswith(CONFIG.topic("error", "")):

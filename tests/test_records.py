@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -50,8 +51,14 @@ WAIT_SECONDS = 15.0
 TOPIC = "coe/v1/plant/result/line1/-/-/R1"
 
 
-def opened(folder: Path, *, spool_bytes: int = 1_000_000, clock: Callable[[], float] = lambda: 1000.0) -> Records:
-    return Records.open(folder, spool_bytes=spool_bytes, verdict_days=1.0, clock=clock)
+def opened(
+    folder: Path,
+    *,
+    spool_bytes: int = 1_000_000,
+    outbox_rows: float = inf,
+    clock: Callable[[], float] = lambda: 1000.0,
+) -> Records:
+    return Records.open(folder, spool_bytes=spool_bytes, verdict_days=1.0, outbox_rows=outbox_rows, clock=clock)
 
 
 @pytest.fixture
@@ -128,6 +135,25 @@ def test_a_full_spool_takes_nothing_until_there_is_room(tmp_path: Path) -> None:
         assert [spooled.picture.id for spooled in records.waiting()] == ["a", "c"]
         conclude(records, "a")
         assert isinstance(accept(records, "b", b"123"), New)
+
+
+def test_a_full_outbox_takes_nothing_until_the_broker_has_taken_some_and_drops_nothing(tmp_path: Path) -> None:
+    """What was accepted before is recorded all the same, and what waits in it is not repeated."""
+    with opened(tmp_path, outbox_rows=2) as records:
+        for name in "abc":
+            accept(records, name)
+        tokens = [publications(conclude(records, name))[0].token for name in "abc"]
+        assert accept(records, "d") == Full("3 verdicts wait for the broker (limits.outbox)")
+        assert isinstance(accept(records, "a"), Full)
+        assert accept(records, "a", b"other") == Conflict()
+        assert len(records.unpublished()) == 3
+        for token in tokens[:2]:
+            records.published(token)
+        until(lambda: records.counts.unpublished == 1)
+        assert isinstance(accept(records, "d"), New)
+        (again,) = publications(accept(records, "a"))
+        assert (again.resent, again.body) == (True, b"{}")
+        assert [(row.id, row.resent) for row in records.unpublished()] == [("c", False), ("a", True)]
 
 
 def test_a_full_spool_still_knows_its_pictures_and_verdicts(tmp_path: Path) -> None:
@@ -313,7 +339,7 @@ def test_asking_again_repeats_the_same_bytes(records: Records) -> None:
     (first,) = publications(conclude(records, "a", b"body"))
     records.published(first.token)
     (second,) = publications(accept(records, "a"))
-    assert second == replace(first, token=second.token)
+    assert second == replace(first, token=second.token, resent=True)
     assert second.token > first.token
 
 
@@ -766,7 +792,7 @@ class Model(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.folder = Path(tempfile.mkdtemp())
-        self.records = opened(self.folder, spool_bytes=9)
+        self.records = opened(self.folder, spool_bytes=9, outbox_rows=4)
         self.waiting: dict[str, tuple[bytes, str | None]] = {}
         self.verdicts: dict[str, tuple[bytes, bytes]] = {}
         self.outbox: dict[int, tuple[str, str]] = {}
@@ -783,11 +809,12 @@ class Model(RuleBasedStateMachine):
             assert answer == (Waiting() if held == payload else Conflict())
             if held == payload:
                 self.waiting[id] = held, reply or old_reply
+        elif id in self.verdicts and self.verdicts[id][0] != payload:
+            assert answer == Conflict()
+        elif len(self.outbox) >= 4:
+            assert isinstance(answer, Full)
         elif id in self.verdicts:
-            if self.verdicts[id][0] == payload:
-                self.sent(id, reply, publications(answer))
-            else:
-                assert answer == Conflict()
+            self.sent(id, reply, publications(answer))
         elif sum(len(held) for held, _ in self.waiting.values()) + len(payload) > 9:
             assert isinstance(answer, Full)
         else:
@@ -814,7 +841,7 @@ class Model(RuleBasedStateMachine):
     @rule()
     def reopen(self) -> None:
         self.records.close()
-        self.records = opened(self.folder, spool_bytes=9)
+        self.records = opened(self.folder, spool_bytes=9, outbox_rows=4)
 
     @invariant()
     def agrees(self) -> None:

@@ -469,6 +469,42 @@ def test_a_stale_picture_is_told_so_and_an_old_one_behind_a_newer_one_is_marked(
             assert json.loads(heard.payload)["lines"] == ["line1"]
 
 
+@pytest.mark.mosquitto
+def test_a_full_outbox_stops_accepting_says_so_and_recovers_by_itself(tmp_path: Path, catalog: Path) -> None:
+    """The broker does not let the box publish its results at first: every one of them comes later."""
+    acl = tmp_path / "acl"
+    acl.write_text("topic read coe/#\ntopic write coe/v1/plant/infer/#\ntopic write coe/v1/plant/box/#\n")
+    acl.chmod(0o644)
+    broker = Mosquitto(tmp_path / "mosquitto", f"acl_file {acl}")
+    broker.start()
+    try:
+        settings = "[limits]\noutbox = 4\n"
+        with (
+            Box(tmp_path / "box", catalog, broker, settings=settings) as box,
+            Camera(broker.port, RESULT, name="camera", clean=False) as camera,
+            Camera(broker.port, ALARMS, name="operator") as operator,
+        ):
+            for number in range(4):
+                camera.publish_confirmed(INFER + "c-e1", picture(number))
+            until(lambda: _rows(box, "outbox") >= 4)
+            camera.publish_confirmed(INFER + "c-e1", picture(4))
+            until(lambda: "verdicts wait for the broker (limits.outbox)" in box.log_text)
+            assert (_rows(box, "pictures"), _rows(box, "outbox")) == (0, 4)
+            until(lambda: operator.hear().topic.endswith("/alarm/outbox"))
+            broker.stop()
+            acl.write_text("topic readwrite coe/#\n")
+            broker.start()
+            assert len(hear_verdicts(camera, 5)) == 5
+            until(lambda: "alarm_lowered name=outbox" in box.log_text)
+    finally:
+        broker.stop()
+
+
+def _rows(box: Box, table: str) -> int:
+    with closing(sqlite3.connect(box.folder / "state" / "records.db")) as db:
+        return int(db.execute(f"SELECT count(*) FROM {table}").fetchone()[0])
+
+
 def test_large_pictures_stay_inside_the_memory_promise(tmp_path: Path, catalog: Path) -> None:
     """Encoded pictures on their way count too: 60 of 4 MB, published as fast as the broker takes them."""
     settings = "[memory]\nweights = 1000000\n[limits]\npicture_pixels = 1500000\npicture_bytes = 5000000\n"

@@ -25,6 +25,7 @@ class Alarm(StrEnum):
     GPU = "gpu"
     MEMORY_BUDGET = "memory-budget"
     MEMORY_DRIFT = "memory-drift"
+    OUTBOX = "outbox"
     OUT_OF_MEMORY = "out-of-memory"
     THRASHING = "thrashing"
 

@@ -35,7 +35,9 @@ CALM_SECONDS = 5.0
 """The spool is called full until it took everything for so long: at the brim each verdict makes room for one picture,
 and that is no news."""
 
-BUSY = MessageError("busy", "the spool is full", "send it again later, or at QoS 1 to have it wait for room")
+BUSY = MessageError(
+    "busy", "the spool or the outbox is full", "send it again later, or at QoS 1 to have it wait for room"
+)
 
 
 def component_of(address: Address, catalog: Catalog) -> str:

@@ -69,6 +69,7 @@ class Limits:
     """What the store holds at most; pictures of a sort without a quota are not kept."""
 
     spool_bytes: int
+    outbox_rows: float
     quotas: Mapping[Sort, Quota]
 
 
@@ -109,8 +110,12 @@ class Ledger:
         if known is not None:
             return self._wait(picture) if known == _identity(picture) else Conflict()
         known = self._one("SELECT line, product, board, part, picture_sha256 FROM verdicts WHERE id = ?", picture.id)
+        if known is not None and known != _identity(picture):
+            return Conflict()
+        if self.counts.unpublished >= self._limits.outbox_rows:
+            return Full(f"{self.counts.unpublished} verdicts wait for the broker (limits.outbox)")
         if known is not None:
-            return self._repeat(picture) if known == _identity(picture) else Conflict()
+            return self._repeat(picture)
         if self.counts.spooled_bytes + len(payload) > self._limits.spool_bytes:
             return Full(f"the spool holds {self.counts.spooled_bytes} of {self._limits.spool_bytes} bytes")
         return self._spool(picture, payload)
@@ -137,7 +142,8 @@ class Ledger:
     def _repeat(self, picture: Picture) -> Answered:
         row = self._one("SELECT topic, body FROM verdicts WHERE id = ?", picture.id)
         assert row is not None
-        return Answered(self._post(picture.id, row[0], picture.response_topic, picture.correlation, row[1]))
+        reply = picture.response_topic, picture.correlation
+        return Answered(self._post(picture.id, row[0], *reply, row[1], resent=True))
 
     def _conclude(self, request: Conclude) -> Conclusion:
         row = self._one("SELECT picture_bytes, response_topic, correlation FROM pictures WHERE id = ?", request.id)
@@ -177,24 +183,34 @@ class Ledger:
             self.kept[sort] -= size
 
     def _post(
-        self, id: str, topic: str, response_topic: str | None, correlation: bytes | None, body: bytes
+        self,
+        id: str,
+        topic: str,
+        response_topic: str | None,
+        correlation: bytes | None,
+        body: bytes,
+        *,
+        resent: bool = False,
     ) -> tuple[Publication, ...]:
         targets: list[tuple[str, bytes | None]] = [(topic, None)]
         if response_topic is not None:
             targets.append((response_topic, correlation))
-        return tuple(Publication(self._token(id, *target), id, *target, body) for target in targets)
+        return tuple(self._publication(id, *target, body, resent) for target in targets)
 
-    def _token(self, id: str, topic: str, correlation: bytes | None) -> int:
+    def _publication(self, id: str, topic: str, correlation: bytes | None, body: bytes, resent: bool) -> Publication:
+        """One that still waits is as it was: nobody has got it yet."""
         values = (id, topic, correlation)
         there = self._db.execute(
-            "SELECT token FROM outbox WHERE id = ? AND topic = ? AND correlation IS ?", values
+            "SELECT token, resent FROM outbox WHERE id = ? AND topic = ? AND correlation IS ?", values
         ).fetchone()
         if there is not None:
-            return int(there[0])
-        token = self._db.execute("INSERT INTO outbox (id, topic, correlation) VALUES (?, ?, ?)", values).lastrowid
+            return Publication(there[0], *values, body, bool(there[1]))
+        token = self._db.execute(
+            "INSERT INTO outbox (id, topic, correlation, resent) VALUES (?, ?, ?, ?)", (*values, resent)
+        ).lastrowid
         assert token is not None
         self._add(unpublished=1)
-        return token
+        return Publication(token, *values, body, resent)
 
     def _mark(self, token: int) -> None:
         self._add(unpublished=-self._db.execute("DELETE FROM outbox WHERE token = ?", (token,)).rowcount)

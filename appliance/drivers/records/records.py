@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
+from math import inf
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 
@@ -31,12 +32,15 @@ class Records:
         *,
         spool_bytes: int,
         verdict_days: float,
+        outbox_rows: float = inf,
         quotas: Mapping[Sort, Quota] = MappingProxyType({}),
         clock: Callable[[], float] = time.time,
     ) -> Records:
         """Open or create the store in `folder`. `clock` is wall time, for labels and the age of verdicts.
 
-        `quotas` bound the pictures that are kept with their verdicts; without one of its sort, a picture is not.
+        A spool of `spool_bytes` or an outbox of `outbox_rows` takes no more pictures; what was accepted is concluded
+        all the same. `quotas` bound the pictures that are kept with their verdicts; without one of its sort, a picture
+        is not.
 
         A damaged store is moved aside (`moved_aside` says where) and a new one begun. Raises RecordsError: the folder
         cannot be written, another process uses it, or a newer release wrote it.
@@ -48,7 +52,9 @@ class Records:
             moved_aside = prepare(path)
             in_hand = take_stock(path, is_new=moved_aside is not None)
             undo.callback(in_hand.close)
-            records = cls(folder, lock_file, in_hand, moved_aside, Limits(spool_bytes, quotas), verdict_days, clock)
+            records = cls(
+                folder, lock_file, in_hand, moved_aside, Limits(spool_bytes, outbox_rows, quotas), verdict_days, clock
+            )
             undo.pop_all()
         return records
 
@@ -162,11 +168,16 @@ class Records:
     def unpublished(self, after: int = 0, limit: int = 1000) -> list[Publication]:
         """The outbox in order, from behind the token `after`."""
         rows = self._readers.query(
-            "SELECT token, id, o.topic, correlation, body FROM outbox AS o JOIN verdicts USING (id)"
+            "SELECT token, id, o.topic, correlation, body, resent FROM outbox AS o JOIN verdicts USING (id)"
             " WHERE token > ? ORDER BY token LIMIT ?",
             (after, limit),
         )
-        return [Publication(*row) for row in rows]
+        return [Publication(*row[:5], resent=bool(row[5])) for row in rows]
+
+    def last_token(self) -> int:
+        """Of the outbox as it is now."""
+        ((token,),) = self._readers.query("SELECT ifnull(max(token), 0) FROM outbox", ())
+        return int(token)
 
     def verdict(self, id: str) -> bytes | None:
         """The recorded verdict's body, None when there is none."""

@@ -44,6 +44,7 @@ CREATE TABLE crashes (
     alone              INTEGER NOT NULL
 );
 CREATE INDEX verdicts_by_place ON verdicts (line, product, board, part, captured_at) WHERE captured_at IS NOT NULL;
+ALTER TABLE outbox ADD COLUMN resent INTEGER NOT NULL DEFAULT 0;
 CREATE INDEX suspects ON pictures (attempts, arrival) WHERE attempts > 0;
 """
 

@@ -41,13 +41,17 @@ class Spooled:
 
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """A recorded verdict on its way to one topic; done when `published(token)` was called."""
+    """A recorded verdict on its way to one topic; done when `published(token)` was called.
+
+    `resent`: its picture came again.
+    """
 
     token: int
     id: str
     topic: str
     correlation: bytes | None
     body: bytes
+    resent: bool = False
 
 
 class Sort(StrEnum):
