@@ -25,6 +25,8 @@ REPLY_CHARACTERS = 256
 CORRELATION_BYTES = 1024
 USER_PROPERTIES = ("request-id", "captured-at", "deadline-ms")
 COMMAND_BYTES = 1024
+RATE: Final = "rate"
+"""The reason for which a picture shall be sent again, as it is: its line sent too many."""
 DRAIN: Final = "drain"
 """The one command that is not about an expert."""
 OUR_TREES = ("infer", "result", "board", "error", "box")

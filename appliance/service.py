@@ -20,6 +20,7 @@ from appliance import config as settings
 from appliance.config import Config
 from appliance.contract import Address, Message, Serving
 from appliance.core import freshness, suspects
+from appliance.core.rates import Rate, Rates
 from appliance.core.types import (
     Acknowledge,
     Action,
@@ -119,6 +120,17 @@ def _without_crashing(installation: Installation, records: Records) -> Installat
     return replace(installation, unavailable={**installation.unavailable, **blamed})
 
 
+def _rates(config: Config) -> Rates:
+    """What each line that has settings may send, and what all others may."""
+
+    def rate(per_second: float | None, burst: int | None) -> Rate | None:
+        return None if per_second is None else Rate(per_second, burst or config.limits.burst)
+
+    others = config.limits.pictures_per_second
+    lines = {name: rate(line.pictures_per_second or others, line.burst) for name, line in config.lines.items()}
+    return Rates(lines, rate(others, None))
+
+
 def _note_compiled(expert: str, result: Compiled | ApplianceError) -> None:
     if isinstance(result, Compiled):
         log.info("compiled expert=%s version=%d architecture=%s", expert, result.version, result.architecture[:12])
@@ -182,6 +194,7 @@ class Service:
         self._fed_early = set[int]()
         self._newest = freshness.Newest(lambda place: records.newest_capture(*place))
         self._clocks = freshness.Clocks()
+        self._rates = _rates(self._config)
         self._dead_letters = DeadLetters(records.folder / "quarantine", int(self._config.limits.quarantine))
         self._next_stats = 0.0
         self._store_checks = list(_store_checks(installation))
@@ -221,6 +234,7 @@ class Service:
             self._outbox,
             acknowledge=lambda message: self._door.acknowledge(message),
             spooled=self._spooled,
+            may_enter=self._may_enter,
         )
         self._commands = CommandIntake(
             config, tell=self._inbox.tell, drain=self._drain_wanted.set, note=self._outbox.note
@@ -472,6 +486,10 @@ class Service:
         """On the writer's thread: a picture was committed."""
         self._accepted_seconds[arrival] = time.monotonic()
         self._inbox.wake()
+
+    def _may_enter(self, line: str) -> bool:
+        """On the writer's thread."""
+        return self._rates.admit(line, time.monotonic())
 
     def _arrived_seconds(self, spooled: Spooled) -> float:
         """When it was accepted, in monotonic seconds.

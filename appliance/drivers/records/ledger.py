@@ -21,6 +21,7 @@ from appliance.drivers.records.values import (
     Quota,
     Recorded,
     Sort,
+    TurnedAway,
     Unowed,
     Waiting,
 )
@@ -35,6 +36,7 @@ class Accept:
     picture: Picture
     payload: bytes
     done: Callable[[Acceptance], None]
+    may_enter: Callable[[str], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +92,8 @@ class Ledger:
 
     def enter(self, request: Request) -> Result:
         match request:
-            case Accept(picture, payload):
-                return self._accept(picture, payload)
+            case Accept():
+                return self._accept(request)
             case Conclude():
                 return self._conclude(request)
             case Published(token):
@@ -105,7 +107,8 @@ class Ledger:
             case _:
                 assert_never(request)
 
-    def _accept(self, picture: Picture, payload: bytes) -> Acceptance:
+    def _accept(self, request: Accept) -> Acceptance:
+        picture, payload = request.picture, request.payload
         known = self._one("SELECT line, product, board, part, picture_sha256 FROM pictures WHERE id = ?", picture.id)
         if known is not None:
             return self._wait(picture) if known == _identity(picture) else Conflict()
@@ -118,6 +121,8 @@ class Ledger:
             return self._repeat(picture)
         if self.counts.spooled_bytes + len(payload) > self._limits.spool_bytes:
             return Full(f"the spool holds {self.counts.spooled_bytes} of {self._limits.spool_bytes} bytes")
+        if not request.may_enter(picture.line):
+            return TurnedAway()
         return self._spool(picture, payload)
 
     def _spool(self, picture: Picture, payload: bytes) -> New:

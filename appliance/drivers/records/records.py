@@ -80,9 +80,19 @@ class Records:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def accept(self, picture: Picture, payload: bytes, done: Callable[[Acceptance], None]) -> None:
-        """Commit a picture to the spool, unless it is known or there is no room; `done` hears which."""
-        self._writer.put(Accept(picture, payload, done))
+    def accept(
+        self,
+        picture: Picture,
+        payload: bytes,
+        done: Callable[[Acceptance], None],
+        *,
+        may_enter: Callable[[str], bool] = lambda line: True,
+    ) -> None:
+        """Commit a picture to the spool, unless it is known or there is no room; `done` hears which.
+
+        One that is new and has room may be turned away: `may_enter` is asked with its line, on the writer's thread.
+        """
+        self._writer.put(Accept(picture, payload, done, may_enter))
 
     def conclude(
         self,
@@ -172,7 +182,7 @@ class Records:
             " WHERE token > ? ORDER BY token LIMIT ?",
             (after, limit),
         )
-        return [Publication(*row[:5], resent=bool(row[5])) for row in rows]
+        return [Publication(*row) for row in rows]
 
     def last_token(self) -> int:
         """Of the outbox as it is now."""

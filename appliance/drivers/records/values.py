@@ -118,7 +118,12 @@ class Full:
     why: str
 
 
-Acceptance = New | Waiting | Answered | Conflict | Full
+@dataclass(frozen=True, slots=True)
+class TurnedAway:
+    """Not committed: its line sends too many. Refuse it and acknowledge it."""
+
+
+Acceptance = New | Waiting | Answered | Conflict | Full | TurnedAway
 
 
 # How `conclude` is answered.

@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from appliance.drivers.records.ledger import Accept, Conclude, Ledger, Limits, Published, Request, Result
 from appliance.drivers.records.schema import BALLAST, connect, count, kept_bytes, transaction
-from appliance.drivers.records.values import Answered, Conflict, Full, New, Recorded, Sort, Unowed, Waiting
+from appliance.drivers.records.values import Answered, Conflict, Full, New, Recorded, Sort, TurnedAway, Unowed, Waiting
 from appliance.errors import RecordsError
 
 T = TypeVar("T")
@@ -249,7 +249,7 @@ class Writer:
 
 def _answer(request: Request, result: Result) -> None:
     match request, result:
-        case Accept(done=done), New() | Waiting() | Answered() | Conflict() | Full():
+        case Accept(done=done), New() | Waiting() | Answered() | Conflict() | Full() | TurnedAway():
             _call(done, result)
         case Conclude(done=done), Recorded() | Unowed():
             _call(done, result)
