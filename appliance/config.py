@@ -209,6 +209,10 @@ class Limits(Settings):
         "answered `stale` instead; 0 inspects them all. The clocks of cameras and box must agree.",
     )
     verdict_days: Annotated[float, Field(gt=0)] = Field(30.0, description="Verdicts are kept this long.")
+    verdict_bytes: ByteSize = Field(
+        ByteSize(2_000_000_000),
+        description="What they may take on disk, about; the oldest leave before their time, once the broker has them.",
+    )
 
     @model_validator(mode="after")
     def _the_spool_takes_a_picture(self) -> Limits:

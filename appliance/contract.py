@@ -383,6 +383,7 @@ class VerdictBody(Body):
     degraded: tuple[StandInBody, ...]
     """Empty when all were asked whom the graph names."""
     waited_milliseconds: float
+    site: str
     box: str
     finished_at: AwareDatetime
 
@@ -438,6 +439,7 @@ def verdict_body(
     captured_at: datetime | None,
     out_of_order: bool,
     serving: Mapping[tuple[str, str], Serving],
+    site: str,
     box: str,
     finished_at: datetime,
 ) -> bytes:
@@ -472,6 +474,7 @@ def verdict_body(
             StandInBody(expert=one.expert, stand_in=one.stand_in, reason=one.reason) for one in verdict.stand_ins
         ),
         waited_milliseconds=round(verdict.waited_seconds * 1000, 3),
+        site=site,
         box=box,
         finished_at=finished_at,
     ).encoded()

@@ -89,6 +89,7 @@ def serve(config: Config, *, stopping: threading.Event | None = None) -> None:
                 spool_bytes=int(config.limits.spool),
                 outbox_rows=config.limits.outbox,
                 verdict_days=config.limits.verdict_days,
+                verdict_bytes=int(config.limits.verdict_bytes),
                 quotas=_quotas(config),
             )
         )
@@ -515,6 +516,7 @@ class Service:
             captured_at=_captured(picture),
             out_of_order=self._is_out_of_order(picture),
             serving=self._serving,
+            site=self._config.box.site,
             box=self._config.box.name,
             finished_at=datetime.now(UTC),
         )

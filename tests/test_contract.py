@@ -340,6 +340,7 @@ def body_of(verdict: Verdict) -> bytes:
             ("cpu-0", "resistor"): Serving("1.2", "12" * 32, 0.5, "cpu"),
             ("cuda-1", "solder"): Serving("3", "34" * 32, 0.25, "cuda:0"),
         },
+        site="plant",
         box="box1",
         finished_at=NOW,
     )
@@ -394,6 +395,7 @@ def test_a_verdict_says_everything_but_the_picture() -> None:
         ],
         "waited_milliseconds": 500.0,
         "degraded": [],
+        "site": "plant",
         "box": "box1",
         "finished_at": "2026-01-31T08:15:00Z",
     }

@@ -42,7 +42,7 @@ from appliance.drivers.records import (
     Unowed,
     Waiting,
 )
-from appliance.drivers.records.schema import PRAGMAS
+from appliance.drivers.records.schema import PRAGMAS, ROW_BYTES
 from appliance.drivers.records.writer import QUEUED_BYTES
 from appliance.errors import NotSpooled, RecordsError
 from tests.kit_brokers import until
@@ -56,9 +56,17 @@ def opened(
     *,
     spool_bytes: int = 1_000_000,
     outbox_rows: float = inf,
+    verdict_bytes: float = inf,
     clock: Callable[[], float] = lambda: 1000.0,
 ) -> Records:
-    return Records.open(folder, spool_bytes=spool_bytes, verdict_days=1.0, outbox_rows=outbox_rows, clock=clock)
+    return Records.open(
+        folder,
+        spool_bytes=spool_bytes,
+        verdict_days=1.0,
+        outbox_rows=outbox_rows,
+        verdict_bytes=verdict_bytes,
+        clock=clock,
+    )
 
 
 @pytest.fixture
@@ -399,6 +407,62 @@ def test_old_verdicts_are_forgotten_unless_they_wait_in_the_outbox(
         until(lambda: records.counts.verdicts == 1)
         assert records.verdict("p3") is not None
         assert isinstance(accept(records, "p2"), New)
+
+
+def test_the_oldest_verdicts_leave_when_all_take_more_than_they_may_but_none_that_the_broker_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("appliance.drivers.records.writer.CLEAN_ROWS", 2)
+    body = bytes(1000)
+    with opened(tmp_path, verdict_bytes=10 * (len(body) + ROW_BYTES)) as records:
+        for n in range(20):
+            accept(records, f"p{n}")
+            (publication,) = publications(conclude(records, f"p{n}", body))
+            if n != 3:
+                records.published(publication.token)
+        until(lambda: records.counts.verdicts <= 10)
+        until(lambda: records.counts.unpublished == 1)
+        left = {n for n in range(20) if records.verdict(f"p{n}") is not None}
+        assert left >= {3, 13, 14, 15, 16, 17, 18, 19}
+        assert not left & {0, 1, 2, 4, 5, 6, 7, 8, 9}
+        assert isinstance(accept(records, "p0"), New), "as if it came the first time"
+    with closing(sqlite3.connect(tmp_path / "records.db")) as db:
+        found = db.execute("SELECT sum(length(body)) + ? * count(*) FROM verdicts", (ROW_BYTES,)).fetchone()
+        assert db.execute("SELECT bytes FROM totals").fetchone() == found
+
+
+def test_where_all_verdicts_wait_for_the_broker_none_leaves(tmp_path: Path) -> None:
+    with opened(tmp_path, verdict_bytes=1) as records:
+        for n in range(5):
+            accept(records, f"p{n}")
+            conclude(records, f"p{n}")
+        assert records.counts.verdicts == 5
+        for row in records.unpublished():
+            records.published(row.token)
+        until(lambda: records.counts.verdicts == 0)
+
+
+def test_a_long_spool_is_walked_without_being_in_memory(tmp_path: Path) -> None:
+    """Of 20,000 pictures of 2 KB, 40 MB, a page of 1,000 rows is held at a time, and no payload."""
+    with opened(tmp_path, spool_bytes=10**9) as records:
+        last: queue.Queue[Acceptance] = queue.Queue()
+        for n in range(20_000):
+            records.accept(picture(f"p{n}"), bytes(2000), last.put)
+        for _ in range(20_000):
+            assert isinstance(last.get(timeout=WAIT_SECONDS), New)
+    walked = run_child(
+        tmp_path,
+        "def anonymous(): return int([l for l in open('/proc/self/status') if 'RssAnon' in l][0].split()[1])\n"
+        "before, most, count, arrival = anonymous(), 0, 0, 0\n"
+        "records = store(sys.argv[1])\n"
+        "while page := records.waiting(arrival):\n"
+        "    count, arrival, most = count + len(page), page[-1].arrival, max(most, anonymous())\n"
+        "print(count, most - before)\n"
+        "records.close()",
+    )
+    count, grown_kilobytes = map(int, walked.stdout.split())
+    assert count == 20_000
+    assert grown_kilobytes < 16_000
 
 
 def test_a_callback_that_raises_harms_nobody_else(records: Records, caplog: pytest.LogCaptureFixture) -> None:

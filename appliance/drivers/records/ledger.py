@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, assert_never
 
-from appliance.drivers.records.schema import PICTURE_COLUMNS
+from appliance.drivers.records.schema import PICTURE_COLUMNS, ROW_BYTES
 from appliance.drivers.records.values import (
     Acceptance,
     Answered,
@@ -72,6 +72,7 @@ class Limits:
 
     spool_bytes: int
     outbox_rows: float
+    verdict_bytes: float
     quotas: Mapping[Sort, Quota]
 
 
@@ -89,6 +90,8 @@ class Ledger:
         self.counts = counts
         self.kept = dict(kept)
         """Bytes of pictures."""
+        self.verdict_bytes = 0
+        """What was added."""
 
     def enter(self, request: Request) -> Result:
         match request:
@@ -164,6 +167,7 @@ class Ledger:
             self._keep(request.id, request.keep, row[0])
         self._db.execute("DELETE FROM pictures WHERE id = ?", (request.id,))
         self._add(spooled=-1, spooled_bytes=-row[0], verdicts=1)
+        self.verdict_bytes += len(request.body) + ROW_BYTES
         return Recorded(self._post(request.id, request.topic, row[1], row[2], request.body))
 
     def _keep(self, id: str, sort: Sort, size: int) -> None:

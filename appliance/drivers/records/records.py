@@ -33,14 +33,16 @@ class Records:
         spool_bytes: int,
         verdict_days: float,
         outbox_rows: float = inf,
+        verdict_bytes: float = inf,
         quotas: Mapping[Sort, Quota] = MappingProxyType({}),
         clock: Callable[[], float] = time.time,
     ) -> Records:
         """Open or create the store in `folder`. `clock` is wall time, for labels and the age of verdicts.
 
         A spool of `spool_bytes` or an outbox of `outbox_rows` takes no more pictures; what was accepted is concluded
-        all the same. `quotas` bound the pictures that are kept with their verdicts; without one of its sort, a picture
-        is not.
+        all the same. Verdicts take about `verdict_bytes` at most: the oldest leave before their time, but none that
+        waits in the outbox. `quotas` bound the pictures that are kept with their verdicts; without one of its sort, a
+        picture is not.
 
         A damaged store is moved aside (`moved_aside` says where) and a new one begun. Raises RecordsError: the folder
         cannot be written, another process uses it, or a newer release wrote it.
@@ -52,9 +54,8 @@ class Records:
             moved_aside = prepare(path)
             in_hand = take_stock(path, is_new=moved_aside is not None)
             undo.callback(in_hand.close)
-            records = cls(
-                folder, lock_file, in_hand, moved_aside, Limits(spool_bytes, outbox_rows, quotas), verdict_days, clock
-            )
+            limits = Limits(spool_bytes, outbox_rows, verdict_bytes, quotas)
+            records = cls(folder, lock_file, in_hand, moved_aside, limits, verdict_days, clock)
             undo.pop_all()
         return records
 

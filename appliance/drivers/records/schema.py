@@ -36,7 +36,10 @@ CREATE TABLE kept (
 CREATE INDEX kept_by_age ON kept (sort, kept_at, bytes);
 """
 
-THIRD = """
+ROW_BYTES = 1000
+"""What a verdict takes beside its body, its indexes included."""
+
+THIRD = f"""
 CREATE TABLE crashes (
     number             INTEGER PRIMARY KEY AUTOINCREMENT,
     expert             TEXT NOT NULL,
@@ -45,6 +48,11 @@ CREATE TABLE crashes (
 );
 CREATE INDEX verdicts_by_place ON verdicts (line, product, board, part, captured_at) WHERE captured_at IS NOT NULL;
 ALTER TABLE outbox ADD COLUMN resent INTEGER NOT NULL DEFAULT 0;
+CREATE TABLE totals (
+    name               TEXT PRIMARY KEY,
+    bytes              INTEGER NOT NULL
+);
+INSERT INTO totals SELECT 'verdicts', ifnull(sum(length(body)), 0) + {ROW_BYTES} * count(*) FROM verdicts;
 CREATE INDEX suspects ON pictures (attempts, arrival) WHERE attempts > 0;
 """
 
@@ -125,6 +133,15 @@ def count(db: sqlite3.Connection) -> Counts:
     (verdicts,) = db.execute("SELECT count(*) FROM verdicts").fetchone()
     (unpublished,) = db.execute("SELECT count(*) FROM outbox").fetchone()
     return Counts(spooled, int(spooled_bytes), verdicts, unpublished)
+
+
+def verdict_bytes(db: sqlite3.Connection) -> int:
+    """Of all verdicts: kept as a sum, for adding it up would read the whole table."""
+    return int(db.execute("SELECT bytes FROM totals WHERE name = 'verdicts'").fetchone()[0])
+
+
+def add_verdict_bytes(db: sqlite3.Connection, more: int) -> None:
+    db.execute("UPDATE totals SET bytes = bytes + ? WHERE name = 'verdicts'", (more,))
 
 
 def kept_bytes(db: sqlite3.Connection) -> dict[Sort, int]:
