@@ -208,6 +208,16 @@ def test_numbers_that_are_no_answer_count_as_failures() -> None:
     assert any(isinstance(action, Quarantine) for action in done)
 
 
+def test_no_answer_to_pictures_that_became_late_is_no_success() -> None:
+    controller = controller_of(["a"])
+    fail(controller, "a", FAILURES)
+    actions = controller.handle(Arrived(request("r", "c-a", LATER, deadline=LATER + 1.0)), LATER)
+    assert [type(action) for action in actions] == [Reinstate, Load]
+    (run,) = [action for action in controller.handle(Loaded("cpu", "a"), LATER) if isinstance(action, Run)]
+    done = controller.handle(Finished(run.batch, (Refusal("invalid-output", "NaN"),), 0.1), LATER + 2.0)
+    assert [type(action) for action in done if isinstance(action, Reinstate | Quarantine)] == [Quarantine]
+
+
 def test_bad_pictures_never_set_an_expert_aside() -> None:
     controller = controller_of(["a"])
     done = fail(controller, "a", 3 * FAILURES, Refusal("picture-damaged", "truncated"))

@@ -289,14 +289,12 @@ class Controller:
         actions: list[Action],
     ) -> None:
         self._free(batch, now)
-        refused = list[Refusal]()
         for request, answer in zip(batch.requests, answers, strict=True):
             self._retried.pop((request, batch.expert), None)
             progress = self.progress.get(request)
             if progress is None:  # it was late, and has its verdict
                 continue
             if isinstance(answer, Refusal):
-                refused.append(answer)
                 self._conclude(request, Outcome.ERROR, now, actions, answer)
                 continue
             following = progress.answered(Step(batch.expert, answer, batch.executor, seconds), self._graph)
@@ -304,10 +302,13 @@ class Controller:
             self._ask(progress, following, now, actions)
             if progress.is_complete and request in self.progress:
                 self._conclude(request, progress.outcome(), now, actions)
-        self._judge(batch, refused, now, actions)
+        self._judge(batch, answers, now, actions)
 
-    def _judge(self, batch: Batch, refused: Sequence[Refusal], now: float, actions: list[Action]) -> None:
+    def _judge(
+        self, batch: Batch, answers: Sequence[tuple[Finding, ...] | Refusal], now: float, actions: list[Action]
+    ) -> None:
         """Whether the expert works, by a batch that it ran: it does if it answered one picture of it."""
+        refused = [answer for answer in answers if isinstance(answer, Refusal)]
         if len(refused) < len(batch.requests):
             if self._breaker.worked(batch.expert):
                 self._reinstate(batch.expert, now, actions, on_trial=False)
