@@ -179,6 +179,9 @@ class GraphManifest(Manifest):
     limits: Mapping[Name, Annotated[int, Field(ge=1)]] = Field(
         default_factory=dict, description="How many pictures may wait for an expert before those who lead to it pause."
     )
+    stand_ins: Mapping[Name, Name] = Field(
+        default_factory=dict, description="Who is asked while an expert cannot serve; the verdict says so."
+    )
     versions: Mapping[Name, int] = Field(default_factory=dict, description="Pins an expert to a version.")
 
 
@@ -227,6 +230,11 @@ class Bundle:
     def golden_path(self) -> Path | None:
         return self.folder / self.manifest.golden.file if self.manifest.golden else None
 
+    @property
+    def mark(self) -> str:
+        """Names this version of this expert: made from all that its manifest says, the digests of its files too."""
+        return hashlib.sha256(self.manifest.model_dump_json().encode()).hexdigest()[:14]
+
 
 @dataclass(frozen=True, slots=True)
 class Product:
@@ -267,7 +275,8 @@ def load(folder: Path) -> Catalog:
     bundles, broken = _bundles(folder, found, manifest.versions)
     names = tuple(found)
     tables, limits = _tables(manifest), manifest.limits
-    graph = compile_graph(manifest.components, _edges(manifest, names), names, tables, limits)
+    graph = compile_graph(manifest.components, _edges(manifest, names), names, tables, limits, manifest.stand_ins)
+    _check_stand_ins(graph, bundles)
     products = _products(folder / "products", graph)
     for component in manifest.usage.keys() - manifest.components.keys():
         raise GraphError(f"[usage] names the unknown component {component}", "correct it, or add it to [components]")
@@ -371,6 +380,20 @@ def _edges(manifest: GraphManifest, experts: tuple[str, ...]) -> list[Edge]:
 
 def _tables(manifest: GraphManifest) -> list[Table]:
     return [Table(spec.from_, dict(spec.to), spec.score_at_least) for spec in manifest.tables]
+
+
+def _check_stand_ins(graph: ExpertGraph, bundles: Mapping[str, Bundle]) -> None:
+    """Raises GraphError for one that could not answer what the other is asked, where both bundles can be read."""
+    for expert, stand_in in graph.stand_ins.items():
+        if expert not in bundles or stand_in not in bundles:
+            continue
+        asked, instead = bundles[expert].manifest, bundles[stand_in].manifest
+        if instead.needs_reference and not asked.needs_reference:
+            what = f"{stand_in} compares with a golden picture, which those for {expert} need not have"
+            raise GraphError(f"[stand_ins] {expert}: {what}", "name one that looks at the picture alone")
+        if instead.head.kind != asked.head.kind:
+            what = f"{stand_in} gives {instead.head.kind}, and {expert} {asked.head.kind}"
+            raise GraphError(f"[stand_ins] {expert}: {what}", "name one of the same kind")
 
 
 def _products(folder: Path, graph: ExpertGraph) -> dict[str, Product]:

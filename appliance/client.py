@@ -32,7 +32,7 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from appliance import tls
-from appliance.contract import Address, request_id
+from appliance.contract import RATE, Address, request_id
 from appliance.errors import BrokerError, PictureError
 from appliance.tls import Certificates
 
@@ -282,8 +282,8 @@ class Camera:
         try:
             body = json.loads(message.payload)
             name = str(body.get("request_id"))
-            if body.get("has_verdict"):
-                return
+            if body.get("has_verdict") or body.get("reason") == RATE:
+                return  # the verdict follows, or the picture is sent again when its time has come
         except (ValueError, AttributeError):
             return
         with self._changed:

@@ -158,12 +158,18 @@ class Scheduler(Settings):
 
 
 class Line(Settings):
-    """A line whose pictures go before those of others. `<name>` is the topic level behind `infer`."""
+    """A line that is not treated like others. `<name>` is the topic level behind `infer`."""
 
     priority: Annotated[int, Field(ge=0, le=9)] = Field(
         0,
         description="Each step counts as having come 2 s earlier, for loads and runs: who comes later than that "
         "has no advantage over a picture of another line. Only the policy `appliance` minds it.",
+    )
+    pictures_per_second: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="What it may send; by default what `limits.pictures_per_second` says."
+    )
+    burst: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="So many it may send at once; by default `limits.burst`."
     )
 
 
@@ -174,6 +180,10 @@ class Limits(Settings):
     picture_pixels: Annotated[int, Field(ge=1)] = Field(
         25_000_000, description="Largest width x height; decoding takes 16 bytes of memory per pixel and executor."
     )
+    pictures_per_second: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="What each line may send; more is answered `rate`. By default there is no limit."
+    )
+    burst: Annotated[int, Field(ge=1)] = Field(1000, description="So many each line may send at once, as for a board.")
     waiting_pictures: Annotated[int, Field(ge=1)] = Field(
         10_000, description="Pictures scheduled at once; `overflow` says what becomes of the rest."
     )
@@ -186,10 +196,23 @@ class Limits(Settings):
     spool: ByteSize = Field(
         ByteSize(2_000_000_000), description="Accepted pictures on disk; a full spool stops acknowledging."
     )
+    outbox: Annotated[int, Field(ge=1)] = Field(
+        100_000,
+        description="Verdicts that the broker has not confirmed yet; as many stop acknowledging, until it takes some.",
+    )
     quarantine: ByteSize = Field(
         ByteSize(256_000_000), description="Pictures that ended the service are kept up to this; the oldest leave."
     )
+    stale_seconds: Annotated[float, Field(ge=0, le=3600)] = Field(
+        0.0,
+        description="A picture that was taken longer ago than this (`captured-at`) when it would be scheduled is "
+        "answered `stale` instead; 0 inspects them all. The clocks of cameras and box must agree.",
+    )
     verdict_days: Annotated[float, Field(gt=0)] = Field(30.0, description="Verdicts are kept this long.")
+    verdict_bytes: ByteSize = Field(
+        ByteSize(2_000_000_000),
+        description="What they may take on disk, about; the oldest leave before their time, once the broker has them.",
+    )
 
     @model_validator(mode="after")
     def _the_spool_takes_a_picture(self) -> Limits:

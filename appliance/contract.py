@@ -25,6 +25,8 @@ REPLY_CHARACTERS = 256
 CORRELATION_BYTES = 1024
 USER_PROPERTIES = ("request-id", "captured-at", "deadline-ms")
 COMMAND_BYTES = 1024
+RATE: Final = "rate"
+"""The reason for which a picture shall be sent again, as it is: its line sent too many."""
 DRAIN: Final = "drain"
 """The one command that is not about an expert."""
 OUR_TREES = ("infer", "result", "board", "error", "box")
@@ -245,16 +247,16 @@ def request_id(topic: str, payload: bytes, user: Mapping[str, str]) -> str:
 
 
 def captured_at(user: Mapping[str, str]) -> datetime | None:
-    """When the picture was taken, as the sender says; a label. Raises MessageError `captured-at`."""
+    """When the picture was taken, as the sender says, in UTC. Raises MessageError `captured-at`."""
     given = user.get("captured-at")
     if given is None:
         return None
     try:
         taken = datetime.fromisoformat(given)
-    except ValueError as error:
+        return taken.astimezone(UTC) if taken.tzinfo else taken.replace(tzinfo=UTC)
+    except (ValueError, OverflowError) as error:
         what = f"captured-at {shortened(given)} is not ISO 8601"
         raise MessageError("captured-at", what, "write it like 2026-01-31T08:15:00Z") from error
-    return taken if taken.tzinfo else taken.replace(tzinfo=UTC)
 
 
 def deadline_seconds(user: Mapping[str, str]) -> float | None:
@@ -349,6 +351,16 @@ class StepBody(BaseModel):
     milliseconds: float
 
 
+class StandInBody(BaseModel):
+    """Another expert was asked instead of one that could not serve, and why that could not."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    expert: str
+    stand_in: str
+    reason: str
+
+
 class VerdictBody(Body):
     """A verdict as published. The same `request_id` always has the same `result_id`."""
 
@@ -363,9 +375,15 @@ class VerdictBody(Body):
     board: str
     part: str
     picture_sha256: str
+    captured_at: AwareDatetime | None
+    out_of_order: bool
+    """A picture of the same line, product, board and part that was taken later has its verdict already."""
     findings: tuple[FindingBody, ...]
     steps: tuple[StepBody, ...]
+    degraded: tuple[StandInBody, ...]
+    """Empty when all were asked whom the graph names."""
     waited_milliseconds: float
+    site: str
     box: str
     finished_at: AwareDatetime
 
@@ -418,7 +436,10 @@ def verdict_body(
     address: Address,
     component: str,
     picture_sha256: str,
+    captured_at: datetime | None,
+    out_of_order: bool,
     serving: Mapping[tuple[str, str], Serving],
+    site: str,
     box: str,
     finished_at: datetime,
 ) -> bytes:
@@ -435,6 +456,8 @@ def verdict_body(
         board=address.board,
         part=address.part,
         picture_sha256=picture_sha256,
+        captured_at=captured_at,
+        out_of_order=out_of_order,
         findings=tuple(
             FindingBody(
                 expert=step.expert,
@@ -447,7 +470,11 @@ def verdict_body(
             for finding in step.findings
         ),
         steps=tuple(_step_body(step, serving[step.executor, step.expert]) for step in verdict.steps),
+        degraded=tuple(
+            StandInBody(expert=one.expert, stand_in=one.stand_in, reason=one.reason) for one in verdict.stand_ins
+        ),
         waited_milliseconds=round(verdict.waited_seconds * 1000, 3),
+        site=site,
         box=box,
         finished_at=finished_at,
     ).encoded()

@@ -12,30 +12,36 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from appliance import __version__, contract
 from appliance import config as settings
 from appliance.config import Config
 from appliance.contract import Address, Message, Serving
-from appliance.core import suspects
+from appliance.core import freshness, suspects
+from appliance.core.rates import Rate, Rates
 from appliance.core.types import (
     CANCELLED,
     Acknowledge,
     Action,
     Arrived,
     Batch,
+    CancelLoad,
     CancelRun,
     Device,
     Event,
     Finished,
     Heard,
+    Load,
+    Loaded,
+    LoadFailed,
     Outcome,
     Overflow,
     Publish,
     Quarantine,
     Refusal,
+    Reinstate,
     Request,
     Run,
     RunFailed,
@@ -53,7 +59,7 @@ from appliance.drivers.intake import Intake, component_of
 from appliance.drivers.journal import Journal, Opening
 from appliance.drivers.mqtt import Door, DoorState
 from appliance.drivers.outbox import Note, Outbox
-from appliance.drivers.records import Conclusion, Quota, Recorded, Records, Sort, Spooled
+from appliance.drivers.records import Conclusion, Picture, Quota, Recorded, Records, Sort, Spooled
 from appliance.engine.engine import Engine, Engines
 from appliance.engine.weights import Weights
 from appliance.errors import ApplianceError, BrokerError, DeviceError, MessageError, OutOfMemory
@@ -85,11 +91,13 @@ def serve(config: Config, *, stopping: threading.Event | None = None) -> None:
             Records.open(
                 config.paths.state,
                 spool_bytes=int(config.limits.spool),
+                outbox_rows=config.limits.outbox,
                 verdict_days=config.limits.verdict_days,
+                verdict_bytes=int(config.limits.verdict_bytes),
                 quotas=_quotas(config),
             )
         )
-        installation = install(config, _note_compiled)
+        installation = _without_crashing(install(config, _note_compiled), records)
         for expert, refusal in installation.unavailable.items():
             log.error("expert_unavailable expert=%s reason=%s detail=%s", expert, refusal.reason, refusal.detail)
         for expert, refusal in installation.gpus.unavailable.items():
@@ -107,6 +115,25 @@ def _quotas(config: Config) -> dict[Sort, Quota]:
         Sort.DOUBTFUL: Quota(int(keep.doubtful), keep.doubtful_days),
     }
     return {sort: quota for sort, quota in quotas.items() if quota.bytes}
+
+
+def _without_crashing(installation: Installation, records: Records) -> Installation:
+    """The box without the experts that ended former processes again and again."""
+    crashes, bundles = records.crashes(), installation.catalog.bundles
+    found = {name: suspects.blamed(crashes.get(bundles[name].mark, ())) for name in installation.compiled}
+    blamed = {name: refusal for name, refusal in found.items() if refusal is not None}
+    return replace(installation, unavailable={**installation.unavailable, **blamed})
+
+
+def _rates(config: Config) -> Rates:
+    """What each line that has settings may send, and what all others may."""
+
+    def rate(per_second: float | None, burst: int | None) -> Rate | None:
+        return None if per_second is None else Rate(per_second, burst or config.limits.burst)
+
+    others = config.limits.pictures_per_second
+    lines = {name: rate(line.pictures_per_second or others, line.burst) for name, line in config.lines.items()}
+    return Rates(lines, rate(others, None))
 
 
 def _note_compiled(expert: str, result: Compiled | ApplianceError) -> None:
@@ -165,13 +192,23 @@ class Service:
         self._drain_wanted = threading.Event()
         self._underway = Underway()
         self._gate = suspects.Gate()
+        self._marks = {name: bundle.mark for name, bundle in installation.catalog.bundles.items()}
+        crashes = records.crashes()
+        self._suspected = {name for name, mark in self._marks.items() if mark in crashes}
+        """Experts that were at work when a former process crashed, until they have worked."""
+        self._fed_early = set[int]()
+        self._newest = freshness.Newest(lambda place: records.newest_capture(*place))
+        self._clocks = freshness.Clocks()
+        self._rates = _rates(self._config)
         self._dead_letters = DeadLetters(records.folder / "quarantine", int(self._config.limits.quarantine))
         self._next_stats = 0.0
         self._store_checks = list(_store_checks(installation))
         self._album = self._make_album()
         bundles, report = installation.catalog.bundles, self._inbox.tell
         cap = installation.profile.batch_cap
-        self._engines = Engines(engines, installation.executors, bundles, self._album.look, report, batch_cap=cap)
+        note = self._note_work
+        look = self._album.look
+        self._engines = Engines(engines, installation.executors, bundles, look, report, batch_cap=cap, note=note)
         self._join_broker()
         self.telemetry = self._make_telemetry()
         self._journal = self._open_journal()
@@ -202,6 +239,7 @@ class Service:
             self._outbox,
             acknowledge=lambda message: self._door.acknowledge(message),
             spooled=self._spooled,
+            may_enter=self._may_enter,
         )
         self._commands = CommandIntake(
             config, tell=self._inbox.tell, drain=self._drain_wanted.set, note=self._outbox.note
@@ -227,6 +265,7 @@ class Service:
             alarms=self._alarms,
             dead_letters=self._dead_letters,
             underway=self._underway,
+            clocks=self._clocks,
             waiting=lambda: [asked.spooled.attempts for asked in self._open.values()],
             say=self._say,
         )
@@ -252,6 +291,7 @@ class Service:
         self.telemetry.begin()
         for check in self._store_checks:
             check.start()
+        self._feed_suspects()
         self._decide(Tick())  # whoever is loaded before anybody asks
         self._say.status(self.telemetry.status())
         log.info(
@@ -305,17 +345,25 @@ class Service:
 
     def _decide(self, event: Event, *, more: bool = False) -> None:
         actions = self._handled(event, more=more)
-        if isinstance(event, Finished | RunFailed):
-            self._begin_runs(self._gate.ended(event.batch))
+        match event:
+            case Finished(batch) | RunFailed(batch):
+                self._begin_work(self._gate.ended(batch.id))
+            case Loaded(device, expert) | LoadFailed(device, expert):
+                self._begin_work(self._gate.ended((device, expert)))
         for action in actions:
             self._obey(action)
 
     def _handled(self, event: Event, *, more: bool = False) -> list[Action]:
-        """What the controller wants done now. A batch that has ended is in nobody's hand any more."""
+        """What the controller wants done now. What has ended is in nobody's hand any more."""
         now = time.monotonic()
         self._underway.ended(event)
-        if isinstance(event, Finished | RunFailed):
-            self._records.put_back(event.batch.id)
+        match event:
+            case Finished(batch) | RunFailed(batch):
+                self._records.put_back(batch.id)
+            case Loaded(device, expert) | LoadFailed(device, expert):
+                self._records.put_back_load(device, self._marks[expert])
+        if self._suspected:
+            self._clear(event)
         if self._journal is not None:
             self._journal.note(Heard(now, event, more))
         return self._controller.handle(event, now, more=more)
@@ -326,24 +374,52 @@ class Service:
                 self._conclude(verdict)
             case Quarantine():
                 self.telemetry.alarm_of_experts()
+            case Reinstate(expert, on_trial):
+                log.warning("reinstated expert=%s on_trial=%s", expert, on_trial)
+                if not on_trial:
+                    self._records.forgive(self._marks[expert])
+                self.telemetry.alarm_of_experts()
             case Acknowledge(command, refusal):
                 self._commands.acknowledge(command, refusal)
             case Run(batch):
-                is_suspect = any(suspects.is_suspect(asked.spooled.attempts) for asked in self._asked(batch))
-                self._begin_runs(self._gate.offer(batch, suspect=is_suspect))
-            case CancelRun(batch) if self._gate.drop(batch):
+                self._begin_work(self._gate.offer(batch, suspect=any(asked.alone for asked in self._asked(batch))))
+            case Load():
+                self.telemetry.ordered(action)
+                self._begin_work(self._gate.offer(action, suspect=action.expert in self._suspected))
+            case CancelRun(batch) if self._gate.drop(batch.id):
                 self._inbox.tell(RunFailed(batch, Refusal(CANCELLED, f"the batch of {batch.expert} was given up")))
+            case CancelLoad(device, expert) if self._gate.drop((device, expert)):
+                self._inbox.tell(LoadFailed(device, expert, Refusal(CANCELLED, f"the load of {expert} was given up")))
             case _:
                 self.telemetry.ordered(action)
                 self._underway.begun(action, time.monotonic())
                 self._engines.obey(action)
 
-    def _begin_runs(self, batches: Iterable[Batch]) -> None:
+    def _begin_work(self, works: Iterable[suspects.Work]) -> None:
         """Noted first, and then begun: what ends this process is found in hand by the next."""
-        for batch in batches:
-            self._records.take(batch.id, [asked.spooled.arrival for asked in self._asked(batch)])
-            self._underway.begun(Run(batch), time.monotonic())
-            self._engines.obey(Run(batch))
+        for work in works:
+            mark = self._marks[work.expert]
+            if isinstance(work, Batch):
+                self._records.take(work.id, mark, [asked.spooled.arrival for asked in self._asked(work)])
+            else:
+                self._records.take_load(work.device, mark)
+            order = Run(work) if isinstance(work, Batch) else work
+            self._underway.begun(order, time.monotonic())
+            self._engines.obey(order)
+
+    def _note_work(self, batch: int, runs: bool) -> None:
+        """On an executor's thread."""
+        self._records.work(batch, runs=runs)
+
+    def _clear(self, event: Event) -> None:
+        """A suspected expert that works has not ended the process. That it could be loaded says nothing of its runs."""
+        match event:
+            case Finished(batch, answers) if batch.expert in self._suspected:
+                if not all(isinstance(answer, Refusal) for answer in answers):
+                    self._suspected.remove(batch.expert)
+                    self._records.forgive(self._marks[batch.expert])
+            case Loaded(_, expert) if expert in self._suspected:
+                self._records.forgive(self._marks[expert], only_loads=True)
 
     def _asked(self, batch: Batch) -> list[_Open]:
         """Of the batch's requests those that have no verdict yet."""
@@ -357,11 +433,26 @@ class Service:
             self._more_spooled = len(spooled) == room
             for one in spooled:
                 self._fed_through = one.arrival
-                self._begin(one)
+                if one.arrival in self._fed_early:
+                    self._fed_early.remove(one.arrival)
+                else:
+                    self._begin(one)
             if spooled:
                 self._decide(Tick())
 
-    def _begin(self, spooled: Spooled) -> None:
+    def _feed_suspects(self) -> None:
+        """Before all others, whom a former process had in hand when it crashed, and with them who may clear them."""
+        suspected = {one.arrival: one for one in self._records.suspects()}
+        if not suspected:
+            return
+        known = {one.arrival: one for one in self._records.waiting(0, FED_AT_ONCE)} | suspected
+        attempts = {arrival: one.attempts for arrival, one in suspected.items()}
+        fresh = (arrival for arrival in known if arrival not in suspected)
+        for arrival in suspects.running_order(attempts, fresh, lambda arrival: _kind(known[arrival])):
+            self._fed_early.add(arrival)
+            self._begin(known[arrival], alone=True)
+
+    def _begin(self, spooled: Spooled, *, alone: bool = False) -> None:
         """Hand a picture to the controller. One that the catalogue no longer knows, or that is poison, ends here."""
         picture = spooled.picture
         address = Address(picture.line, picture.product, picture.board, picture.part)
@@ -369,18 +460,28 @@ class Service:
         try:
             component = component_of(address, self._installation.catalog)
         except MessageError as error:  # it was accepted under another catalogue
-            self._open[picture.id] = _Open(spooled, address, picture.part)
+            self._open[picture.id] = _Open(spooled, address, picture.part, alone)
             refusal = Refusal(error.reason, str(error))
             self._conclude(Verdict(picture.id, Outcome.REJECTED, (), time.monotonic() - arrived, refusal))
             return
-        self._open[picture.id] = _Open(spooled, address, component)
+        self._open[picture.id] = _Open(spooled, address, component, alone)
         if (why := suspects.poisoned(spooled.attempts)) is not None:
             self._bury(spooled, Verdict(picture.id, Outcome.ERROR, (), time.monotonic() - arrived, why))
             return
+        if (why := self._stale(picture, time.monotonic() - arrived)) is not None:
+            self._conclude(Verdict(picture.id, Outcome.REJECTED, (), time.monotonic() - arrived, why))
+            return
         deadline = None if picture.deadline_seconds is None else arrived + picture.deadline_seconds
-        alone = suspects.is_suspect(spooled.attempts)
         request = Request(picture.id, component, arrived, deadline, picture.line, picture.product, alone)
         self._decide(Arrived(request), more=True)
+
+    def _stale(self, picture: Picture, waited_seconds: float) -> Refusal | None:
+        """Why it is too old, if it is; lines whose clocks are ahead are noted."""
+        if (captured := _captured(picture)) is None:
+            return None
+        behind_seconds = picture.accepted_at - captured.timestamp()
+        self._clocks.note(picture.line, -behind_seconds, time.monotonic())
+        return freshness.stale(behind_seconds, waited_seconds, self._config.limits.stale_seconds)
 
     def _bury(self, spooled: Spooled, verdict: Verdict) -> None:
         """A dead letter: nobody opens the picture any more, and its bytes are kept for whoever wants to know why."""
@@ -398,6 +499,10 @@ class Service:
         """On the writer's thread: a picture was committed."""
         self._accepted_seconds[arrival] = time.monotonic()
         self._inbox.wake()
+
+    def _may_enter(self, line: str) -> bool:
+        """On the writer's thread."""
+        return self._rates.admit(line, time.monotonic())
 
     def _arrived_seconds(self, spooled: Spooled) -> float:
         """When it was accepted, in monotonic seconds.
@@ -420,7 +525,10 @@ class Service:
             address=asked.address,
             component=asked.component,
             picture_sha256=picture.picture_sha256,
+            captured_at=_captured(picture),
+            out_of_order=self._is_out_of_order(picture),
             serving=self._serving,
+            site=self._config.box.site,
             box=self._config.box.name,
             finished_at=datetime.now(UTC),
         )
@@ -433,6 +541,10 @@ class Service:
             keep=self._sort(verdict),
         )
         self._album.forget(verdict.request)
+
+    def _is_out_of_order(self, picture: Picture) -> bool:
+        place = (picture.line, picture.product, picture.board, picture.part)
+        return picture.captured_at is not None and self._newest.is_out_of_order(place, picture.captured_at)
 
     def _sort(self, verdict: Verdict) -> Sort | None:
         """As what the picture is kept with its verdict. A dead letter is not: nobody shall open it by accident."""
@@ -548,8 +660,18 @@ class Service:
 
 @dataclass(frozen=True, slots=True)
 class _Open:
-    """A picture between acceptance and verdict."""
+    """A picture between acceptance and verdict; nothing runs beside it if it is `alone`."""
 
     spooled: Spooled
     address: Address
     component: str
+    alone: bool
+
+
+def _captured(picture: Picture) -> datetime | None:
+    return None if picture.captured_at is None else datetime.fromisoformat(picture.captured_at)
+
+
+def _kind(spooled: Spooled) -> tuple[str, str]:
+    """Pictures of one kind ask the same experts."""
+    return spooled.picture.product, spooled.picture.part

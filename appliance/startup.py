@@ -155,7 +155,8 @@ class Installation:
     def unpinned(self, ledgers: Mapping[str, Ledger]) -> tuple[str, ...]:
         """Of experts.pin, those that have no room beside the others and so may leave."""
         staying = {name for ledger in ledgers.values() for name in ledger.pinned}
-        return tuple(name for name in self.config.experts.pin if name in self.compiled and name not in staying)
+        able = self.compiled.keys() - self.unavailable.keys()
+        return tuple(name for name in self.config.experts.pin if name in able and name not in staying)
 
 
 def install(config: Config, report: Report = lambda expert, result: None) -> Installation:

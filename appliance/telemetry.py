@@ -14,6 +14,7 @@ from appliance import __version__, contract
 from appliance.core import suspects
 from appliance.core.controller import Controller
 from appliance.core.drift import Balance
+from appliance.core.freshness import Clocks
 from appliance.core.types import Evict, Load, Verdict
 from appliance.drivers import devices, runtime, systemd
 from appliance.drivers.alarms import Alarm, Alarms
@@ -52,13 +53,14 @@ class Telemetry:
         alarms: Alarms,
         dead_letters: DeadLetters,
         underway: Underway,
+        clocks: Clocks,
         waiting: Callable[[], Collection[int]],
         say: systemd.Supervisor,
     ) -> None:
         self._config, self._installation, self._controller = installation.config, installation, controller
         self._records, self._engines, self._album, self._intake = records, engines, album, intake
         self._door, self._alarms, self._dead_letters, self._underway = door, alarms, dead_letters, underway
-        self._waiting, self._say = waiting, say
+        self._clocks, self._waiting, self._say = clocks, waiting, say
         self._moves: deque[dict[str, object]] = deque(maxlen=RECENT_MOVES)
         self._outcomes: Counter[str] = Counter()
         self._reasons: Counter[str] = Counter()
@@ -126,6 +128,8 @@ class Telemetry:
         self._memory.look()
         self._look_at_memory()
         self._look_for_thrash()
+        self._look_at_clocks()
+        self._look_at_outbox()
         self._say.status(self.status())
         if self._door.state is not DoorState.READY:
             return
@@ -230,6 +234,20 @@ class Telemetry:
             remedy = "raise memory.weights, or see `appliance check`"
             self._alarms.set(Alarm.THRASHING, {"devices": numbers, "remedy": remedy})
 
+    def _look_at_clocks(self) -> None:
+        lines = self._clocks.ahead(time.monotonic())
+        remedy = "set the clocks of the cameras and of the box by the same source, such as NTP"
+        self._alarms.set(Alarm.CLOCK, {"lines": lines, "remedy": remedy} if lines else None)
+
+    def _look_at_outbox(self) -> None:
+        """Full until a tenth of it is free: at the brim every verdict that leaves makes room for one picture."""
+        limit, unpublished = self._config.limits.outbox, self._records.counts.unpublished
+        if unpublished <= 0.9 * limit:
+            self._alarms.set(Alarm.OUTBOX, None)
+        elif unpublished >= limit and Alarm.OUTBOX not in self._alarms.raised:
+            remedy = "see whether the broker is up and lets the box publish its results"
+            self._alarms.set(Alarm.OUTBOX, {"unpublished": unpublished, "remedy": remedy})
+
     def _balances(self) -> dict[str, Balance]:
         passing = Passing(
             queued_bytes=self._intake.held_bytes + self._records.queued_bytes,
@@ -271,5 +289,6 @@ class Telemetry:
         self._alarms.set(Alarm.MEMORY_BUDGET, numbers if given < wanted else None)
 
     def alarm_of_experts(self) -> None:
-        broken = {name: {"reason": r.reason, "detail": r.detail} for name, r in self._controller.unavailable.items()}
+        failed = self._controller.unavailable | self._controller.on_trial
+        broken = {name: {"reason": r.reason, "detail": r.detail} for name, r in failed.items()}
         self._alarms.set(Alarm.EXPERTS, {"experts": broken} if broken else None)

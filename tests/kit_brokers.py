@@ -217,6 +217,7 @@ class Heard:
     payload: bytes = field(repr=False)
     retain: bool
     correlation: bytes | None
+    is_resent: bool
 
 
 class Camera:
@@ -321,7 +322,8 @@ class Camera:
 
     def _on_message(self, client: Client, userdata: object, message: MQTTMessage) -> None:
         correlation = getattr(message.properties, "CorrelationData", None)
-        self.heard.put(Heard(message.topic, bytes(message.payload), message.retain, correlation))
+        is_resent = ("resent", "true") in getattr(message.properties, "UserProperty", ())
+        self.heard.put(Heard(message.topic, bytes(message.payload), message.retain, correlation, is_resent))
 
 
 def _no_delay(client: Client, userdata: object, connection: object) -> None:

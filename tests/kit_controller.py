@@ -29,7 +29,7 @@ from appliance.core.types import (
 from appliance.lab.simulate import World
 from tests.kit import box, expert, inspection_graph
 
-BROKEN = Refusal("disk", "unreadable")
+BROKEN = Refusal("load", "unreadable")
 FAILURES = (
     BROKEN,
     Refusal(OUT_OF_MEMORY, "cudaMalloc"),

@@ -49,6 +49,37 @@ def test_a_step_may_have_a_limit(tmp_path: Path) -> None:
     assert catalogs.load(tmp_path).graph.limits == {"e1": 64}
 
 
+def test_another_expert_may_stand_in(tmp_path: Path) -> None:
+    write_catalog(tmp_path, 3)
+    _append(tmp_path / "graph.toml", "[stand_ins]\ne0 = 'e1'\ne1 = 'e2'\n")
+    assert catalogs.load(tmp_path).graph.stand_ins == {"e0": "e1", "e1": "e2"}
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ("e0 = 'ghost'", "ghost, which has no bundle"),
+        ("ghost = 'e0'", "ghost, which has no bundle"),
+        ("e0 = 'e1'\ne1 = 'e0'", "e0 → e1 → e0"),
+        ("e0 = 'e0'", "e0 → e0"),
+    ],
+)
+def test_a_stand_in_that_is_none_is_refused(tmp_path: Path, lines: str, says: str) -> None:
+    write_catalog(tmp_path, 2)
+    _append(tmp_path / "graph.toml", f"[stand_ins]\n{lines}\n")
+    with pytest.raises(GraphError, match=says):
+        catalogs.load(tmp_path)
+
+
+def test_who_needs_a_golden_picture_stands_in_only_for_who_does_so_too(tmp_path: Path) -> None:
+    write_catalog(tmp_path, 2)
+    path = tmp_path / "e1" / "1" / "expert.toml"
+    path.write_text(path.read_text().replace('source = "picture"', 'source = "reference"'))
+    _append(tmp_path / "graph.toml", "[stand_ins]\ne0 = 'e1'\n")
+    with pytest.raises(GraphError, match="e1 compares with a golden picture"):
+        catalogs.load(tmp_path)
+
+
 def test_a_pattern_stands_for_every_expert_it_matches_but_its_target(tmp_path: Path) -> None:
     catalog = catalogs.load(write_catalog(tmp_path, 3, [("e*", "e2")]))
     assert catalog.graph.before["e2"] == ("e0", "e1")

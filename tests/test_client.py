@@ -60,6 +60,19 @@ def test_a_refusal_is_an_answer_but_an_error_beside_a_verdict_is_not(nats: Nats)
     assert [answer.is_rejected for answer in answers] == [True]
 
 
+def test_what_its_line_sent_too_fast_is_sent_again(nats: Nats) -> None:
+    answers: list[Answer] = []
+    with kit_brokers.Camera(nats.port, INFER, name="box") as box, _camera(nats, resend_seconds=0.5) as camera:
+        camera.on_answer(answers.append)
+        name = camera.publish(part="R1", picture=b"bytes")
+        assert box.hear().payload == b"bytes"
+        box.publish_confirmed(ERROR, json.dumps({"request_id": name, "has_verdict": False, "reason": "rate"}).encode())
+        assert box.hear().payload == b"bytes"
+        box.publish_confirmed(RESULT, json.dumps({"request_id": name, "outcome": "pass"}).encode())
+        assert camera.wait(10)
+    assert [answer.is_rejected for answer in answers] == [False]
+
+
 def test_what_was_on_its_way_is_sent_again_when_the_broker_comes_back(nats: Nats) -> None:
     with _camera(nats, resend_seconds=1.0) as camera:
         nats.kill()

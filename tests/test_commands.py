@@ -84,7 +84,7 @@ def test_an_unknown_verb_is_answered_on_the_error_topic() -> None:
     office.hear("\ufeff#/reload", b"{}")
     ((topic, body),) = office.said()
     assert topic == "coe/v1/plant/error/command-verb"
-    assert "use load, pin, unpin, evict or drain" in f"{body['what']} {body['remedy']}"
+    assert "use load, pin, unpin, evict, reinstate or drain" in f"{body['what']} {body['remedy']}"
 
 
 def test_draining_is_acknowledged_and_begun() -> None:

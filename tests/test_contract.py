@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import string
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
@@ -29,7 +30,7 @@ from appliance.contract import (
     result_id,
     verdict_body,
 )
-from appliance.core.types import Box, Finding, Outcome, Refusal, Step, Verb, Verdict
+from appliance.core.types import Box, Finding, Outcome, Refusal, StandIn, Step, Verb, Verdict
 from appliance.errors import MessageError
 
 CONFIG = Config()
@@ -240,6 +241,9 @@ def test_a_deadline_and_a_time_of_capture_are_read() -> None:
     assert deadline_seconds({"deadline-ms": "250"}) == 0.25
     assert captured_at({"captured-at": "2026-01-31T08:15:00Z"}) == datetime(2026, 1, 31, 8, 15, tzinfo=UTC)
     assert captured_at({"captured-at": "2026-01-31T08:15:00"}) == datetime(2026, 1, 31, 8, 15, tzinfo=UTC)
+    later = captured_at({"captured-at": "2026-01-31T10:15:00.5+02:00"})
+    assert later is not None
+    assert later.isoformat() == "2026-01-31T08:15:00.500000+00:00"
     assert captured_at({}) is None
     assert deadline_seconds({}) is None
 
@@ -251,7 +255,7 @@ def test_a_deadline_that_is_none_is_refused(text: str) -> None:
     assert caught.value.reason == "deadline-ms"
 
 
-@pytest.mark.parametrize("text", ["", "yesterday", "2026-13-01"])
+@pytest.mark.parametrize("text", ["", "yesterday", "2026-13-01", "0001-01-01T00:00:00+14:00"])
 def test_a_time_of_capture_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(MessageError) as caught:
         captured_at({"captured-at": text})
@@ -330,13 +334,23 @@ def body_of(verdict: Verdict) -> bytes:
         address=ADDRESS,
         component="resistor-0603",
         picture_sha256="ab" * 32,
+        captured_at=NOW,
+        out_of_order=True,
         serving={
             ("cpu-0", "resistor"): Serving("1.2", "12" * 32, 0.5, "cpu"),
             ("cuda-1", "solder"): Serving("3", "34" * 32, 0.25, "cuda:0"),
         },
+        site="plant",
         box="box1",
         finished_at=NOW,
     )
+
+
+def test_a_verdict_says_who_stood_in_for_whom() -> None:
+    degraded = replace(VERDICT, stand_ins=(StandIn("solder-2", "solder", "crashes"),))
+    assert json.loads(body_of(degraded))["degraded"] == [
+        {"expert": "solder-2", "stand_in": "solder", "reason": "crashes"}
+    ]
 
 
 def test_a_verdict_says_everything_but_the_picture() -> None:
@@ -353,6 +367,8 @@ def test_a_verdict_says_everything_but_the_picture() -> None:
         "board": "-",
         "part": "resistor-0603",
         "picture_sha256": "ab" * 32,
+        "captured_at": "2026-01-31T08:15:00Z",
+        "out_of_order": True,
         "findings": [
             {"expert": "resistor", "label": "tilted", "score": 0.98, "fails": True, "box": [1.0, 2.0, 3.0, 4.0]},
             {"expert": "solder", "label": "good", "score": 0.9, "fails": False, "box": None},
@@ -378,6 +394,8 @@ def test_a_verdict_says_everything_but_the_picture() -> None:
             },
         ],
         "waited_milliseconds": 500.0,
+        "degraded": [],
+        "site": "plant",
         "box": "box1",
         "finished_at": "2026-01-31T08:15:00Z",
     }

@@ -22,6 +22,7 @@ from appliance.core.types import (
     Outcome,
     Publish,
     Quarantine,
+    Reinstate,
     Request,
     Tick,
     Verdict,
@@ -96,7 +97,7 @@ class Line:
                 verdicts.append(action.verdict)
             elif isinstance(action, Quarantine):
                 self.quarantined.append(action.expert)
-            elif not isinstance(action, Acknowledge):
+            elif not isinstance(action, Acknowledge | Reinstate):
                 self.engines.obey(action)
         return verdicts
 

@@ -19,6 +19,7 @@ from appliance.core.explain import Chronicle, Wait, chronicle
 from appliance.core.memory import Residency
 from appliance.core.policies import APPLIANCE, PATIENCE_SECONDS, POLICIES, SAMBA, Policy
 from appliance.core.types import (
+    GOLDEN_MISMATCH,
     OUT_OF_MEMORY,
     Arrived,
     Batch,
@@ -36,6 +37,7 @@ from appliance.core.types import (
     Request,
     Rule,
     Run,
+    RunFailed,
     Tick,
     Verb,
 )
@@ -58,7 +60,7 @@ def test_every_second_from_arrival_to_verdict_is_accounted_for(
 ) -> None:
     experts, requests, budget, executors, slots, fails = workload
     graph = inspection_graph([e.name for e in experts if e.name != "detector"])
-    graph = replace(graph, limits={"detector": 2})
+    graph = replace(graph, limits={"detector": 2}, stand_ins={"e0": "e1"} if "c-e1" in graph.entries else {})
     controller, _ = box(experts, graph, budget, executors, slots, activation_bytes=60, policy=policy)
     noted = Commanding(controller, experts, wishes)
     left = dict(fails)
@@ -236,6 +238,26 @@ def test_who_asks_another_device_after_two_failed_loads_is_followed_there() -> N
     assert (first.device, first.ended_seconds) == ("gpu", 3.0)
     assert (first.waits[Wait.LOAD], sum(first.waits.values())) == (3.0, 3.0)
     assert (second.device, second.waits[Wait.LOAD], len(second.runs)) == ("cpu", 4.0, 1)
+
+
+def test_who_asks_a_stand_in_waited_for_the_other_until_that_was_set_aside() -> None:
+    experts = [expert(name) for name in ("a", "spare", "detector")]
+    graph = replace(inspection_graph(["a", "spare"]), stand_ins={"a": "spare"})
+    controller, _ = box(experts, graph, 100, executors=1)
+    wrong = Refusal(GOLDEN_MISMATCH, "3 off")
+    first, second = Batch(1, "cpu-0", "cpu", "a", ("r0",)), Batch(2, "cpu-0", "cpu", "spare", ("r0", "r1"))
+    events: list[tuple[float, Event]] = [
+        (0.0, Arrived(request("r0", "c-a"))),
+        (1.0, Loaded("cpu", "a")),
+        (1.5, Arrived(request("r1", "c-a", 1.5))),
+        (2.0, RunFailed(first, wrong)),
+        (4.0, Loaded("cpu", "spare")),
+        (5.0, Finished(second, ((SOUND,), (SOUND,)), 1.0)),
+    ]
+    told = chronicle(controller, starmap(Heard, events), in_order=False)
+    asked = {name: [(q.expert, q.ended_seconds) for q in told.journeys[name].questions] for name in ("r0", "r1")}
+    assert asked == {"r0": [("a", 2.0), ("spare", 5.0)], "r1": [("a", 2.0), ("spare", 5.0)]}
+    assert sum(told.journeys["r1"].waits.values()) == pytest.approx(3.5)
 
 
 @pytest.fixture

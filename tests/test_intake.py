@@ -8,7 +8,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from appliance import catalog as catalogs
 from appliance.catalog import Catalog
 from appliance.config import INBOX_BYTES, Config
 from appliance.contract import Message, check_publishable
+from appliance.core.rates import Rate, Rates
 from appliance.drivers import images
 from appliance.drivers.intake import (
     FULL_PAUSE_SECONDS,
@@ -140,6 +141,7 @@ class Wire(Door):
         token: int | None = None,
         correlation: bytes | None = None,
         qos: Literal[0, 1] = 1,
+        resent: bool = False,
     ) -> bool:
         check_publishable(topic)
         if topic.startswith(CONFIG.topic("error", "")):
@@ -171,7 +173,14 @@ class Desk:
 
 
 @contextmanager
-def _desk(folder: Path, catalog: Catalog, *, spool_bytes: int = 1_000_000, starts: bool = True) -> Iterator[Desk]:
+def _desk(
+    folder: Path,
+    catalog: Catalog,
+    *,
+    spool_bytes: int = 1_000_000,
+    starts: bool = True,
+    may_enter: Callable[[str], bool] = lambda line: True,
+) -> Iterator[Desk]:
     acknowledged: list[int] = []
     with Records.open(folder, spool_bytes=spool_bytes, verdict_days=1.0) as records:
         outbox = Outbox(CONFIG, records)
@@ -184,6 +193,7 @@ def _desk(folder: Path, catalog: Catalog, *, spool_bytes: int = 1_000_000, start
             outbox,
             acknowledge=lambda message: acknowledged.append(message.packet_id),
             spooled=lambda arrival: None,
+            may_enter=may_enter,
         )
         if starts:
             intake.start()
@@ -199,6 +209,36 @@ def _full(folder: Path, catalog: Catalog) -> Iterator[Desk]:
         desk.deliver(1)
         until(lambda: desk.acknowledged == [1])
         yield desk
+
+
+def test_what_a_line_sends_beyond_its_rate_is_told_so_and_acknowledged_and_stops_nobody(
+    tmp_path: Path, catalog: Catalog
+) -> None:
+    rates = Rates({"line1": Rate(0.001, 2)}, None)
+    with _desk(tmp_path, catalog, may_enter=lambda line: rates.admit(line, 0.0)) as desk:
+        for number in (1, 2, 3):
+            desk.deliver(number)
+        other = _message("line2/-/-/c-e0", payload=picture(4), packet_id=4)
+        desk.intake.deliver(other)
+        until(lambda: desk.acknowledged == [1, 2, 3, 4])
+        said = desk.wire.hear()
+        assert (said["reason"], said["has_verdict"]) == ("rate", False)
+        assert [one.picture.line for one in desk.records.waiting()] == ["line1", "line1", "line2"]
+
+
+def test_what_is_known_already_is_answered_whatever_the_rate(tmp_path: Path, catalog: Catalog) -> None:
+    rates = Rates({}, Rate(0.001, 1))
+    with _desk(tmp_path, catalog, may_enter=lambda line: rates.admit(line, 0.0)) as desk:
+        desk.deliver(1)
+        desk.deliver(2, seed=1)
+        until(lambda: desk.acknowledged == [1, 2])
+        desk.conclude_all()
+        until(lambda: not desk.records.waiting())
+        desk.deliver(3, seed=1)
+        until(lambda: desk.acknowledged == [1, 2, 3])
+        assert (desk.intake.counts["answered_again"], desk.intake.counts["rate"]) == (1, 0)
+        desk.deliver(4)
+        assert desk.wire.hear()["reason"] == "rate"
 
 
 def test_what_finds_the_spool_full_is_acknowledged_when_there_is_room(tmp_path: Path, catalog: Catalog) -> None:

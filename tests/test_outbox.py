@@ -9,11 +9,12 @@ from pathlib import Path
 from threading import Event
 
 import pytest
+from paho.mqtt.enums import MQTTProtocolVersion
 
 from appliance.contract import Address
 from appliance.drivers.mqtt import Door, DoorState
 from appliance.drivers.outbox import KEPT_NOTES, READ_ROWS, Note, Outbox
-from appliance.drivers.records import Acceptance, Conclusion, Picture, Publication, Recorded, Records
+from appliance.drivers.records import Acceptance, Answered, Conclusion, Picture, Publication, Recorded, Records
 from appliance.errors import MessageError
 from tests.kit_brokers import AnyBroker, Camera, Mosquitto, Nats, broker, config_for, mosquitto, nats, until
 
@@ -101,6 +102,56 @@ def test_a_result_topic_that_the_broker_refuses_waits_alone_until_it_is_allowed(
         (tmp_path / "acl").write_text("topic readwrite coe/#\n")
         broker.start()
         until(lambda: not records.unpublished(), 60)
+
+
+@pytest.mark.mosquitto
+def test_only_what_may_have_been_published_before_is_marked_as_resent(tmp_path: Path, mosquitto: Mosquitto) -> None:
+    """By a former process, over a link that broke, or when its picture came the first time."""
+    with _office(tmp_path, mosquitto) as (records, outbox, _):
+        _conclude(records, outbox, mosquitto, "former")
+    with (
+        _office(tmp_path, mosquitto) as (records, outbox, door),
+        Camera(mosquitto.port, "coe/v1/plant/result/#", protocol=MQTTProtocolVersion.MQTTv5) as camera,
+    ):
+        _conclude(records, outbox, mosquitto, "new")
+        door.start()
+        heard = {message.payload: message.is_resent for message in (camera.hear(), camera.hear())}
+        assert heard == {b"verdict of former": True, b"verdict of new": False}
+        until(lambda: not records.counts.unpublished)
+        for _ in range(2):
+            _repeat(records, outbox, "new")
+            again = camera.hear()
+            assert (again.payload, again.is_resent) == (b"verdict of new", True)
+            until(lambda: not records.counts.unpublished)
+
+
+@pytest.mark.mosquitto
+def test_what_was_on_its_way_when_the_link_broke_is_marked_as_resent(tmp_path: Path, mosquitto: Mosquitto) -> None:
+    with _office(tmp_path, mosquitto) as (records, outbox, door):
+        door.start()
+        until(lambda: door.state is DoorState.READY)
+        mosquitto.freeze()
+        _conclude(records, outbox, mosquitto, "on its way")
+        until(lambda: outbox.counts["returned"], 30)
+        _conclude(records, outbox, mosquitto, "waits")
+        mosquitto.kill()
+        mosquitto.start()
+        with Camera(mosquitto.port, "coe/v1/plant/result/#", protocol=MQTTProtocolVersion.MQTTv5) as camera:
+            heard = {message.payload: message.is_resent for message in (camera.hear(30), camera.hear(30))}
+        assert heard == {b"verdict of on its way": True, b"verdict of waits": False}
+
+
+def _repeat(records: Records, outbox: Outbox, name: str) -> None:
+    """Its picture comes again."""
+    answered = Event()
+
+    def done(answer: Acceptance) -> None:
+        assert isinstance(answer, Answered)
+        outbox.post(answer.publications)
+        answered.set()
+
+    records.accept(Picture(name, "line1", "-", "-", "R1", "00", 0.0), b"picture", done)
+    assert answered.wait(10)
 
 
 @pytest.mark.mosquitto

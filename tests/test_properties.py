@@ -62,6 +62,7 @@ def test_every_request_gets_exactly_one_verdict_whatever_fails(
 ) -> None:
     experts, requests, budget, executors, slots, fails = workload
     graph = inspection_graph([e.name for e in experts if e.name != "detector"])
+    graph = replace(graph, stand_ins={"e0": "e1"} if "c-e1" in graph.entries else {})
     controller, devices = box(experts, graph, budget, executors, slots, 60, policy, PRIORITIES)
     left = dict(fails)
 

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from appliance.core.types import Crash
 from appliance.drivers.records import (
     Acceptance,
     Answered,
@@ -40,7 +42,7 @@ from appliance.drivers.records import (
     Unowed,
     Waiting,
 )
-from appliance.drivers.records.schema import PRAGMAS
+from appliance.drivers.records.schema import PRAGMAS, ROW_BYTES
 from appliance.drivers.records.writer import QUEUED_BYTES
 from appliance.errors import NotSpooled, RecordsError
 from tests.kit_brokers import until
@@ -49,8 +51,22 @@ WAIT_SECONDS = 15.0
 TOPIC = "coe/v1/plant/result/line1/-/-/R1"
 
 
-def opened(folder: Path, *, spool_bytes: int = 1_000_000, clock: Callable[[], float] = lambda: 1000.0) -> Records:
-    return Records.open(folder, spool_bytes=spool_bytes, verdict_days=1.0, clock=clock)
+def opened(
+    folder: Path,
+    *,
+    spool_bytes: int = 1_000_000,
+    outbox_rows: float = inf,
+    verdict_bytes: float = inf,
+    clock: Callable[[], float] = lambda: 1000.0,
+) -> Records:
+    return Records.open(
+        folder,
+        spool_bytes=spool_bytes,
+        verdict_days=1.0,
+        outbox_rows=outbox_rows,
+        verdict_bytes=verdict_bytes,
+        clock=clock,
+    )
 
 
 @pytest.fixture
@@ -127,6 +143,25 @@ def test_a_full_spool_takes_nothing_until_there_is_room(tmp_path: Path) -> None:
         assert [spooled.picture.id for spooled in records.waiting()] == ["a", "c"]
         conclude(records, "a")
         assert isinstance(accept(records, "b", b"123"), New)
+
+
+def test_a_full_outbox_takes_nothing_until_the_broker_has_taken_some_and_drops_nothing(tmp_path: Path) -> None:
+    """What was accepted before is recorded all the same, and what waits in it is not repeated."""
+    with opened(tmp_path, outbox_rows=2) as records:
+        for name in "abc":
+            accept(records, name)
+        tokens = [publications(conclude(records, name))[0].token for name in "abc"]
+        assert accept(records, "d") == Full("3 verdicts wait for the broker (limits.outbox)")
+        assert isinstance(accept(records, "a"), Full)
+        assert accept(records, "a", b"other") == Conflict()
+        assert len(records.unpublished()) == 3
+        for token in tokens[:2]:
+            records.published(token)
+        until(lambda: records.counts.unpublished == 1)
+        assert isinstance(accept(records, "d"), New)
+        (again,) = publications(accept(records, "a"))
+        assert (again.resent, again.body) == (True, b"{}")
+        assert [(row.id, row.resent) for row in records.unpublished()] == [("c", False), ("a", True)]
 
 
 def test_a_full_spool_still_knows_its_pictures_and_verdicts(tmp_path: Path) -> None:
@@ -312,7 +347,7 @@ def test_asking_again_repeats_the_same_bytes(records: Records) -> None:
     (first,) = publications(conclude(records, "a", b"body"))
     records.published(first.token)
     (second,) = publications(accept(records, "a"))
-    assert second == replace(first, token=second.token)
+    assert second == replace(first, token=second.token, resent=True)
     assert second.token > first.token
 
 
@@ -372,6 +407,62 @@ def test_old_verdicts_are_forgotten_unless_they_wait_in_the_outbox(
         until(lambda: records.counts.verdicts == 1)
         assert records.verdict("p3") is not None
         assert isinstance(accept(records, "p2"), New)
+
+
+def test_the_oldest_verdicts_leave_when_all_take_more_than_they_may_but_none_that_the_broker_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("appliance.drivers.records.writer.CLEAN_ROWS", 2)
+    body = bytes(1000)
+    with opened(tmp_path, verdict_bytes=10 * (len(body) + ROW_BYTES)) as records:
+        for n in range(20):
+            accept(records, f"p{n}")
+            (publication,) = publications(conclude(records, f"p{n}", body))
+            if n != 3:
+                records.published(publication.token)
+        until(lambda: records.counts.verdicts <= 10)
+        until(lambda: records.counts.unpublished == 1)
+        left = {n for n in range(20) if records.verdict(f"p{n}") is not None}
+        assert left >= {3, 13, 14, 15, 16, 17, 18, 19}
+        assert not left & {0, 1, 2, 4, 5, 6, 7, 8, 9}
+        assert isinstance(accept(records, "p0"), New), "as if it came the first time"
+    with closing(sqlite3.connect(tmp_path / "records.db")) as db:
+        found = db.execute("SELECT sum(length(body)) + ? * count(*) FROM verdicts", (ROW_BYTES,)).fetchone()
+        assert db.execute("SELECT bytes FROM totals").fetchone() == found
+
+
+def test_where_all_verdicts_wait_for_the_broker_none_leaves(tmp_path: Path) -> None:
+    with opened(tmp_path, verdict_bytes=1) as records:
+        for n in range(5):
+            accept(records, f"p{n}")
+            conclude(records, f"p{n}")
+        assert records.counts.verdicts == 5
+        for row in records.unpublished():
+            records.published(row.token)
+        until(lambda: records.counts.verdicts == 0)
+
+
+def test_a_long_spool_is_walked_without_being_in_memory(tmp_path: Path) -> None:
+    """Of 20,000 pictures of 2 KB, 40 MB, a page of 1,000 rows is held at a time, and no payload."""
+    with opened(tmp_path, spool_bytes=10**9) as records:
+        last: queue.Queue[Acceptance] = queue.Queue()
+        for n in range(20_000):
+            records.accept(picture(f"p{n}"), bytes(2000), last.put)
+        for _ in range(20_000):
+            assert isinstance(last.get(timeout=WAIT_SECONDS), New)
+    walked = run_child(
+        tmp_path,
+        "def anonymous(): return int([l for l in open('/proc/self/status') if 'RssAnon' in l][0].split()[1])\n"
+        "before, most, count, arrival = anonymous(), 0, 0, 0\n"
+        "records = store(sys.argv[1])\n"
+        "while page := records.waiting(arrival):\n"
+        "    count, arrival, most = count + len(page), page[-1].arrival, max(most, anonymous())\n"
+        "print(count, most - before)\n"
+        "records.close()",
+    )
+    count, grown_kilobytes = map(int, walked.stdout.split())
+    assert count == 20_000
+    assert grown_kilobytes < 16_000
 
 
 def test_a_callback_that_raises_harms_nobody_else(records: Records, caplog: pytest.LogCaptureFixture) -> None:
@@ -602,6 +693,22 @@ def test_a_store_that_fails_in_another_way_is_given_up(records: Records, caplog:
     assert "records broken" in caplog.text
 
 
+def test_the_newest_picture_of_a_place_is_found_by_an_index_however_many_verdicts_there_are(tmp_path: Path) -> None:
+    with opened(tmp_path) as records:
+        for name, second, part in (("a", 1, "R1"), ("b", 3, "R1"), ("c", 2, "R1"), ("d", 9, "R2"), ("e", 0, "R3")):
+            taken = f"2026-01-31T08:15:{second:02}+00:00" if second else None
+            accept(records, name, part=part, captured_at=taken)
+            conclude(records, name)
+        found = [records.newest_capture("line1", "-", "-", part) for part in ("R1", "R2", "R3", "R4")]
+        assert found == ["2026-01-31T08:15:03+00:00", "2026-01-31T08:15:09+00:00", None, None]
+    with closing(sqlite3.connect(tmp_path / "records.db")) as db:
+        plan = db.execute(
+            "EXPLAIN QUERY PLAN SELECT max(captured_at) FROM verdicts"
+            " WHERE line = 'a' AND product = 'b' AND board = 'c' AND part = 'd' AND captured_at IS NOT NULL"
+        ).fetchall()
+    assert ["verdicts_by_place" in row[3] for row in plan] == [True]
+
+
 # Who ended the process.
 
 
@@ -610,10 +717,10 @@ def test_a_crash_counts_for_those_in_hand_alone(tmp_path: Path) -> None:
         tmp_path,
         "records = store(sys.argv[1])\n"
         "for n in range(6): accept(records, f'p{n}')\n"
-        "records.take(1, [1, 2])\n"
-        "records.take(2, [3])\n"
+        "records.take(1, 'e0', [1, 2])\n"
+        "records.take(2, 'e0', [3])\n"
         "records.put_back(1)\n"
-        "records.take(3, [5])\n"
+        "records.take(3, 'e0', [5])\n"
         "os.kill(os.getpid(), signal.SIGKILL)",
     )
     with opened(tmp_path) as records:
@@ -622,9 +729,9 @@ def test_a_crash_counts_for_those_in_hand_alone(tmp_path: Path) -> None:
 
 def test_each_crash_counts_once(tmp_path: Path) -> None:
     crash = "os.kill(os.getpid(), signal.SIGKILL)"
-    run_child(tmp_path, "records = store(sys.argv[1])\naccept(records, 'p0')\nrecords.take(1, [1])\n" + crash)
+    run_child(tmp_path, "records = store(sys.argv[1])\naccept(records, 'p0')\nrecords.take(1, 'e0', [1])\n" + crash)
     run_child(tmp_path, "records = store(sys.argv[1])\n" + crash)
-    run_child(tmp_path, "records = store(sys.argv[1])\nrecords.take(1, [1])\n" + crash)
+    run_child(tmp_path, "records = store(sys.argv[1])\nrecords.take(1, 'e0', [1])\n" + crash)
     with opened(tmp_path) as records:
         assert attempts(records) == {"p0": 2}
 
@@ -632,7 +739,7 @@ def test_each_crash_counts_once(tmp_path: Path) -> None:
 def test_a_clean_end_counts_for_nobody(tmp_path: Path) -> None:
     with opened(tmp_path) as records:
         accept(records, "a")
-        records.take(1, [1])
+        records.take(1, "e0", [1])
     with opened(tmp_path) as records:
         assert attempts(records) == {"a": 0}
 
@@ -642,7 +749,7 @@ def test_what_was_in_hand_of_a_store_that_was_moved_aside_counts_for_nobody(tmp_
         tmp_path,
         "records = store(sys.argv[1])\n"
         "accept(records, 'a')\n"
-        "records.take(1, [1])\n"
+        "records.take(1, 'e0', [1])\n"
         "os.kill(os.getpid(), signal.SIGKILL)",
     )
     for path in tmp_path.glob("records.db*"):
@@ -671,9 +778,9 @@ def test_after_a_crash_pictures_from_before_it_are_noted_on_the_disk_itself(
     with opened(tmp_path) as records:
         assert accept(records, "b") == New(2)
         before = len(synced)
-        records.take(1, [2])
+        records.take(1, "e0", [2])
         assert len(synced) == before, "the kernel keeps it, however this process ends"
-        records.take(2, [1, 2])
+        records.take(2, "e0", [1, 2])
         assert len(synced) == before + 1, "the machine may have died of it"
 
 
@@ -684,11 +791,56 @@ def test_who_cannot_be_noted_may_not_be_touched(records: Records, monkeypatch: p
     with monkeypatch.context() as patched:
         patched.setattr("appliance.drivers.records.inhand.os.pwrite", refuse)
         with pytest.raises(RecordsError, match="cannot be noted: Input/output error"):
-            records.take(1, [1])
+            records.take(1, "e0", [1])
 
 
 def attempts(records: Records) -> dict[str, int]:
     return {spooled.picture.id: spooled.attempts for spooled in records.waiting()}
+
+
+def test_an_expert_that_was_at_work_at_a_crash_is_known_by_its_mark(tmp_path: Path) -> None:
+    """One runs two pictures, one decodes, one is loaded; two have ended."""
+    run_child(
+        tmp_path,
+        "records = store(sys.argv[1])\n"
+        "records.take(1, 'aa', [1, 2]); records.work(1, runs=True)\n"
+        "records.take(2, 'bb', [3])\n"
+        "records.take(3, 'cc', [4]); records.work(3, runs=True); records.put_back(3)\n"
+        "records.take(5, 'ff', [5]); records.work(5, runs=True); records.work(5, runs=False)\n"
+        "records.take_load('cpu', 'dd')\n"
+        "records.take_load('cpu', 'ee'); records.put_back_load('cpu', 'ee')\n"
+        "os.kill(os.getpid(), signal.SIGKILL)",
+    )
+    with opened(tmp_path) as records:
+        company = {"aa": (Crash(frozenset({1, 2}), False),), "dd": (Crash(frozenset(), False),)}
+        assert records.crashes() == company
+
+
+def test_crashes_of_an_expert_add_up_until_it_has_worked(tmp_path: Path) -> None:
+    alone = "records = store(sys.argv[1])\n{}\nos.kill(os.getpid(), signal.SIGKILL)"
+    run_child(tmp_path, alone.format("records.take(1, 'aa', [1]); records.work(1, runs=True)"))
+    run_child(tmp_path, alone.format("records.take_load('cpu', 'aa')"))
+    with opened(tmp_path) as records:
+        ran, loaded = Crash(frozenset({1}), True), Crash(frozenset(), True)
+        assert records.crashes() == {"aa": (ran, loaded)}
+        records.forgive("aa", only_loads=True)
+        until(lambda: records.crashes() == {"aa": (ran,)})
+        records.forgive("bb")
+        records.forgive("aa")
+        until(lambda: not records.crashes())
+
+
+def test_suspects_are_told_those_first_that_were_at_the_fewest_crashes(tmp_path: Path) -> None:
+    for arrivals in ([1, 2, 4], [1, 2], [1]):
+        run_child(
+            tmp_path,
+            "records = store(sys.argv[1])\n"
+            "for n in range(6): accept(records, f'p{n}')\n"
+            f"records.take(1, 'aa', {arrivals})\n"
+            "os.kill(os.getpid(), signal.SIGKILL)",
+        )
+    with opened(tmp_path) as records:
+        assert [(one.picture.id, one.attempts) for one in records.suspects()] == [("p3", 1), ("p1", 2), ("p0", 3)]
 
 
 # The store against a dictionary.
@@ -704,7 +856,7 @@ class Model(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.folder = Path(tempfile.mkdtemp())
-        self.records = opened(self.folder, spool_bytes=9)
+        self.records = opened(self.folder, spool_bytes=9, outbox_rows=4)
         self.waiting: dict[str, tuple[bytes, str | None]] = {}
         self.verdicts: dict[str, tuple[bytes, bytes]] = {}
         self.outbox: dict[int, tuple[str, str]] = {}
@@ -721,11 +873,12 @@ class Model(RuleBasedStateMachine):
             assert answer == (Waiting() if held == payload else Conflict())
             if held == payload:
                 self.waiting[id] = held, reply or old_reply
+        elif id in self.verdicts and self.verdicts[id][0] != payload:
+            assert answer == Conflict()
+        elif len(self.outbox) >= 4:
+            assert isinstance(answer, Full)
         elif id in self.verdicts:
-            if self.verdicts[id][0] == payload:
-                self.sent(id, reply, publications(answer))
-            else:
-                assert answer == Conflict()
+            self.sent(id, reply, publications(answer))
         elif sum(len(held) for held, _ in self.waiting.values()) + len(payload) > 9:
             assert isinstance(answer, Full)
         else:
@@ -752,7 +905,7 @@ class Model(RuleBasedStateMachine):
     @rule()
     def reopen(self) -> None:
         self.records.close()
-        self.records = opened(self.folder, spool_bytes=9)
+        self.records = opened(self.folder, spool_bytes=9, outbox_rows=4)
 
     @invariant()
     def agrees(self) -> None:

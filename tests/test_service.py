@@ -8,8 +8,10 @@ import resource
 import sqlite3
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
+from datetime import UTC, datetime, timedelta
 from itertools import islice
 from pathlib import Path
 from threading import Event
@@ -308,6 +310,58 @@ def test_a_picture_that_ends_the_process_becomes_a_dead_letter_and_the_line_goes
             assert not kept.exists()
 
 
+DEADLY_EXPERT = """
+import os, signal
+from pathlib import Path
+from appliance.engine.residents import Residents
+from appliance.engine.sessions import Lease
+bring, run = Residents.bring, Lease.run
+def dies(expert):
+    if expert == "e1" and not Path("%s").exists():
+        os.kill(os.getpid(), signal.SIGKILL)
+def deadly_bring(self, load, *rest):
+    dies(load.expert)
+    return bring(self, load, *rest)
+def deadly_run(self, *args, **kwargs):
+    dies(self.compiled.expert)
+    return run(self, *args, **kwargs)
+"""
+
+
+@pytest.mark.mosquitto
+@pytest.mark.parametrize("when", ["Residents.bring = deadly_bring", "Lease.run = deadly_run"], ids=["load", "run"])
+def test_an_expert_that_ends_the_process_is_set_aside_and_no_picture_becomes_a_dead_letter(
+    tmp_path: Path, catalog: Path, mosquitto: Mosquitto, when: str
+) -> None:
+    """Also after a restart; once it is repaired, an operator has it serve again."""
+    repaired = tmp_path / "repaired"
+    box = Box(tmp_path / "box", catalog, mosquitto, program=DEADLY_EXPERT % repaired + when)
+    payloads = [picture(number) for number in range(24)]
+    with box, client.Camera("127.0.0.1", box.port, line="line1", resend_seconds=2.0) as camera:
+        answers: dict[str, client.Answer] = {}
+        camera.on_answer(lambda answer: answers.update({answer.request_id: answer}))
+        ids = [camera.publish(part=f"c-e{number % 4}", picture=content) for number, content in enumerate(payloads)]
+        assert _kept_alive(box, camera) <= 4
+        reasons = {(number % 4, answers[id].body["reason"]) for number, id in enumerate(ids)}
+        assert reasons == {(0, None), (1, "crashes"), (2, None), (3, None)}
+        box.kill()
+        repaired.touch()
+        box.start()
+        box.wait_online()
+        with Camera(box.port, COMMAND + "reinstate/ack", ALARMS, RESULT) as operator:
+            while not (heard := operator.hear()).topic.endswith("/alarm/experts"):
+                pass
+            assert json.loads(heard.payload)["experts"]["e1"]["reason"] == "crashes"
+            operator.publish(COMMAND + "reinstate", b'{"expert": "e1"}', qos=0)
+            while "/ack" not in (heard := operator.hear()).topic:
+                pass
+            assert json.loads(heard.payload)["ok"]
+            operator.publish(INFER + "c-e1", picture(99))
+            assert next(iter(hear_verdicts(operator, 1).values()))["outcome"] in ("pass", "fail")
+    with closing(sqlite3.connect(box.folder / "state" / "records.db")) as db:
+        assert db.execute("SELECT count(*) FROM crashes").fetchone() == (0,)
+
+
 def _kept_alive(box: Box, camera: client.Camera) -> int:
     """Start the service again whenever it ended, as systemd does, until the camera has its answers; how often."""
     crashes, ends = 0, time.monotonic() + 120
@@ -422,6 +476,83 @@ def test_a_picture_past_its_deadline_is_late(tmp_path: Path, large: Path, mosqui
         assert (body["outcome"], body["reason"]) == ("late", "deadline")
         camera.publish(INFER + "c-big0", picture(2), user={"deadline-ms": "30000"})
         assert json.loads(camera.hear().payload)["outcome"] in ("pass", "fail")
+
+
+@pytest.mark.mosquitto
+def test_a_stale_picture_is_told_so_and_an_old_one_behind_a_newer_one_is_marked(
+    tmp_path: Path, catalog: Path, mosquitto: Mosquitto
+) -> None:
+    """Also after a restart; and one from the future is inspected, and its line's clock is an alarm."""
+    now = datetime.now(UTC)
+
+    def ask(camera: Camera, seed: int, seconds_ago: float) -> dict[str, Any]:
+        taken = (now - timedelta(seconds=seconds_ago)).isoformat()
+        camera.publish(INFER + "c-e1", picture(seed), user={"captured-at": taken})
+        (verdict,) = hear_verdicts(camera, 1).values()
+        assert datetime.fromisoformat(verdict["captured_at"]) == datetime.fromisoformat(taken)
+        return verdict
+
+    box = Box(tmp_path / "box", catalog, mosquitto, settings="[limits]\nstale_seconds = 600\n")
+    with Camera(mosquitto.port, RESULT, protocol=MQTTProtocolVersion.MQTTv5) as camera:
+        with box:
+            assert [ask(camera, n, ago)["out_of_order"] for n, ago in enumerate((30, 10, 20))] == [False, False, True]
+            stale = ask(camera, 3, 700)
+            assert (stale["outcome"], stale["reason"], stale["out_of_order"]) == ("rejected", "stale", True)
+        with box, Camera(mosquitto.port, ALARMS) as operator:
+            assert [ask(camera, n, ago)["out_of_order"] for n, ago in ((4, 15), (5, 5))] == [True, False]
+            assert ask(camera, 6, -1000)["outcome"] in ("pass", "fail")
+            while not ((heard := operator.hear()).topic.endswith("/alarm/clock") and heard.payload):
+                pass
+            assert json.loads(heard.payload)["lines"] == ["line1"]
+
+
+def test_a_line_that_sends_too_fast_is_told_so_and_others_are_answered(tmp_path: Path, catalog: Path) -> None:
+    settings = "[limits]\npictures_per_second = 1000\n[lines.line1]\npictures_per_second = 0.001\nburst = 2\n"
+    with Box(tmp_path / "box", catalog, settings=settings) as box, Camera(box.port, RESULT, ERROR) as camera:
+        for number in range(3):
+            camera.publish_confirmed(INFER + "c-e1", picture(number))
+        for number in range(3, 6):
+            camera.publish_confirmed(INFER.replace("line1", "line2") + "c-e1", picture(number))
+        heard = [camera.hear() for _ in range(6)]
+    (refused,) = [json.loads(message.payload) for message in heard if "/error/" in message.topic]
+    assert (refused["reason"], refused["has_verdict"], "/line1/" in refused["topic"]) == ("rate", False, True)
+    assert Counter(m.topic.split("/")[4] for m in heard if "/result/" in m.topic) == {"line1": 2, "line2": 3}
+
+
+@pytest.mark.mosquitto
+def test_a_full_outbox_stops_accepting_says_so_and_recovers_by_itself(tmp_path: Path, catalog: Path) -> None:
+    """The broker does not let the box publish its results at first: every one of them comes later."""
+    acl = tmp_path / "acl"
+    acl.write_text("topic read coe/#\ntopic write coe/v1/plant/infer/#\ntopic write coe/v1/plant/box/#\n")
+    acl.chmod(0o644)
+    broker = Mosquitto(tmp_path / "mosquitto", f"acl_file {acl}")
+    broker.start()
+    try:
+        settings = "[limits]\noutbox = 4\n"
+        with (
+            Box(tmp_path / "box", catalog, broker, settings=settings) as box,
+            Camera(broker.port, RESULT, name="camera", clean=False) as camera,
+            Camera(broker.port, ALARMS, name="operator") as operator,
+        ):
+            for number in range(4):
+                camera.publish_confirmed(INFER + "c-e1", picture(number))
+            until(lambda: _rows(box, "outbox") >= 4)
+            camera.publish_confirmed(INFER + "c-e1", picture(4))
+            until(lambda: "verdicts wait for the broker (limits.outbox)" in box.log_text)
+            assert (_rows(box, "pictures"), _rows(box, "outbox")) == (0, 4)
+            until(lambda: operator.hear().topic.endswith("/alarm/outbox"))
+            broker.stop()
+            acl.write_text("topic readwrite coe/#\n")
+            broker.start()
+            assert len(hear_verdicts(camera, 5)) == 5
+            until(lambda: "alarm_lowered name=outbox" in box.log_text)
+    finally:
+        broker.stop()
+
+
+def _rows(box: Box, table: str) -> int:
+    with closing(sqlite3.connect(box.folder / "state" / "records.db")) as db:
+        return int(db.execute(f"SELECT count(*) FROM {table}").fetchone()[0])
 
 
 def test_large_pictures_stay_inside_the_memory_promise(tmp_path: Path, catalog: Path) -> None:

@@ -34,11 +34,13 @@ class Commands:
                         self._waiting.setdefault((device, expert), []).append(command.number)
                         return
                 case Verb.PIN:
-                    refusal = self._pin(expert, now)
+                    refusal = self.pin(expert, now)
                 case Verb.UNPIN:
                     refusal = self._unpin(expert, now)
                 case Verb.EVICT:
                     refusal = self._evict(expert, now, actions)
+                case Verb.REINSTATE:  # it would be unservable otherwise, and what is so the controller reinstates
+                    refusal = Refusal("not-quarantined", f"{expert} serves")
                 case _:
                     assert_never(command.verb)
         actions.append(Acknowledge(command.number, refusal))
@@ -79,7 +81,7 @@ class Commands:
         there = {name: ledger for name, ledger in self._ledgers.items() if not ledger.is_absent(expert)}
         return None if any(ledger.is_ready(expert) for ledger in there.values()) else next(iter(there))
 
-    def _pin(self, expert: str, now: float) -> Refusal | None:
+    def pin(self, expert: str, now: float) -> Refusal | None:
         """On the first device where it, and everybody else still, has room beside all that are pinned."""
         if any(expert in ledger.pinned for ledger in self._ledgers.values()):
             return None

@@ -17,6 +17,7 @@ from math import inf
 from types import MappingProxyType
 from typing import assert_never
 
+from appliance.core.breaker import FAILURES, Breaker
 from appliance.core.commands import Commands
 from appliance.core.graph import ExpertGraph, Progress, start
 from appliance.core.leaving import Leaving
@@ -29,9 +30,11 @@ from appliance.core.thrash import WINDOW_SECONDS, Sliding, Thrash, Thrashing
 from appliance.core.types import (
     CANCELLED,
     DEVICE,
+    FAILING,
     GOLDEN_MISMATCH,
     OUT_OF_MEMORY,
     QUEUE_FULL,
+    Acknowledge,
     Action,
     Arrived,
     Batch,
@@ -50,12 +53,14 @@ from appliance.core.types import (
     Publish,
     Quarantine,
     Refusal,
+    Reinstate,
     Request,
     Rule,
     Run,
     RunFailed,
     Step,
     Tick,
+    Verb,
     Verdict,
 )
 from appliance.core.usage import Usage
@@ -95,7 +100,11 @@ class Controller:
         self._graph = graph
         self._experts = experts
         self.unavailable = dict(unavailable)
-        self.ledgers = _ledgers(experts, devices, pinned)
+        self._breaker = Breaker()
+        self.on_trial: dict[str, Refusal] = {}
+        """Experts that failed and may try again, and why they were unavailable."""
+        self._unpinned = {name for name in pinned if name in unavailable}  # who stays again when it serves again
+        self.ledgers = _ledgers(experts, devices, [name for name in pinned if name not in self._unpinned])
         declared = {name: expert.probability for name, expert in experts.items()}
         self._usage = Usage(graph, declared, products)
         weight = self._usage.weight if policy.learns else declared.__getitem__
@@ -166,7 +175,7 @@ class Controller:
             case RunFailed(batch, refusal):
                 self._run_failed(batch, refusal, now, actions)
             case Command():
-                self._commands.obey(event, self._unservable(event.expert), now, actions)
+                self._obey(event, now, actions)
             case Tick():
                 pass
             case _:
@@ -230,6 +239,16 @@ class Controller:
 
     # Events
 
+    def _obey(self, command: Command, now: float, actions: list[Action]) -> None:
+        expert = command.expert
+        is_set_aside = expert in self._experts and (expert in self.unavailable or expert in self.on_trial)
+        if command.verb is Verb.REINSTATE and is_set_aside:
+            self._breaker.forget(expert)
+            self._reinstate(expert, now, actions, on_trial=False)
+            actions.append(Acknowledge(command.number, None))
+        else:
+            self._commands.obey(command, self._unservable(expert), now, actions)
+
     def _arrived(self, request: Request, now: float, actions: list[Action]) -> None:
         if request.id in self.progress:  # the same question again, still being answered
             return
@@ -264,8 +283,13 @@ class Controller:
         return Refusal(QUEUE_FULL, f"{detail}: send it again later, under another request-id")
 
     def _load_failed(self, device: str, expert: str, refusal: Refusal, now: float, actions: list[Action]) -> None:
-        if not self._loading.failed(device, expert, refusal, now, actions):
-            return
+        is_given_up = self._loading.failed(device, expert, refusal, now, actions)
+        if self._breaker.failed(expert, refusal.reason, now):
+            self._quarantine(expert, _failing(expert, refusal), (), now, actions)
+        elif is_given_up:
+            self._fail_waiting(device, expert, refusal, now, actions)
+
+    def _fail_waiting(self, device: str, expert: str, refusal: Refusal, now: float, actions: list[Action]) -> None:
         for request in self.scheduler.waiting(device, expert):
             if refusal.reason in ELSEWHERE and self._ask_elsewhere(request, expert, device, now):
                 continue
@@ -294,11 +318,26 @@ class Controller:
             self._ask(progress, following, now, actions)
             if progress.is_complete and request in self.progress:
                 self._conclude(request, progress.outcome(), now, actions)
+        self._judge(batch, answers, now, actions)
+
+    def _judge(
+        self, batch: Batch, answers: Sequence[tuple[Finding, ...] | Refusal], now: float, actions: list[Action]
+    ) -> None:
+        """Whether the expert works, by a batch that it ran: it does if it answered one picture of it."""
+        refused = [answer for answer in answers if isinstance(answer, Refusal)]
+        if len(refused) < len(batch.requests):
+            if self._breaker.worked(batch.expert):
+                self._reinstate(batch.expert, now, actions, on_trial=False)
+            return
+        for refusal in refused:
+            if self._breaker.failed(batch.expert, refusal.reason, now):
+                self._quarantine(batch.expert, _failing(batch.expert, refusal), (), now, actions)
 
     def _run_failed(self, batch: Batch, refusal: Refusal, now: float, actions: list[Action]) -> None:
         """Once more, each alone, so that one bad picture cannot fail its neighbours; then it is an error.
 
-        An expert that fails its golden samples serves no more. Whom a device fails a second time asks elsewhere.
+        An expert that fails its golden samples, or picture after picture, serves no more. Whom a device fails a second
+        time asks elsewhere.
         """
         self._free(batch, now)
         if refusal.reason == CANCELLED:
@@ -310,31 +349,59 @@ class Controller:
             less_bytes = footprint.activation_bytes(len(batch.requests))
             actions.extend(self._leaving.withhold(self.ledgers[batch.device], less_bytes, now))
         open_requests = [request for request in batch.requests if request in self.progress]
-        if refusal.reason == GOLDEN_MISMATCH:
-            self._quarantine(batch.expert, refusal, open_requests, now, actions)
+        if refusal.reason == GOLDEN_MISMATCH or batch.expert in self.unavailable:
+            why = self.unavailable.get(batch.expert, refusal)
+            self._quarantine(batch.expert, why, open_requests, now, actions)
             return
+        is_failing = False
         for request in open_requests:
             if (request, batch.expert) not in self._retried:
                 self._retried[request, batch.expert] = frozenset()
                 self._put(self._task(request, batch.expert, now, alone=True), now)
             elif refusal.reason not in ELSEWHERE or not self._ask_elsewhere(request, batch.expert, batch.device, now):
                 self._conclude(request, Outcome.ERROR, now, actions, refusal)
+                is_failing |= self._breaker.failed(batch.expert, refusal.reason, now)
+        if is_failing:
+            self._quarantine(batch.expert, _failing(batch.expert, refusal), (), now, actions)
 
     def _quarantine(
         self, expert: str, refusal: Refusal, asked: Sequence[str], now: float, actions: list[Action]
     ) -> None:
-        """The expert serves no more; whoever waits for it is told why, and its memory is anybody's."""
+        """The expert serves no more for now; whoever waits for it asks its stand-in or is told why, and its memory is
+        anybody's."""
         if expert not in self.unavailable:
             self.unavailable[expert] = refusal
+            self.on_trial.pop(expert, None)
+            self._breaker.open(expert, now)
             actions.append(Quarantine(expert, refusal))
         waiting = [request for device in self.ledgers for request in self.scheduler.waiting(device, expert)]
         for request in dict.fromkeys([*asked, *waiting]):
-            self._conclude(request, Outcome.ERROR, now, actions, refusal)
+            self._ask_another(request, expert, now, actions)
         self.scheduler.forget_who_fits()
         for ledger in self.ledgers.values():
+            self._unpinned |= ledger.pinned & {expert}
             ledger.give_up(expert)
             if ledger.is_evictable(expert):
                 actions.append(self._leaving.evict(ledger, expert, Rule.QUARANTINED, now))
+
+    def _reinstate(self, expert: str, now: float, actions: list[Action], *, on_trial: bool) -> None:
+        refusal = self.unavailable.pop(expert, None) or self.on_trial[expert]
+        self.on_trial.pop(expert, None)
+        if on_trial:
+            self.on_trial[expert] = refusal
+        actions.append(Reinstate(expert, on_trial))
+        if expert in self._unpinned:
+            self._unpinned.remove(expert)
+            self._commands.pin(expert, now)
+
+    def _ask_another(self, request: str, expert: str, now: float, actions: list[Action]) -> None:
+        """The expert answers nobody any more: the request goes on without it, or has its verdict."""
+        progress = self.progress[request]
+        self._drop(request, expert, now)
+        self._retried.pop((request, expert), None)
+        self._ask(progress, (expert,), now, actions)
+        if progress.is_complete and request in self.progress:
+            self._conclude(request, progress.outcome(), now, actions)
 
     def _ask_elsewhere(self, request: str, expert: str, device: str, now: float) -> bool:
         """Give the request's task to another device that can hold the expert, if there is one."""
@@ -350,11 +417,16 @@ class Controller:
     # Steps
 
     def _ask(self, progress: Progress, experts: Sequence[str], now: float, actions: list[Action]) -> None:
-        for expert in experts:
-            refusal = self._unservable(expert)
-            if refusal is not None:
-                self._conclude(progress.request.id, Outcome.ERROR, now, actions, refusal)
-                return
+        for name in experts:
+            expert = name
+            if (refusal := self._refusal(name, now, actions)) is not None:
+                stand_in = self._stand_in(name, now, actions)
+                if stand_in is None:
+                    self._conclude(progress.request.id, Outcome.ERROR, now, actions, refusal)
+                    return
+                if not progress.replaced(name, stand_in, refusal):
+                    continue
+                expert = stand_in
             self._put(self._task(progress.request.id, expert, now, alone=progress.request.alone), now)
             if self._policy.learns:
                 self._usage.asked(progress.request, expert)
@@ -383,6 +455,21 @@ class Controller:
         head_start, deadline = self._head_starts.get(request.line, 0.0), request.deadline_seconds
         return Task(name, expert, now - head_start, alone, barred, None if deadline is None else deadline - head_start)
 
+    def _refusal(self, expert: str, now: float, actions: list[Action]) -> Refusal | None:
+        """Why the expert cannot be asked. One that failed may be on trial from now on."""
+        refusal = self._unservable(expert)
+        if refusal is not None and expert in self.unavailable and self._breaker.try_again(expert, now):
+            self._reinstate(expert, now, actions, on_trial=True)
+            return self._unservable(expert)
+        return refusal
+
+    def _stand_in(self, expert: str, now: float, actions: list[Action]) -> str | None:
+        """Who is asked instead, or instead of that one."""
+        stand_in = self._graph.stand_ins.get(expert)
+        while stand_in is not None and self._refusal(stand_in, now, actions) is not None:
+            stand_in = self._graph.stand_ins.get(stand_in)
+        return stand_in
+
     def _unservable(self, expert: str) -> Refusal | None:
         """Why the expert can answer nobody."""
         if expert in self.unavailable:
@@ -409,7 +496,8 @@ class Controller:
         self.counts[outcome] += 1
         self._answered.add(1, now)
         waited = now - progress.request.arrived_seconds
-        actions.append(Publish(Verdict(request, outcome, tuple(progress.steps), waited, refusal)))
+        stand_ins = tuple(progress.stand_ins)
+        actions.append(Publish(Verdict(request, outcome, tuple(progress.steps), waited, refusal, stand_ins)))
 
     def _remember_deadline(self, deadline_seconds: float, request: str) -> None:
         """Whoever is answered stays behind one that is due sooner, until these are many."""
@@ -495,6 +583,11 @@ class Controller:
         ledger = self.ledgers[batch.device]
         ledger.end_run(batch.expert, len(batch.requests), self._experts[batch.expert].max_batch)
         self._leaving.ended(batch, now)
+
+
+def _failing(expert: str, refusal: Refusal) -> Refusal:
+    detail = f"{expert} failed {FAILURES} times in a row, or on trial; the last time with {refusal.reason}"
+    return Refusal(FAILING, f"{detail}: {refusal.detail}")
 
 
 def _ledgers(experts: Mapping[str, Expert], devices: Sequence[Device], pinned: Sequence[str]) -> dict[str, Ledger]:

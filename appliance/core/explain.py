@@ -27,6 +27,7 @@ from appliance.core.types import (
     Loaded,
     LoadFailed,
     Publish,
+    Quarantine,
     Request,
     Rule,
     Run,
@@ -199,6 +200,9 @@ class Chronicle:
                 self._ended(batch, refusal.reason, now)
                 for name in batch.requests:
                     self._ask(name, ran, now)
+        for action in actions:
+            if isinstance(action, Quarantine):
+                self._turn_to_stand_ins(action.expert, ran, now)
         self._obeyed(actions, now)
         if isinstance(event, LoadFailed):
             self._move_on(event.expert, ran, now)
@@ -367,6 +371,14 @@ class Chronicle:
                     self._book(question, now)
                     question.ended_seconds = now
                     self._ask(request, ran, now)
+
+    def _turn_to_stand_ins(self, expert: str, ran: Mapping[tuple[str, str], Batch], now: float) -> None:
+        """The expert is asked no more: who waited for it asks another one, or has its verdict."""
+        for device in self._controller.ledgers:
+            for request, question in self._waiting.pop((device, expert), {}).items():
+                self._book(question, now)
+                question.ended_seconds = now
+                self._ask(request, ran, now)
 
     def _turn(self, device: str, expert: str, now: float) -> None:
         """The expert is about to be loading, ready, gone or held back: so far, everybody waited for what it was."""

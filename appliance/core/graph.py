@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 import networkx
 
-from appliance.core.types import Finding, Outcome, Refusal, Request, Step
+from appliance.core.types import Finding, Outcome, Refusal, Request, StandIn, Step
 from appliance.errors import GraphError
 
 
@@ -65,6 +65,7 @@ class Table:
 class ExpertGraph:
     """`entries`: component → expert asked first. `edges` and `tables`: expert → ways on. `before`: expert → who may
     lead to it. `limits`: expert → how many pictures may wait for it before those who lead to it are held back.
+    `stand_ins`: expert → who is asked while it cannot serve.
     """
 
     entries: Mapping[str, str]
@@ -72,6 +73,7 @@ class ExpertGraph:
     before: Mapping[str, tuple[str, ...]]
     tables: Mapping[str, Table] = field(default_factory=dict)
     limits: Mapping[str, int] = field(default_factory=dict)
+    stand_ins: Mapping[str, str] = field(default_factory=dict)
 
     def next_experts(self, expert: str, findings: Sequence[Finding]) -> tuple[str, ...]:
         """Who is asked after `expert` found this, each once."""
@@ -98,6 +100,7 @@ def compile_graph(
     experts: Sequence[str],
     tables: Sequence[Table] = (),
     limits: Mapping[str, int] = MappingProxyType({}),
+    stand_ins: Mapping[str, str] = MappingProxyType({}),
 ) -> ExpertGraph:
     """Check the graph and turn it into dictionaries. Raises GraphError that names the expert or the cycle."""
     known = set(experts)
@@ -117,10 +120,10 @@ def compile_graph(
             raise GraphError(f"{source} has {count} tables", "make one of them")
     for expert in limits.keys() - {to for _, to in ways}:
         raise GraphError(f"[limits] names {expert}, to which no edge leads", "correct it, or limit who is asked next")
-    drawn = networkx.DiGraph(ways)
-    if not networkx.is_directed_acyclic_graph(drawn):
-        cycle = [source for source, _ in networkx.find_cycle(drawn)]
-        raise GraphError(f"the graph has a cycle: {' → '.join([*cycle, cycle[0]])}", "remove one of these edges")
+    for expert in {*stand_ins, *stand_ins.values()} - known:
+        raise GraphError(f"[stand_ins] names {expert}, which has no bundle", "add the bundle or correct it")
+    _check_acyclic("the graph has", ways)
+    _check_acyclic("[stand_ins] have", list(stand_ins.items()))
     after, before = defaultdict[str, list[Edge]](list), defaultdict[str, dict[str, None]](dict)
     for edge in edges:
         after[edge.source].append(edge)
@@ -132,7 +135,15 @@ def compile_graph(
         {to: tuple(sources) for to, sources in before.items()},
         {table.source: table for table in tables},
         dict(limits),
+        dict(stand_ins),
     )
+
+
+def _check_acyclic(what: str, ways: Sequence[tuple[str, str]]) -> None:
+    drawn = networkx.DiGraph(ways)
+    if not networkx.is_directed_acyclic_graph(drawn):
+        cycle = [source for source, _ in networkx.find_cycle(drawn)]
+        raise GraphError(f"{what} a cycle: {' → '.join([*cycle, cycle[0]])}", "remove one of these edges")
 
 
 def draw(graph: ExpertGraph) -> str:
@@ -188,6 +199,7 @@ class Progress:
     waiting_for: set[str]
     asked: set[str] = field(default_factory=set)
     steps: list[Step] = field(default_factory=list)
+    stand_ins: list[StandIn] = field(default_factory=list)
 
     def answered(self, step: Step, graph: ExpertGraph) -> tuple[str, ...]:
         """Note an expert's answer; returns the experts to ask next, none of them asked before."""
@@ -200,6 +212,16 @@ class Progress:
         self.asked.update(following)
         self.waiting_for.update(following)
         return following
+
+    def replaced(self, expert: str, stand_in: str, refusal: Refusal) -> bool:
+        """Ask another one instead. Whether it still has to be asked: it may have been, for its own sake."""
+        self.waiting_for.discard(expert)
+        self.stand_ins.append(StandIn(expert, stand_in, refusal.reason))
+        if stand_in in self.asked:
+            return False
+        self.asked.add(stand_in)
+        self.waiting_for.add(stand_in)
+        return True
 
     @property
     def is_complete(self) -> bool:

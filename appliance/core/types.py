@@ -79,6 +79,7 @@ DEVICE = "device"
 CANCELLED = "cancelled"
 QUEUE_FULL = "queue-full"
 GOLDEN_MISMATCH = "golden-mismatch"
+FAILING = "failing"
 """Reasons of refusals that we give ourselves, or that decide what happens next."""
 
 
@@ -104,14 +105,24 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class StandIn:
+    """Another expert was asked instead of one that cannot serve, and why that cannot."""
+
+    expert: str
+    stand_in: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
-    """The one answer to a request."""
+    """The one answer to a request. It is degraded where others stood in for its experts."""
 
     request: str
     outcome: Outcome
     steps: tuple[Step, ...]
     waited_seconds: float
     refusal: Refusal | None = None
+    stand_ins: tuple[StandIn, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +134,17 @@ class Batch:
     device: str
     expert: str
     requests: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Crash:
+    """An expert was at work when the process ended: it ran these `pictures`, or was being loaded (none).
+
+    `alone`: nothing else was in work.
+    """
+
+    pictures: frozenset[int]
+    alone: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +280,8 @@ class Verb(StrEnum):
     """Let it leave like any other."""
     EVICT = "evict"
     """Drop it from every device, unless somebody needs it."""
+    REINSTATE = "reinstate"
+    """Let it serve again, although it failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,7 +357,7 @@ class Rule(StrEnum):
     FRAGMENTED = "fragmented"
     """Memory was free, but in pieces."""
     QUARANTINED = "quarantined"
-    """It answers its golden samples wrongly."""
+    """It keeps failing, or answers its golden samples wrongly."""
     COMMANDED = "commanded"
     """An operator wanted it, and nobody needed the expert."""
     NOT_LOADED = "not-loaded"
@@ -376,6 +400,14 @@ class Quarantine:
 
 
 @dataclass(frozen=True, slots=True)
+class Reinstate:
+    """The expert serves again: on trial, or for good because its trial went well or an operator says so."""
+
+    expert: str
+    on_trial: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Acknowledge:
     """The command of this number is done, or was refused, and why."""
 
@@ -383,4 +415,4 @@ class Acknowledge:
     refusal: Refusal | None
 
 
-Action = Load | CancelLoad | HurryLoad | Evict | Run | CancelRun | Publish | Quarantine | Acknowledge
+Action = Load | CancelLoad | HurryLoad | Evict | Run | CancelRun | Publish | Quarantine | Reinstate | Acknowledge

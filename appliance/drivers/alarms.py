@@ -20,10 +20,12 @@ log = logging.getLogger(__name__)
 class Alarm(StrEnum):
     """A level of the topic. A few fixed ones, so that a box can take back what an earlier process of it raised."""
 
+    CLOCK = "clock"
     EXPERTS = "experts"
     GPU = "gpu"
     MEMORY_BUDGET = "memory-budget"
     MEMORY_DRIFT = "memory-drift"
+    OUTBOX = "outbox"
     OUT_OF_MEMORY = "out-of-memory"
     THRASHING = "thrashing"
 

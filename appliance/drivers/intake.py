@@ -23,7 +23,7 @@ from appliance.config import INBOX_BYTES, Config
 from appliance.contract import Address, Message, Reply
 from appliance.drivers import images
 from appliance.drivers.outbox import Outbox
-from appliance.drivers.records import Acceptance, Answered, Conflict, Full, New, Picture, Records, Waiting
+from appliance.drivers.records import Acceptance, Answered, Conflict, Full, New, Picture, Records, TurnedAway, Waiting
 from appliance.errors import MessageError
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,9 @@ CALM_SECONDS = 5.0
 """The spool is called full until it took everything for so long: at the brim each verdict makes room for one picture,
 and that is no news."""
 
-BUSY = MessageError("busy", "the spool is full", "send it again later, or at QoS 1 to have it wait for room")
+BUSY = MessageError(
+    "busy", "the spool or the outbox is full", "send it again later, or at QoS 1 to have it wait for room"
+)
 
 
 def component_of(address: Address, catalog: Catalog) -> str:
@@ -138,7 +140,10 @@ class Intake:
         *,
         acknowledge: Callable[[Message], None],
         spooled: Callable[[int], None],
+        may_enter: Callable[[str], bool] = lambda line: True,
     ) -> None:
+        """`may_enter` is asked with the line of every new picture, on the writer's thread."""
+        self._may_enter = may_enter
         self._config, self._catalog, self._records, self._outbox = config, catalog, records, outbox
         self._acknowledge, self._spooled = acknowledge, spooled
         self._changed = threading.Condition()  # guards all that follows; never held while records or outbox are called
@@ -288,7 +293,7 @@ class Intake:
             if message.qos == 0 and self._is_holding():
                 self._turn_away(owed)
                 return
-            self._records.accept(picture, message.payload, lambda answer: self._accepted(owed, picture, answer))
+            self._hand_in(owed, picture)
 
     def _owing(self, message: Message) -> _Owed:
         """What of QoS 0 or of a former connection comes here is inspected, but nobody waits to have it acknowledged."""
@@ -306,7 +311,13 @@ class Intake:
         picture = owed.picture
         assert picture is not None
         with self._border(owed):
-            self._records.accept(picture, owed.message.payload, lambda answer: self._accepted(owed, picture, answer))
+            self._hand_in(owed, picture)
+
+    def _hand_in(self, owed: _Owed, picture: Picture) -> None:
+        def done(answer: Acceptance) -> None:
+            self._accepted(owed, picture, answer)
+
+        self._records.accept(picture, owed.message.payload, done, may_enter=self._may_enter)
 
     def _accepted(self, owed: _Owed, picture: Picture, answer: Acceptance) -> None:
         """On the writer's thread, after the commit."""
@@ -328,6 +339,8 @@ class Intake:
                     self._refuse(owed, error, has_verdict=True)  # the other one has, or will have
                 case Full(why):
                     self._hold(owed, why)
+                case TurnedAway():
+                    self._slow_down(owed, picture.line)
 
     def _hold(self, owed: _Owed, why: str) -> None:
         """Until there is room it is not acknowledged. At QoS 0 nobody would send it again: that is said at once."""
@@ -348,6 +361,13 @@ class Intake:
         """Not logged one by one: that the spool is full was."""
         self.counts["busy"] += 1
         self._answer(owed.message, BUSY)
+
+    def _slow_down(self, owed: _Owed, line: str) -> None:
+        """Not held back: acknowledgements go in order, so that would stop other lines too. Nor logged one by one."""
+        self.counts["rate"] += 1
+        what = f"{line} sends more pictures than it may (pictures_per_second, burst)"
+        self._answer(owed.message, MessageError(contract.RATE, what, "send it again later"))
+        self._settle(owed)
 
     def _refuse(self, owed: _Owed, error: MessageError, *, has_verdict: bool = False) -> None:
         """Say why, then count it as settled."""

@@ -74,6 +74,7 @@ class Publish:
     retain: bool
     token: int | None
     correlation: bytes | None
+    resent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,9 +181,12 @@ class Link:
 
     def publish(self, order: Publish) -> None:
         properties = None
-        if self._is_v5 and order.correlation is not None:
+        if self._is_v5 and (order.correlation is not None or order.resent):
             properties = _properties(PacketTypes.PUBLISH)
-            properties.CorrelationData = order.correlation
+            if order.correlation is not None:
+                properties.CorrelationData = order.correlation
+            if order.resent:
+                properties.UserProperty = ("resent", "true")
         info = self._client.publish(order.topic, order.payload, order.qos, order.retain, properties)
         if info.rc is MQTTErrorCode.MQTT_ERR_SUCCESS and not info.is_published():
             self._tokens[info.mid] = order.token

@@ -156,14 +156,15 @@ class Door:
         token: int | None = None,
         correlation: bytes | None = None,
         qos: Literal[0, 1] = 1,
+        resent: bool = False,
     ) -> bool:
         """Send a message, from any thread; False when the link is not ready or its window is full: try again later.
 
-        With QoS 0 `published` means sent. Raises MessageError `topic-name`, or `too-large` for one beyond the
-        broker's maximum packet size: such a message must never be offered again.
+        With QoS 0 `published` means sent. `resent` is said with MQTT 5. Raises MessageError `topic-name`, or
+        `too-large` for one beyond the broker's maximum packet size: such a message must never be offered again.
         """
         check_publishable(topic)
-        packet_bytes = len(payload) + len(topic) + len(correlation or b"") + 32
+        packet_bytes = len(payload) + len(topic) + len(correlation or b"") + 64
         with self._lock:
             if not self._is_open or self._in_flight >= self._window:
                 return False
@@ -171,7 +172,7 @@ class Door:
                 what = f"a message of {packet_bytes} bytes for {topic}; the broker takes {self._packet_bytes}"
                 raise MessageError("too-large", what, "raise the broker's maximum packet size")
             self._in_flight += 1
-            self._orders.append(Publish(topic, payload, qos, retain, token, correlation))
+            self._orders.append(Publish(topic, payload, qos, retain, token, correlation, resent))
         self._wake()
         return True
 

@@ -44,6 +44,9 @@ class Note:
 class Outbox:
     """Safe from several threads. `connect` it to the door before the door starts.
 
+    What may have been published before, by a former process, over a link that broke, or when its picture came the first
+    time, is marked as resent, where the protocol has room for that; the body is the same.
+
     Tokens grow. While it is behind, rows are read from the record in steps and wait in `_rows`; those up to
     `_read_through` were read. A broken link begins again at the oldest.
 
@@ -57,6 +60,8 @@ class Outbox:
         self._door: Door | None = None
         self._lock = threading.RLock()  # door.publish calls nothing back on the calling thread
         self._in_flight: dict[int, str] = {}
+        self._former_through = records.last_token()
+        self._lost: set[int] = set()  # on their way when a link broke
         self._is_behind = True  # what a former process left
         self._rows: deque[Publication] = deque()
         self._read_through = 0
@@ -125,6 +130,7 @@ class Outbox:
         self._records.published(token)
         with self._lock:
             self._in_flight.pop(token, None)
+            self._lost.discard(token)
             self._is_cautious = False
             self.counts["published"] += 1
             self._pump()
@@ -135,6 +141,7 @@ class Outbox:
             topic = self._in_flight.pop(token, None)
             if why == LOST:
                 self.counts["returned"] += 1
+                self._lost.add(token)
                 self._is_cautious = True
                 self._rewind()
             elif topic is not None:
@@ -205,8 +212,10 @@ class Outbox:
             if not self._is_result(topic):
                 self._give_up(token)
             return True
+        resent = publication.resent or token <= self._former_through or token in self._lost
+        body, correlation = publication.body, publication.correlation
         try:
-            taken = self._door.publish(topic, publication.body, token=token, correlation=publication.correlation)
+            taken = self._door.publish(topic, body, token=token, correlation=correlation, resent=resent)
         except MessageError as error:  # offering it again would never help
             log.error("outbox unpublishable request=%s why=%s", publication.id, error)
             self._give_up(token)
@@ -231,6 +240,7 @@ class Outbox:
 
     def _give_up(self, token: int) -> None:
         self.counts["unpublishable"] += 1
+        self._lost.discard(token)
         self._records.published(token)
 
     def _keep(self, note: Note) -> None:

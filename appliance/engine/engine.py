@@ -90,10 +90,12 @@ class Engines:
         report: Tell,
         *,
         batch_cap: int | None = None,
+        note: Callable[[int, bool], None] = lambda batch, runs: None,
     ) -> None:
+        """`note` hears, by a batch's number, whether its expert runs now or its pictures are decoded."""
         self._engines = engines
         self._inspections = {
-            name: Inspection(engine.device, engine.sessions, bundles, look, batch_cap=batch_cap)
+            name: Inspection(engine.device, engine.sessions, bundles, look, batch_cap=batch_cap, note=note)
             for name, engine in engines.items()
         }
         names = {executor.name: executor.device for executor in executors}

@@ -261,8 +261,14 @@ class Inspection:
         look: Callable[[str], Views],
         *,
         batch_cap: int | None = None,
+        note: Callable[[int, bool], None] = lambda batch, runs: None,
     ) -> None:
-        """No batch is filled beyond `batch_cap`, nor beyond what its expert allows: the ledger booked no more."""
+        """No batch is filled beyond `batch_cap`, nor beyond what its expert allows: the ledger booked no more.
+
+        `note` hears of a batch whether its expert runs now or pictures are decoded, before either begins; it is said
+        to be decoding from the start.
+        """
+        self._note = note
         self._device, self._sessions, self._bundles, self._look = device, sessions, bundles, look
         self._batch_cap = batch_cap
         self._proven: dict[str, Compiled] = {}
@@ -274,13 +280,14 @@ class Inspection:
         its proof: then no picture was inspected.
         """
         bundle = self._bundles[batch.expert]
-        self._prove(bundle, len(batch.requests), cancellation)
+        self._prove(bundle, batch, cancellation)
         begun = time.perf_counter()
         looks = []
         for request in batch.requests:
             cancellation.check(f"the batch of {batch.expert}")
             looks.append(self._prepared(bundle.manifest, request))
         prepared = [look for look in looks if isinstance(look, _Prepared)]
+        self._note(batch.id, True)
         answers = iter(self._inspected(bundle.manifest, prepared, cancellation))
         return Finished(
             batch,
@@ -288,7 +295,7 @@ class Inspection:
             time.perf_counter() - begun,
         )
 
-    def _prove(self, bundle: Bundle, items: int, cancellation: Cancellation) -> None:
+    def _prove(self, bundle: Bundle, batch: Batch, cancellation: Cancellation) -> None:
         """In runs of at most so many samples as the batch has pictures: there is memory for no more.
 
         Two executors may do so at the same time, which is only once too often.
@@ -300,6 +307,7 @@ class Inspection:
             compiled = lease.compiled
             if self._proven.get(compiled.expert) == compiled:
                 return
+            self._note(batch.id, True)
             try:
                 prove(
                     lambda pictures: list(
@@ -308,12 +316,13 @@ class Inspection:
                     path,
                     compiled.inputs,
                     compiled.outputs,
-                    max_batch=min(items, bundle.manifest.model.max_batch),
+                    max_batch=min(len(batch.requests), bundle.manifest.model.max_batch),
                     tolerance=golden.tolerance,
                 )
             except GoldenMismatch as error:
                 raise GoldenMismatch(f"{compiled.expert}: {error.what}", error.remedy) from error
             self._proven[compiled.expert] = compiled
+        self._note(batch.id, False)
 
     def _prepared(self, manifest: ExpertManifest, request: str) -> _Prepared | Refusal:
         try:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from queue import Empty, Queue
 
-from appliance.core.types import Acknowledge, Arrived, Event, Outcome, Publish, Quarantine, Request, Tick
+from appliance.core.types import Acknowledge, Arrived, Event, Outcome, Publish, Quarantine, Reinstate, Request, Tick
 from appliance.drivers.album import Album, Subject
 from appliance.drivers.runtime import CpuPlace
 from appliance.engine.engine import Engine, Engines
@@ -104,8 +104,8 @@ class BareLoop:
                     self._album.forget(verdict.request)
                 case Quarantine(expert, refusal):
                     raise ApplianceError(f"{expert} cannot serve: {refusal.detail}", "report this")
-                case Acknowledge():
-                    pass  # nobody commands here
+                case Acknowledge() | Reinstate():
+                    pass  # nobody commands here, and nobody fails
                 case _:
                     self._engines.obey(action)
         return verdicts

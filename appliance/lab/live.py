@@ -32,6 +32,7 @@ from appliance.core.types import (
     Publish,
     Quarantine,
     Refusal,
+    Reinstate,
     Tick,
     Verdict,
 )
@@ -214,8 +215,8 @@ class _Served:
                     self._album.forget(verdict.request)
                 case Quarantine(expert, refusal):
                     raise ApplianceError(f"{expert} cannot serve: {refusal.detail}", "report this")
-                case Acknowledge():
-                    pass  # nobody commands here
+                case Acknowledge() | Reinstate():
+                    pass  # nobody commands here, and nobody fails
                 case _:
                     if isinstance(action, Evict):
                         self.stays.left(action.device, action.expert, at)

@@ -43,6 +43,7 @@ from appliance.core.types import (
     Publish,
     Quarantine,
     Refusal,
+    Reinstate,
     Request,
     Run,
     RunFailed,
@@ -200,6 +201,9 @@ class World:
             case Quarantine(expert, refusal):
                 _require(expert not in self.quarantined, f"{expert} is put into quarantine twice")
                 self.quarantined[expert] = refusal
+            case Reinstate(expert, on_trial):
+                _require(expert in self.quarantined or not on_trial, f"{expert} is tried again, but never failed")
+                self.quarantined.pop(expert, None)
             case Publish(verdict):
                 self.verdicts.append(verdict)
             case Acknowledge():

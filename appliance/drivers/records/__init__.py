@@ -25,6 +25,7 @@ from appliance.drivers.records.values import (
     Recorded,
     Sort,
     Spooled,
+    TurnedAway,
     Unowed,
     Waiting,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "Records",
     "Sort",
     "Spooled",
+    "TurnedAway",
     "Unowed",
     "Waiting",
 ]

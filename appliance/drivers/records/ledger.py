@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, assert_never
 
-from appliance.drivers.records.schema import PICTURE_COLUMNS
+from appliance.drivers.records.schema import PICTURE_COLUMNS, ROW_BYTES
 from appliance.drivers.records.values import (
     Acceptance,
     Answered,
@@ -21,6 +21,7 @@ from appliance.drivers.records.values import (
     Quota,
     Recorded,
     Sort,
+    TurnedAway,
     Unowed,
     Waiting,
 )
@@ -35,6 +36,7 @@ class Accept:
     picture: Picture
     payload: bytes
     done: Callable[[Acceptance], None]
+    may_enter: Callable[[str], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +59,24 @@ class Published:
 
 
 @dataclass(frozen=True, slots=True)
+class Forgive:
+    """The expert worked: its crashes are not held against it any more, or only those while it was loaded."""
+
+    expert: str
+    only_loads: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Limits:
     """What the store holds at most; pictures of a sort without a quota are not kept."""
 
     spool_bytes: int
+    outbox_rows: float
+    verdict_bytes: float
     quotas: Mapping[Sort, Quota]
 
 
-Request = Accept | Conclude | Published
+Request = Accept | Conclude | Published | Forgive
 Result = Acceptance | Conclusion | None
 
 
@@ -78,28 +90,42 @@ class Ledger:
         self.counts = counts
         self.kept = dict(kept)
         """Bytes of pictures."""
+        self.verdict_bytes = 0
+        """What was added."""
 
     def enter(self, request: Request) -> Result:
         match request:
-            case Accept(picture, payload):
-                return self._accept(picture, payload)
+            case Accept():
+                return self._accept(request)
             case Conclude():
                 return self._conclude(request)
             case Published(token):
                 self._mark(token)
                 return None
+            case Forgive(expert, only_loads):
+                self._db.execute(
+                    "DELETE FROM crashes WHERE expert = ? AND (pictures = '[]' OR NOT ?)", (expert, only_loads)
+                )
+                return None
             case _:
                 assert_never(request)
 
-    def _accept(self, picture: Picture, payload: bytes) -> Acceptance:
+    def _accept(self, request: Accept) -> Acceptance:
+        picture, payload = request.picture, request.payload
         known = self._one("SELECT line, product, board, part, picture_sha256 FROM pictures WHERE id = ?", picture.id)
         if known is not None:
             return self._wait(picture) if known == _identity(picture) else Conflict()
         known = self._one("SELECT line, product, board, part, picture_sha256 FROM verdicts WHERE id = ?", picture.id)
+        if known is not None and known != _identity(picture):
+            return Conflict()
+        if self.counts.unpublished >= self._limits.outbox_rows:
+            return Full(f"{self.counts.unpublished} verdicts wait for the broker (limits.outbox)")
         if known is not None:
-            return self._repeat(picture) if known == _identity(picture) else Conflict()
+            return self._repeat(picture)
         if self.counts.spooled_bytes + len(payload) > self._limits.spool_bytes:
             return Full(f"the spool holds {self.counts.spooled_bytes} of {self._limits.spool_bytes} bytes")
+        if not request.may_enter(picture.line):
+            return TurnedAway()
         return self._spool(picture, payload)
 
     def _spool(self, picture: Picture, payload: bytes) -> New:
@@ -124,7 +150,8 @@ class Ledger:
     def _repeat(self, picture: Picture) -> Answered:
         row = self._one("SELECT topic, body FROM verdicts WHERE id = ?", picture.id)
         assert row is not None
-        return Answered(self._post(picture.id, row[0], picture.response_topic, picture.correlation, row[1]))
+        reply = picture.response_topic, picture.correlation
+        return Answered(self._post(picture.id, row[0], *reply, row[1], resent=True))
 
     def _conclude(self, request: Conclude) -> Conclusion:
         row = self._one("SELECT picture_bytes, response_topic, correlation FROM pictures WHERE id = ?", request.id)
@@ -140,6 +167,7 @@ class Ledger:
             self._keep(request.id, request.keep, row[0])
         self._db.execute("DELETE FROM pictures WHERE id = ?", (request.id,))
         self._add(spooled=-1, spooled_bytes=-row[0], verdicts=1)
+        self.verdict_bytes += len(request.body) + ROW_BYTES
         return Recorded(self._post(request.id, request.topic, row[1], row[2], request.body))
 
     def _keep(self, id: str, sort: Sort, size: int) -> None:
@@ -164,24 +192,34 @@ class Ledger:
             self.kept[sort] -= size
 
     def _post(
-        self, id: str, topic: str, response_topic: str | None, correlation: bytes | None, body: bytes
+        self,
+        id: str,
+        topic: str,
+        response_topic: str | None,
+        correlation: bytes | None,
+        body: bytes,
+        *,
+        resent: bool = False,
     ) -> tuple[Publication, ...]:
         targets: list[tuple[str, bytes | None]] = [(topic, None)]
         if response_topic is not None:
             targets.append((response_topic, correlation))
-        return tuple(Publication(self._token(id, *target), id, *target, body) for target in targets)
+        return tuple(self._publication(id, *target, body, resent) for target in targets)
 
-    def _token(self, id: str, topic: str, correlation: bytes | None) -> int:
+    def _publication(self, id: str, topic: str, correlation: bytes | None, body: bytes, resent: bool) -> Publication:
+        """One that still waits is as it was: nobody has got it yet."""
         values = (id, topic, correlation)
         there = self._db.execute(
-            "SELECT token FROM outbox WHERE id = ? AND topic = ? AND correlation IS ?", values
+            "SELECT token, resent FROM outbox WHERE id = ? AND topic = ? AND correlation IS ?", values
         ).fetchone()
         if there is not None:
-            return int(there[0])
-        token = self._db.execute("INSERT INTO outbox (id, topic, correlation) VALUES (?, ?, ?)", values).lastrowid
+            return Publication(there[0], *values, body, bool(there[1]))
+        token = self._db.execute(
+            "INSERT INTO outbox (id, topic, correlation, resent) VALUES (?, ?, ?, ?)", (*values, resent)
+        ).lastrowid
         assert token is not None
         self._add(unpublished=1)
-        return token
+        return Publication(token, *values, body, resent)
 
     def _mark(self, token: int) -> None:
         self._add(unpublished=-self._db.execute("DELETE FROM outbox WHERE token = ?", (token,)).rowcount)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import os
 import sqlite3
 import time
-from collections.abc import Collection
 from contextlib import closing, suppress
 from pathlib import Path
 
-from appliance.drivers.records.inhand import InHand, former
+from appliance.drivers.records.inhand import Former, InHand, former
 from appliance.drivers.records.schema import BALLAST, SCHEMA, SCHEMA_VERSION, UPGRADES, connect, transaction
 from appliance.errors import RecordsError
 
 log = logging.getLogger(__name__)
+
+CRASHES_KEPT = 1000
+"""Of experts, the latest: bundles come and go, and nobody asks for the crashes of those that went."""
 
 
 def lock(folder: Path) -> int:
@@ -62,20 +65,27 @@ def take_stock(path: Path, *, is_new: bool) -> InHand:
     try:
         last = former(path.with_name("in-hand"))
         with closing(connect(path)) as db:
-            if last.arrivals and not is_new:
-                _count_crash(db, path, last.arrivals)
+            if not is_new and (last.arrivals or last.at_work):
+                _count_crash(db, path, last)
             (newest,) = db.execute("SELECT ifnull(max(arrival), 0) FROM pictures").fetchone()
         return InHand(path.with_name("in-hand"), 0 if last.was_clean else newest)
     except (OSError, sqlite3.Error) as error:
         raise _unwritable(path.parent, str(error)) from error
 
 
-def _count_crash(db: sqlite3.Connection, path: Path, arrivals: Collection[int]) -> None:
+def _count_crash(db: sqlite3.Connection, path: Path, last: Former) -> None:
     """On a full disk too: the writer makes the ballast anew."""
     path.with_name(BALLAST).unlink(missing_ok=True)
     with transaction(db):
-        db.executemany("UPDATE pictures SET attempts = attempts + 1 WHERE arrival = ?", [(a,) for a in arrivals])
-    log.warning("records crashed in_hand=%d: each of these pictures runs alone", len(arrivals))
+        db.executemany("UPDATE pictures SET attempts = attempts + 1 WHERE arrival = ?", [(a,) for a in last.arrivals])
+        db.executemany(
+            "INSERT INTO crashes (expert, pictures, alone) VALUES (?, ?, ?)",
+            [(expert, json.dumps(sorted(crash.pictures)), crash.alone) for expert, crash in last.at_work],
+        )
+        db.execute("DELETE FROM crashes WHERE number <= (SELECT max(number) FROM crashes) - ?", (CRASHES_KEPT,))
+    log.warning(
+        "records crashed in_hand=%d experts_at_work=%d: each of these runs alone", len(last.arrivals), len(last.at_work)
+    )
 
 
 def _damage(path: Path) -> str | None:

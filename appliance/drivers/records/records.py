@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
+from math import inf
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 
+from appliance.core.types import Crash
 from appliance.drivers.records.inhand import InHand
-from appliance.drivers.records.ledger import Accept, Conclude, Limits, Published
+from appliance.drivers.records.ledger import Accept, Conclude, Forgive, Limits, Published
 from appliance.drivers.records.opening import lock, prepare, take_stock
 from appliance.drivers.records.readers import Readers
 from appliance.drivers.records.schema import PICTURE_COLUMNS
@@ -29,12 +32,17 @@ class Records:
         *,
         spool_bytes: int,
         verdict_days: float,
+        outbox_rows: float = inf,
+        verdict_bytes: float = inf,
         quotas: Mapping[Sort, Quota] = MappingProxyType({}),
         clock: Callable[[], float] = time.time,
     ) -> Records:
         """Open or create the store in `folder`. `clock` is wall time, for labels and the age of verdicts.
 
-        `quotas` bound the pictures that are kept with their verdicts; without one of its sort, a picture is not.
+        A spool of `spool_bytes` or an outbox of `outbox_rows` takes no more pictures; what was accepted is concluded
+        all the same. Verdicts take about `verdict_bytes` at most: the oldest leave before their time, but none that
+        waits in the outbox. `quotas` bound the pictures that are kept with their verdicts; without one of its sort, a
+        picture is not.
 
         A damaged store is moved aside (`moved_aside` says where) and a new one begun. Raises RecordsError: the folder
         cannot be written, another process uses it, or a newer release wrote it.
@@ -46,7 +54,8 @@ class Records:
             moved_aside = prepare(path)
             in_hand = take_stock(path, is_new=moved_aside is not None)
             undo.callback(in_hand.close)
-            records = cls(folder, lock_file, in_hand, moved_aside, Limits(spool_bytes, quotas), verdict_days, clock)
+            limits = Limits(spool_bytes, outbox_rows, verdict_bytes, quotas)
+            records = cls(folder, lock_file, in_hand, moved_aside, limits, verdict_days, clock)
             undo.pop_all()
         return records
 
@@ -72,9 +81,19 @@ class Records:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def accept(self, picture: Picture, payload: bytes, done: Callable[[Acceptance], None]) -> None:
-        """Commit a picture to the spool, unless it is known or there is no room; `done` hears which."""
-        self._writer.put(Accept(picture, payload, done))
+    def accept(
+        self,
+        picture: Picture,
+        payload: bytes,
+        done: Callable[[Acceptance], None],
+        *,
+        may_enter: Callable[[str], bool] = lambda line: True,
+    ) -> None:
+        """Commit a picture to the spool, unless it is known or there is no room; `done` hears which.
+
+        One that is new and has room may be turned away: `may_enter` is asked with its line, on the writer's thread.
+        """
+        self._writer.put(Accept(picture, payload, done, may_enter))
 
     def conclude(
         self,
@@ -101,19 +120,51 @@ class Records:
 
     def waiting(self, after: int = 0, limit: int = 1000) -> list[Spooled]:
         """Pictures without a verdict in order of acceptance, from behind the arrival `after`; payloads stay on disk."""
+        return self._spooled("arrival > ? ORDER BY arrival LIMIT ?", (after, limit))
+
+    def _spooled(self, which: str, values: tuple[str | float, ...]) -> list[Spooled]:
         columns = ", ".join(PICTURE_COLUMNS)
         rows = self._readers.query(
-            f"SELECT arrival, picture_bytes, attempts, {columns} FROM pictures"
-            " WHERE arrival > ? ORDER BY arrival LIMIT ?",
-            (after, limit),
+            f"SELECT arrival, picture_bytes, attempts, {columns} FROM pictures WHERE {which}", values
         )
         return [Spooled(arrival, Picture(*known), size, attempts) for arrival, size, attempts, *known in rows]
 
-    def take(self, batch: int, arrivals: Collection[int]) -> None:
-        """These pictures are about to be decoded and run, as this batch. If the process crashes before it has ended,
-        one attempt is counted for each. Raises RecordsError when that cannot be noted: then nobody may touch them.
+    def suspects(self) -> list[Spooled]:
+        """The pictures that were in hand at a crash, those first that were at the fewest."""
+        return self._spooled("attempts > 0 ORDER BY attempts, arrival", ())
+
+    def crashes(self) -> dict[str, tuple[Crash, ...]]:
+        """By the mark of an expert, those at which it was at work and after which it has not worked yet."""
+        found: dict[str, tuple[Crash, ...]] = {}
+        for mark, pictures, alone in self._readers.query(
+            "SELECT expert, pictures, alone FROM crashes ORDER BY number", ()
+        ):
+            found[mark] = (*found.get(mark, ()), Crash(frozenset(json.loads(pictures)), bool(alone)))
+        return found
+
+    def forgive(self, expert: str, *, only_loads: bool = False) -> None:
+        """The expert of this mark has worked, or shall be tried again."""
+        self._writer.put(Forgive(expert, only_loads))
+
+    def take(self, batch: int, expert: str, arrivals: Collection[int]) -> None:
+        """These pictures are about to be decoded and run, as this batch, by the expert of this mark. If the process
+        crashes before it has ended, one attempt is counted for each. Raises RecordsError when that cannot be noted:
+        then nobody may touch them. The mark has at most MARK_CHARACTERS of 0-9 a-f.
         """
-        self._in_hand.take(batch, arrivals)
+        self._in_hand.take(batch, expert, arrivals)
+
+    def work(self, batch: int, *, runs: bool) -> None:
+        """The batch's expert is at work now, or (not `runs`) pictures are decoded: a crash is no fault of the expert.
+        Raises RecordsError when that cannot be noted."""
+        self._in_hand.work(batch, runs=runs)
+
+    def take_load(self, device: str, expert: str) -> None:
+        """The expert of this mark is about to be loaded. Raises RecordsError when that cannot be noted."""
+        self._in_hand.take_load(device, expert)
+
+    def put_back_load(self, device: str, expert: str) -> None:
+        """The load has ended. Raises RecordsError when that cannot be noted."""
+        self._in_hand.put_back_load(device, expert)
 
     def put_back(self, batch: int) -> None:
         """The batch has ended. Raises RecordsError when that cannot be noted."""
@@ -128,17 +179,31 @@ class Records:
     def unpublished(self, after: int = 0, limit: int = 1000) -> list[Publication]:
         """The outbox in order, from behind the token `after`."""
         rows = self._readers.query(
-            "SELECT token, id, o.topic, correlation, body FROM outbox AS o JOIN verdicts USING (id)"
+            "SELECT token, id, o.topic, correlation, body, resent FROM outbox AS o JOIN verdicts USING (id)"
             " WHERE token > ? ORDER BY token LIMIT ?",
             (after, limit),
         )
         return [Publication(*row) for row in rows]
+
+    def last_token(self) -> int:
+        """Of the outbox as it is now."""
+        ((token,),) = self._readers.query("SELECT ifnull(max(token), 0) FROM outbox", ())
+        return int(token)
 
     def verdict(self, id: str) -> bytes | None:
         """The recorded verdict's body, None when there is none."""
         for (body,) in self._readers.query("SELECT body FROM verdicts WHERE id = ?", (id,)):
             return bytes(body)
         return None
+
+    def newest_capture(self, line: str, product: str, board: str, part: str) -> str | None:
+        """When the newest picture of this place that has its verdict was taken, None when no sender has said."""
+        ((newest,),) = self._readers.query(
+            "SELECT max(captured_at) FROM verdicts"
+            " WHERE line = ? AND product = ? AND board = ? AND part = ? AND captured_at IS NOT NULL",
+            (line, product, board, part),
+        )
+        return None if newest is None else str(newest)
 
     @property
     def counts(self) -> Counts:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from appliance.drivers.records.values import Counts, Picture, Sort
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 BALLAST = "ballast"
 """The file beside the store that the writer sacrifices on a full disk."""
 
@@ -34,6 +34,26 @@ CREATE TABLE kept (
     payload            BLOB NOT NULL
 );
 CREATE INDEX kept_by_age ON kept (sort, kept_at, bytes);
+"""
+
+ROW_BYTES = 1000
+"""What a verdict takes beside its body, its indexes included."""
+
+THIRD = f"""
+CREATE TABLE crashes (
+    number             INTEGER PRIMARY KEY AUTOINCREMENT,
+    expert             TEXT NOT NULL,
+    pictures           TEXT NOT NULL,
+    alone              INTEGER NOT NULL
+);
+CREATE INDEX verdicts_by_place ON verdicts (line, product, board, part, captured_at) WHERE captured_at IS NOT NULL;
+ALTER TABLE outbox ADD COLUMN resent INTEGER NOT NULL DEFAULT 0;
+CREATE TABLE totals (
+    name               TEXT PRIMARY KEY,
+    bytes              INTEGER NOT NULL
+);
+INSERT INTO totals SELECT 'verdicts', ifnull(sum(length(body)), 0) + {ROW_BYTES} * count(*) FROM verdicts;
+CREATE INDEX suspects ON pictures (attempts, arrival) WHERE attempts > 0;
 """
 
 SCHEMA = f"""
@@ -76,8 +96,8 @@ CREATE TABLE outbox (
     correlation        BLOB
 );
 CREATE INDEX outbox_by_id ON outbox (id);
-{KEPT}"""
-UPGRADES = {1: KEPT}
+{KEPT}{THIRD}"""
+UPGRADES = {1: KEPT, 2: THIRD}
 """What makes the next version of each."""
 
 PICTURE_COLUMNS = tuple(f.name for f in fields(Picture))
@@ -113,6 +133,15 @@ def count(db: sqlite3.Connection) -> Counts:
     (verdicts,) = db.execute("SELECT count(*) FROM verdicts").fetchone()
     (unpublished,) = db.execute("SELECT count(*) FROM outbox").fetchone()
     return Counts(spooled, int(spooled_bytes), verdicts, unpublished)
+
+
+def verdict_bytes(db: sqlite3.Connection) -> int:
+    """Of all verdicts: kept as a sum, for adding it up would read the whole table."""
+    return int(db.execute("SELECT bytes FROM totals WHERE name = 'verdicts'").fetchone()[0])
+
+
+def add_verdict_bytes(db: sqlite3.Connection, more: int) -> None:
+    db.execute("UPDATE totals SET bytes = bytes + ? WHERE name = 'verdicts'", (more,))
 
 
 def kept_bytes(db: sqlite3.Connection) -> dict[Sort, int]:

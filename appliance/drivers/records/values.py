@@ -41,13 +41,17 @@ class Spooled:
 
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """A recorded verdict on its way to one topic; done when `published(token)` was called."""
+    """A recorded verdict on its way to one topic; done when `published(token)` was called.
+
+    `resent`: its picture came again.
+    """
 
     token: int
     id: str
     topic: str
     correlation: bytes | None
     body: bytes
+    resent: bool = False
 
 
 class Sort(StrEnum):
@@ -114,7 +118,12 @@ class Full:
     why: str
 
 
-Acceptance = New | Waiting | Answered | Conflict | Full
+@dataclass(frozen=True, slots=True)
+class TurnedAway:
+    """Not committed: its line sends too many. Refuse it and acknowledge it."""
+
+
+Acceptance = New | Waiting | Answered | Conflict | Full | TurnedAway
 
 
 # How `conclude` is answered.

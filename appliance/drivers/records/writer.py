@@ -17,8 +17,17 @@ from pathlib import Path
 from typing import TypeVar
 
 from appliance.drivers.records.ledger import Accept, Conclude, Ledger, Limits, Published, Request, Result
-from appliance.drivers.records.schema import BALLAST, connect, count, kept_bytes, transaction
-from appliance.drivers.records.values import Answered, Conflict, Full, New, Recorded, Sort, Unowed, Waiting
+from appliance.drivers.records.schema import (
+    BALLAST,
+    ROW_BYTES,
+    add_verdict_bytes,
+    connect,
+    count,
+    kept_bytes,
+    transaction,
+    verdict_bytes,
+)
+from appliance.drivers.records.values import Answered, Conflict, Full, New, Recorded, Sort, TurnedAway, Unowed, Waiting
 from appliance.errors import RecordsError
 
 T = TypeVar("T")
@@ -44,6 +53,7 @@ RETRY_SECONDS = 0.5
 CLEAN_SECONDS = 600.0
 CLEAN_ROWS = 1000
 CLEAN_PICTURES = 32
+SLACK = 0.01
 
 PASSING = (
     "SQLITE_FULL",
@@ -65,12 +75,18 @@ class _Close:
 class Writer:
     """The one thread that writes."""
 
-    def __init__(self, path: Path, limits: Limits, verdict_seconds: float, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        limits: Limits,
+        verdict_seconds: float,
+        clock: Callable[[], float],
+    ) -> None:
         self._limits, self._verdict_seconds, self._clock = limits, verdict_seconds, clock
         self._queue: queue.SimpleQueue[Request | _Close] = queue.SimpleQueue()
         self._queued_lock = threading.Lock()
         self._queued_bytes = self._group_bytes = 0
-        self._clean_at_seconds = 0.0
+        self._clean_at_seconds = self._crowded_at_seconds = 0.0
         self._is_closing = False
         self.turned_seconds = time.monotonic()
         self.trouble: str | None = None
@@ -79,6 +95,7 @@ class Writer:
         self._db = connect(path)
         self.counts = count(self._db)
         self._kept = kept_bytes(self._db)
+        self._verdict_bytes = verdict_bytes(self._db)
         self._recover()
         self._thread = threading.Thread(target=self._live, name="records", daemon=True)
 
@@ -168,7 +185,10 @@ class Writer:
         with transaction(self._db):
             ledger = Ledger(self._db, self.counts, self._kept, self._limits_now(), self._clock())
             results = [ledger.enter(request) for request in group]
+            if ledger.verdict_bytes:
+                add_verdict_bytes(self._db, ledger.verdict_bytes)
         self.counts, self._kept = ledger.counts, ledger.kept
+        self._verdict_bytes += ledger.verdict_bytes
         return results
 
     def _limits_now(self) -> Limits:
@@ -220,24 +240,45 @@ class Writer:
         return max(0.0, self._clean_at_seconds - time.monotonic())
 
     def _clean(self) -> None:
-        """Forget verdicts and pictures that are older than asked for, a few at a time so that nobody waits long."""
-        if self._idle_seconds() or self.trouble or self.broken:
+        """Forget verdicts and pictures that are older than asked for, or verdicts that take more than they may, a few
+        at a time so that nobody waits long."""
+        is_crowded = self._verdict_bytes > self._limits.verdict_bytes and time.monotonic() >= self._crowded_at_seconds
+        if (self._idle_seconds() and not is_crowded) or self.trouble or self.broken:
             return
         self._clean_at_seconds = time.monotonic() + CLEAN_SECONDS
         try:
             with transaction(self._db):
                 left = sum(self._forget_pictures(sort, quota.days) for sort, quota in self._limits.quotas.items())
-                forgotten = self._db.execute(
-                    "DELETE FROM verdicts WHERE id IN (SELECT id FROM verdicts WHERE recorded_at < ?"
-                    " AND id NOT IN (SELECT id FROM outbox) LIMIT ?)",
-                    (self._clock() - self._verdict_seconds, CLEAN_ROWS),
-                ).rowcount
+                leaving = self._leaving()
+                self._db.executemany("DELETE FROM verdicts WHERE id = ?", [(id,) for id, _ in leaving])
+                freed_bytes = sum(size for _, size in leaving)
+                add_verdict_bytes(self._db, -freed_bytes)
             self._kept = kept_bytes(self._db)  # pictures leave with their verdicts
         except sqlite3.Error as error:
             return self._note(error)
-        self.counts = replace(self.counts, verdicts=self.counts.verdicts - forgotten)
-        if forgotten == CLEAN_ROWS or left:
+        self._verdict_bytes -= freed_bytes
+        self.counts = replace(self.counts, verdicts=self.counts.verdicts - len(leaving))
+        if is_crowded and not leaving:  # all of them wait for the broker
+            self._crowded_at_seconds = time.monotonic() + RETRY_SECONDS
+        if len(leaving) == CLEAN_ROWS or left:
             self._clean_at_seconds = 0.0
+
+    def _leaving(self) -> list[tuple[str, int]]:
+        """Of the oldest verdicts that the broker has, those that are too old, or above what all may take; and their
+        bytes. Where there are too many, some more leave at once: each time costs a commit."""
+        too_old, most_bytes = self._clock() - self._verdict_seconds, self._limits.verdict_bytes
+        excess = self._verdict_bytes - (1 - SLACK) * most_bytes if self._verdict_bytes > most_bytes else 0.0
+        leaving = list[tuple[str, int]]()
+        for id, recorded_at, size in self._db.execute(
+            f"SELECT id, recorded_at, length(body) + {ROW_BYTES} FROM verdicts"
+            " WHERE NOT EXISTS (SELECT 1 FROM outbox WHERE outbox.id = verdicts.id) ORDER BY recorded_at LIMIT ?",
+            (CLEAN_ROWS,),
+        ):
+            if recorded_at >= too_old and excess <= 0:
+                break
+            leaving.append((id, size))
+            excess -= size
+        return leaving
 
     def _forget_pictures(self, sort: Sort, days: float) -> int:
         return self._db.execute(
@@ -249,7 +290,7 @@ class Writer:
 
 def _answer(request: Request, result: Result) -> None:
     match request, result:
-        case Accept(done=done), New() | Waiting() | Answered() | Conflict() | Full():
+        case Accept(done=done), New() | Waiting() | Answered() | Conflict() | Full() | TurnedAway():
             _call(done, result)
         case Conclude(done=done), Recorded() | Unowed():
             _call(done, result)
