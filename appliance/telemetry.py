@@ -164,6 +164,7 @@ class Telemetry:
             "spooled": stored.spooled,
             "unpublished": stored.unpublished,
             "suspects": sum(map(suspects.is_suspect, waiting)),
+            "turned_away": self._intake.counts[contract.RATE],
             "quarantine": self._dead_letters.numbers(),
             "resident": len(ledger.resident),
             "weights_bytes": self._engines.memory(CPU).mapped_bytes,

@@ -194,7 +194,9 @@ def _channel(topic: str, message: str, **parameters: Mapping[str, object]) -> di
 
 
 def _messages() -> dict[str, object]:
-    bodies = {name: {"payload": {"$ref": f"schemas/{name}.json"}} for name in BODIES}
+    bodies: dict[str, dict[str, object]] = {name: {"payload": {"$ref": f"schemas/{name}.json"}} for name in BODIES}
+    resent = {"type": "string", "const": "true", "description": "It may have been published before (MQTT 5)."}
+    bodies["verdict"]["headers"] = {"type": "object", "properties": {"resent": resent}}
     return {
         "picture": {
             "contentType": "application/octet-stream",

@@ -508,12 +508,17 @@ def test_a_stale_picture_is_told_so_and_an_old_one_behind_a_newer_one_is_marked(
 
 def test_a_line_that_sends_too_fast_is_told_so_and_others_are_answered(tmp_path: Path, catalog: Path) -> None:
     settings = "[limits]\npictures_per_second = 1000\n[lines.line1]\npictures_per_second = 0.001\nburst = 2\n"
-    with Box(tmp_path / "box", catalog, settings=settings) as box, Camera(box.port, RESULT, ERROR) as camera:
+    with (
+        Box(tmp_path / "box", catalog, settings=settings) as box,
+        Camera(box.port, RESULT, ERROR) as camera,
+        Camera(box.port, STATS, name="operator") as operator,
+    ):
         for number in range(3):
             camera.publish_confirmed(INFER + "c-e1", picture(number))
         for number in range(3, 6):
             camera.publish_confirmed(INFER.replace("line1", "line2") + "c-e1", picture(number))
         heard = [camera.hear() for _ in range(6)]
+        until(lambda: json.loads(operator.hear().payload)["turned_away"] == 1)
     (refused,) = [json.loads(message.payload) for message in heard if "/error/" in message.topic]
     assert (refused["reason"], refused["has_verdict"], "/line1/" in refused["topic"]) == ("rate", False, True)
     assert Counter(m.topic.split("/")[4] for m in heard if "/result/" in m.topic) == {"line1": 2, "line2": 3}

@@ -364,7 +364,7 @@ class Intake:
 
     def _slow_down(self, owed: _Owed, line: str) -> None:
         """Not held back: acknowledgements go in order, so that would stop other lines too. Nor logged one by one."""
-        self.counts["rate"] += 1
+        self.counts[contract.RATE] += 1
         what = f"{line} sends more pictures than it may (pictures_per_second, burst)"
         self._answer(owed.message, MessageError(contract.RATE, what, "send it again later"))
         self._settle(owed)
