@@ -246,7 +246,7 @@ def test_a_store_of_the_former_release_is_taken_over(tmp_path: Path, clock: Cloc
     with opened(tmp_path, clock) as records:
         decided(records, clock, 2)
     with closing(sqlite3.connect(tmp_path / "records.db")) as db:
-        db.executescript("DROP TABLE kept; PRAGMA user_version = 1;")
+        db.executescript("DROP TABLE kept; DROP TABLE board_parts; DROP TABLE boards; PRAGMA user_version = 1;")
     with pytest.raises(RecordsError, match="another release"):
         Archive(tmp_path)
     with opened(tmp_path, clock) as records:

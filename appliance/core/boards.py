@@ -52,7 +52,7 @@ def _why(
     if outcome in (BoardOutcome.PASS, BoardOutcome.FAIL):
         return None
     for part, verdict in parts.items():
-        if verdict.outcome == outcome and verdict.refusal is not None:
+        if BoardOutcome(verdict.outcome) is outcome and verdict.refusal is not None:
             return Refusal(verdict.refusal.reason, f"{part}: {verdict.refusal.detail}")
     return None
 

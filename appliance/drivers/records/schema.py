@@ -10,7 +10,7 @@ from pathlib import Path
 
 from appliance.drivers.records.values import Counts, Picture, Sort
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 BALLAST = "ballast"
 """The file beside the store that the writer sacrifices on a full disk."""
 
@@ -34,6 +34,27 @@ CREATE TABLE kept (
     payload            BLOB NOT NULL
 );
 CREATE INDEX kept_by_age ON kept (sort, kept_at, bytes);
+"""
+
+BOARDS = """
+CREATE TABLE boards (
+    id                 TEXT PRIMARY KEY,
+    line               TEXT NOT NULL,
+    product            TEXT NOT NULL,
+    board              TEXT NOT NULL,
+    opened_at          REAL NOT NULL,
+    recipe             BLOB NOT NULL
+);
+CREATE TABLE board_parts (
+    board              TEXT NOT NULL REFERENCES boards (id) ON DELETE CASCADE,
+    part               TEXT NOT NULL,
+    arrival            INTEGER NOT NULL,
+    request            TEXT NOT NULL,
+    outcome            TEXT NOT NULL,
+    reason             TEXT,
+    detail             TEXT,
+    PRIMARY KEY (board, part)
+) WITHOUT ROWID;
 """
 
 SCHEMA = f"""
@@ -76,8 +97,8 @@ CREATE TABLE outbox (
     correlation        BLOB
 );
 CREATE INDEX outbox_by_id ON outbox (id);
-{KEPT}"""
-UPGRADES = {1: KEPT}
+{KEPT}{BOARDS}"""
+UPGRADES = {1: KEPT, 2: BOARDS}
 """What makes the next version of each."""
 
 PICTURE_COLUMNS = tuple(f.name for f in fields(Picture))

@@ -77,6 +77,39 @@ class Counts:
     unpublished: int
 
 
+@dataclass(frozen=True, slots=True)
+class OpenBoard:
+    """A board that is collected from pictures of its parts. What its `recipe` says is for others to read."""
+
+    id: str
+    line: str
+    product: str
+    board: str
+    opened_at: float
+    recipe: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class BoardPart:
+    """The latest picture of a part that has its verdict."""
+
+    part: str
+    arrival: int
+    request: str
+    outcome: str
+    reason: str | None
+    detail: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class PartOf:
+    """The board that a picture's verdict counts for, and why it neither passed nor failed."""
+
+    board: str
+    reason: str | None
+    detail: str | None
+
+
 # How `accept` is answered.
 
 
