@@ -183,6 +183,16 @@ class Limits(Settings):
         "`queue-full` at once: `reject` to the picture that comes, `oldest` to the one that has waited longest and "
         "that nobody has begun to look at.",
     )
+    board_seconds: Annotated[float, Field(gt=0, le=86_400)] = Field(
+        60.0,
+        description="How long a board waits for pictures of its parts after the first. Then it has its verdict, as "
+        "soon as all that have come have theirs.",
+    )
+    boards: Annotated[int, Field(ge=1)] = Field(
+        1000,
+        description="Boards that may wait for nothing but pictures; of more, the one of which nothing has come for "
+        "longest has its verdict at once.",
+    )
     spool: ByteSize = Field(
         ByteSize(2_000_000_000), description="Accepted pictures on disk; a full spool stops acknowledging."
     )

@@ -10,13 +10,16 @@ import logging
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from appliance import __version__, contract
 from appliance import config as settings
+from appliance.boards import Boards, Whole, body_of, verdict_of
+from appliance.catalog import Product
 from appliance.config import Config
 from appliance.contract import Address, Message, Serving
 from appliance.core import suspects
@@ -50,6 +53,7 @@ from appliance.drivers.intake import Intake, component_of
 from appliance.drivers.journal import Journal, Opening
 from appliance.drivers.mqtt import Door, DoorState
 from appliance.drivers.outbox import Note, Outbox
+from appliance.drivers.recipes import Recipes
 from appliance.drivers.records import Conclusion, Quota, Recorded, Records, Sort, Spooled
 from appliance.engine.engine import Engine, Engines
 from appliance.engine.weights import Weights
@@ -156,8 +160,11 @@ class Service:
         self._serving = dict(_serving(installation))
         self._open: dict[str, _Open] = {}
         self._accepted_seconds: dict[int, float] = {}
-        self._fed_through = 0
+        self._read: deque[Spooled] = deque()  # from the spool, and not begun yet
+        self._read_through = 0
         self._more_spooled = True
+        self._begun_seconds = 0.0
+        """When the picture that was begun last had arrived."""
         self._has_drained = False
         self._drain_wanted = threading.Event()
         self._underway = Underway()
@@ -165,11 +172,13 @@ class Service:
         self._dead_letters = DeadLetters(records.folder / "quarantine", int(self._config.limits.quarantine))
         self._next_stats = 0.0
         self._store_checks = list(_store_checks(installation))
+        self._recipes = Recipes(installation.catalog)
         self._album = self._make_album()
         bundles, report = installation.catalog.bundles, self._inbox.tell
         cap = installation.profile.batch_cap
         self._engines = Engines(engines, installation.executors, bundles, self._album.look, report, batch_cap=cap)
         self._join_broker()
+        self._boards = Boards(self._config, self._recipes, records, self._serving, self._outbox.post)
         self.telemetry = self._make_telemetry()
         self._journal = self._open_journal()
 
@@ -184,8 +193,8 @@ class Service:
         return engines, installation
 
     def _make_album(self) -> Album:
-        limits, products = self._config.limits, self._installation.catalog.products
-        return Album(self._records.payload, self._subject, products, int(limits.picture_bytes), limits.picture_pixels)
+        limits = self._config.limits
+        return Album(self._records.payload, self._subject, int(limits.picture_bytes), limits.picture_pixels)
 
     def _join_broker(self) -> None:
         """What stands between the records and the broker: the door, and who goes in and out by it."""
@@ -194,14 +203,18 @@ class Service:
         self._alarms = Alarms(config, self._outbox.note)
         self._intake = Intake(
             config,
-            self._installation.catalog,
+            self._recipes.of,
             records,
             self._outbox,
             acknowledge=lambda message: self._door.acknowledge(message),
             spooled=self._spooled,
         )
         self._commands = CommandIntake(
-            config, tell=self._inbox.tell, drain=self._drain_wanted.set, note=self._outbox.note
+            config,
+            tell=self._inbox.tell,
+            drain=self._drain_wanted.set,
+            reload=self._recipes.reload,
+            note=self._outbox.note,
         )
         self._door = Door(
             config,
@@ -224,7 +237,8 @@ class Service:
             alarms=self._alarms,
             dead_letters=self._dead_letters,
             underway=self._underway,
-            waiting=lambda: [asked.spooled.attempts for asked in self._open.values()],
+            boards=self._boards,
+            waiting=lambda: {asked.spooled.arrival: asked.spooled.attempts for asked in self._open.values()}.values(),
             say=self._say,
         )
 
@@ -242,6 +256,7 @@ class Service:
 
         Raises ApplianceError when going on would lose something.
         """
+        self._boards.resume()
         self._intake.start()
         self._door.start()
         gc.collect()
@@ -282,6 +297,7 @@ class Service:
             self._decide(event)
         self._feed()
         now = time.monotonic()
+        self._boards.look(now if self._has_fed_all else self._begun_seconds)
         if now >= self._next_stats:
             self._next_stats = now + STATS_SECONDS
             self.telemetry.look()
@@ -336,7 +352,7 @@ class Service:
     def _begin_runs(self, batches: Iterable[Batch]) -> None:
         """Noted first, and then begun: what ends this process is found in hand by the next."""
         for batch in batches:
-            self._records.take(batch.id, [asked.spooled.arrival for asked in self._asked(batch)])
+            self._records.take(batch.id, {asked.spooled.arrival for asked in self._asked(batch)})
             self._underway.begun(Run(batch), time.monotonic())
             self._engines.obey(Run(batch))
 
@@ -345,33 +361,64 @@ class Service:
         return [self._open[request] for request in batch.requests if request in self._open]
 
     def _feed(self) -> None:
-        """Pictures from the spool to the controller in order of acceptance, as many as it has room for."""
-        while self._more_spooled and (room := self._controller.room(FED_AT_ONCE)) > 0:
-            spooled = self._records.waiting(self._fed_through, room)
-            self._more_spooled = bool(spooled)
-            for one in spooled:
-                self._fed_through = one.arrival
-                self._begin(one)
+        """Pictures from the spool to the controller in order of acceptance, as many as there is room for."""
+        while (room := self._controller.room(FED_AT_ONCE)) > 0 and self._has_read(room):
+            if not self._boards.has_room(self._read[0].picture):
+                return
+            self._begin(self._read.popleft())
+
+    def _has_read(self, room: int) -> bool:
+        if not self._read and self._more_spooled:
+            self._read.extend(self._records.waiting(self._read_through, room))
+            self._more_spooled = bool(self._read)
+            self._read_through = self._read[-1].arrival if self._read else self._read_through
+        return bool(self._read)
+
+    @property
+    def _has_fed_all(self) -> bool:
+        return not self._read and not self._more_spooled
 
     def _begin(self, spooled: Spooled) -> None:
         """Hand a picture to the controller. One that the catalogue no longer knows, or that is poison, ends here."""
         picture = spooled.picture
         address = Address(picture.line, picture.product, picture.board, picture.part)
-        arrived = self._arrived_seconds(spooled)
+        self._begun_seconds = arrived = self._arrived_seconds(spooled)
+        self._boards.join(spooled, address, arrived)
+        catalog = self._recipes.of(address)
+        product = catalog.products.get(address.product)
         try:
-            component = component_of(address, self._installation.catalog)
+            component = component_of(address, catalog)
         except MessageError as error:  # it was accepted under another catalogue
-            self._open[picture.id] = _Open(spooled, address, picture.part)
+            self._open[picture.id] = _Open(spooled, address, picture.part, product)
             refusal = Refusal(error.reason, str(error))
             self._conclude(Verdict(picture.id, Outcome.REJECTED, (), time.monotonic() - arrived, refusal))
             return
-        self._open[picture.id] = _Open(spooled, address, component)
+        self._open[picture.id] = asked = _Open(spooled, address, component, product)
         if (why := suspects.poisoned(spooled.attempts)) is not None:
             self._bury(spooled, Verdict(picture.id, Outcome.ERROR, (), time.monotonic() - arrived, why))
-            return
-        deadline = None if picture.deadline_seconds is None else arrived + picture.deadline_seconds
+        elif address.is_whole:
+            self._cut(asked, arrived)
+        else:
+            self._ask(picture.id, asked, arrived)
+
+    def _cut(self, asked: _Open, arrived: float) -> None:
+        """A whole board's picture is a request for each placement of the recipe; together they have its one verdict."""
+        picture, product = asked.spooled.picture, asked.product
+        assert product is not None
+        del self._open[picture.id]
+        self._album.keep_whole(picture.id)
+        for name, address in self._boards.begin_whole(Whole(picture.id, asked.address, product, arrived)):
+            part = _Open(asked.spooled, address, product.placements[address.part].component, product, is_cut=True)
+            self._open[name] = part
+            self._ask(name, part, arrived)
+
+    def _ask(self, name: str, asked: _Open, arrived: float) -> None:
+        spooled, address = asked.spooled, asked.address
+        seconds = spooled.picture.deadline_seconds
+        deadline = None if seconds is None else arrived + seconds
         alone = suspects.is_suspect(spooled.attempts)
-        self._decide(Arrived(Request(picture.id, component, arrived, deadline, picture.line, picture.product, alone)))
+        request = Request(name, asked.component, arrived, deadline, address.line, address.product, alone)
+        self._decide(Arrived(request))
 
     def _bury(self, spooled: Spooled, verdict: Verdict) -> None:
         """A dead letter: nobody opens the picture any more, and its bytes are kept for whoever wants to know why."""
@@ -404,26 +451,45 @@ class Service:
 
     def _conclude(self, verdict: Verdict) -> None:
         asked = self._open.pop(verdict.request)
-        picture, topic = asked.spooled.picture, asked.address.result_topic(self._config)
+        if not asked.is_cut:
+            self._record(asked, verdict, None, self._sort(verdict))
+            return
+        whole = self._boards.cut_inspected(asked.spooled.picture.id, asked.address.part, verdict)
+        if whole is not None:
+            sorts = {self._sort(part) for part in whole.parts.values()}
+            keep = next((sort for sort in Sort if sort in sorts), None)
+            self._record(replace(asked, address=whole.address), verdict_of(whole, verdict), whole, keep)
+
+    def _record(self, asked: _Open, verdict: Verdict, whole: Whole | None, keep: Sort | None) -> None:
+        """The picture's one verdict, and after it that of the board for which it was the last."""
+        address = asked.address
         self.telemetry.concluded(verdict)
-        body = contract.verdict_body(
+        self._records.conclude(
+            verdict.request,
+            verdict.outcome.value,
+            self._body(asked, verdict, whole),
+            address.result_topic(self._config),
+            lambda answer: self._recorded(verdict, asked, answer),
+            keep=keep,
+            also=(contract.board_topic(self._config, address.board_name),) if address.is_whole else (),
+            part_of=self._boards.part_of(verdict),
+        )
+        self._album.forget(verdict.request)
+        self._boards.inspected(verdict)
+
+    def _body(self, asked: _Open, verdict: Verdict, whole: Whole | None) -> bytes:
+        picture, box = asked.spooled.picture, self._config.box.name
+        if asked.address.is_whole:
+            return body_of(verdict, picture, whole, serving=self._serving, box=box)
+        return contract.verdict_body(
             verdict,
             address=asked.address,
             component=asked.component,
             picture_sha256=picture.picture_sha256,
             serving=self._serving,
-            box=self._config.box.name,
+            box=box,
             finished_at=datetime.now(UTC),
         )
-        self._records.conclude(
-            verdict.request,
-            verdict.outcome.value,
-            body,
-            topic,
-            lambda answer: self._recorded(verdict, asked, answer),
-            keep=self._sort(verdict),
-        )
-        self._album.forget(verdict.request)
 
     def _sort(self, verdict: Verdict) -> Sort | None:
         """As what the picture is kept with its verdict. A dead letter is not: nobody shall open it by accident."""
@@ -461,7 +527,7 @@ class Service:
         asked = self._open.get(request)
         if asked is None:
             raise MessageError("deadline", f"{request} has its verdict already", "nothing to do")
-        return Subject(asked.address.product, asked.address.part)
+        return Subject(asked.product, asked.address.part, asked.spooled.picture.id if asked.is_cut else None)
 
     # Telling the world.
 
@@ -539,8 +605,10 @@ class Service:
 
 @dataclass(frozen=True, slots=True)
 class _Open:
-    """A picture between acceptance and verdict."""
+    """A picture between acceptance and verdict, or a part that is cut from it."""
 
     spooled: Spooled
     address: Address
     component: str
+    product: Product | None
+    is_cut: bool = False

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from appliance import __version__, contract
+from appliance.boards import Boards
 from appliance.core import suspects
 from appliance.core.controller import Controller
 from appliance.core.drift import Balance
@@ -52,13 +53,14 @@ class Telemetry:
         alarms: Alarms,
         dead_letters: DeadLetters,
         underway: Underway,
+        boards: Boards,
         waiting: Callable[[], Collection[int]],
         say: systemd.Supervisor,
     ) -> None:
         self._config, self._installation, self._controller = installation.config, installation, controller
         self._records, self._engines, self._album, self._intake = records, engines, album, intake
         self._door, self._alarms, self._dead_letters, self._underway = door, alarms, dead_letters, underway
-        self._waiting, self._say = waiting, say
+        self._boards, self._waiting, self._say = boards, waiting, say
         self._moves: deque[dict[str, object]] = deque(maxlen=RECENT_MOVES)
         self._outcomes: Counter[str] = Counter()
         self._reasons: Counter[str] = Counter()
@@ -157,6 +159,7 @@ class Telemetry:
             "asked": dict(self._controller.asked),
             "runs": counts["runs"],
             "waiting": len(waiting),
+            "boards": self._boards.numbers(),
             "spooled": stored.spooled,
             "unpublished": stored.unpublished,
             "suspects": sum(map(suspects.is_suspect, waiting)),

@@ -125,7 +125,7 @@ class Boards:
         found = self._members.get(request)
         return None if found is None else self._open[found[0]].standing.id
 
-    def came(self, name: BoardName, picture: Came, expected: Sequence[str]) -> Standing | None:
+    def came(self, name: BoardName, picture: Came, expected: Iterable[str]) -> Standing | None:
         """A picture of one of the `expected` parts, which are those of the recipe. The board, if this opened it."""
         opened = None
         if name not in self._open:

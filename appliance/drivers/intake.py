@@ -20,7 +20,7 @@ from enum import Enum
 from appliance import contract
 from appliance.catalog import Catalog
 from appliance.config import INBOX_BYTES, Config
-from appliance.contract import Address, Message, Reply
+from appliance.contract import WHOLE_BOARD, Address, Message, Reply
 from appliance.drivers import images
 from appliance.drivers.outbox import Outbox
 from appliance.drivers.records import Acceptance, Answered, Conflict, Full, New, Picture, Records, Waiting
@@ -39,7 +39,7 @@ BUSY = MessageError("busy", "the spool is full", "send it again later, or at QoS
 
 
 def component_of(address: Address, catalog: Catalog) -> str:
-    """The component that a picture shows. Raises MessageError: unknown product, part or component."""
+    """The component that a picture shows, or WHOLE_BOARD. Raises MessageError: unknown product, part or component."""
     if address.product == "-":
         component = address.part
     else:
@@ -48,6 +48,8 @@ def component_of(address: Address, catalog: Catalog) -> str:
             raise MessageError(
                 "unknown-product", f"there is no recipe for product {address.product}", "add one, or use -"
             )
+        if address.is_whole:
+            return WHOLE_BOARD
         placement = product.placements.get(address.part)
         if placement is None:
             raise MessageError(
@@ -69,14 +71,14 @@ def component_of(address: Address, catalog: Catalog) -> str:
     return component
 
 
-def admit(message: Message, config: Config, catalog: Catalog, accepted_at: float) -> Picture:
+def admit(message: Message, config: Config, catalog_of: Callable[[Address], Catalog], accepted_at: float) -> Picture:
     """Check everything that can be checked without decoding. Raises MessageError with reason and remedy."""
     if message.retain:
         raise MessageError(
             "retained", "a retained picture would be inspected again at every start", "publish without -r"
         )
     address = Address.parse(message.topic, config)
-    component_of(address, catalog)
+    component_of(address, catalog_of(address))
     identity = contract.request_id(message.topic, message.payload, message.user)
     images.check(message.payload, max_bytes=int(config.limits.picture_bytes), max_pixels=config.limits.picture_pixels)
     captured, reply = contract.captured_at(message.user), Reply.wanted(message, config)
@@ -126,20 +128,20 @@ class Intake:
 
     `acknowledge` is called in the order of arrival, whatever the order of the outcomes: a small picture may find room
     where a larger one before it did not. `spooled` is called after the commit. Both come from this thread or the
-    writer's, and must only enqueue.
+    writer's, and must only enqueue. `catalog_of` has the recipes that count at an address.
     """
 
     def __init__(
         self,
         config: Config,
-        catalog: Catalog,
+        catalog_of: Callable[[Address], Catalog],
         records: Records,
         outbox: Outbox,
         *,
         acknowledge: Callable[[Message], None],
         spooled: Callable[[int], None],
     ) -> None:
-        self._config, self._catalog, self._records, self._outbox = config, catalog, records, outbox
+        self._config, self._catalog_of, self._records, self._outbox = config, catalog_of, records, outbox
         self._acknowledge, self._spooled = acknowledge, spooled
         self._changed = threading.Condition()  # guards all that follows; never held while records or outbox are called
         self._inbox: deque[Message] = deque()
@@ -281,7 +283,7 @@ class Intake:
         owed = self._owing(message)
         with self._border(owed):
             try:
-                picture = owed.picture = admit(message, self._config, self._catalog, time.time())
+                picture = owed.picture = admit(message, self._config, self._catalog_of, time.time())
             except MessageError as error:
                 self._refuse(owed, error)
                 return

@@ -35,7 +35,7 @@ class ConcludeBoard:
     done: Callable[[Conclusion], None]
 
 
-def begin(db: sqlite3.Connection, board: OpenBoard) -> None:
+def begin_board(db: sqlite3.Connection, board: OpenBoard) -> None:
     """It may be known: its first picture was in the spool when a former process ended."""
     db.execute(
         "INSERT OR IGNORE INTO boards (id, line, product, board, opened_at, recipe) VALUES (?, ?, ?, ?, ?, ?)",
@@ -56,7 +56,7 @@ def note_part(db: sqlite3.Connection, request: str, outcome: str, of: PartOf) ->
     )
 
 
-def conclude(db: sqlite3.Connection, request: ConcludeBoard, now: float) -> bool:
+def conclude_board(db: sqlite3.Connection, request: ConcludeBoard, now: float) -> bool:
     """Whether that is its first verdict."""
     board = request.board
     is_first = db.execute(

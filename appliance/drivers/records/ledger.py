@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, assert_never
 
-from appliance.drivers.records import boards
-from appliance.drivers.records.boards import ConcludeBoard, Open
+from appliance.drivers.records.boards import ConcludeBoard, Open, begin_board, conclude_board, note_part
 from appliance.drivers.records.schema import PICTURE_COLUMNS
 from appliance.drivers.records.values import (
     Acceptance,
@@ -94,7 +93,7 @@ class Ledger:
                 self._mark(token)
                 return None
             case Open(board):
-                boards.begin(self._db, board)
+                begin_board(self._db, board)
                 return None
             case ConcludeBoard():
                 return self._conclude_board(request)
@@ -149,14 +148,14 @@ class Ledger:
         if request.keep is not None and request.keep in self._limits.quotas:
             self._keep(request.id, request.keep, row[0])
         if request.part_of is not None:
-            boards.note_part(self._db, request.id, request.outcome, request.part_of)
+            note_part(self._db, request.id, request.outcome, request.part_of)
         self._db.execute("DELETE FROM pictures WHERE id = ?", (request.id,))
         self._add(spooled=-1, spooled_bytes=-row[0], verdicts=1)
         also = [(topic, None) for topic in request.also]
         return Recorded(self._post(request.id, request.topic, row[1], row[2], request.body, also))
 
     def _conclude_board(self, request: ConcludeBoard) -> Conclusion:
-        if not boards.conclude(self._db, request, self._now):
+        if not conclude_board(self._db, request, self._now):
             return Unowed()
         self._add(verdicts=1)
         return Recorded(self._post(request.board.id, request.topic, None, None, request.body))

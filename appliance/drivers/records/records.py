@@ -9,8 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 
-from appliance.drivers.records import boards
-from appliance.drivers.records.boards import ConcludeBoard, Open
+from appliance.drivers.records.boards import ConcludeBoard, Open, concluded_boards, open_boards
 from appliance.drivers.records.inhand import InHand
 from appliance.drivers.records.ledger import Accept, Conclude, Limits, Published
 from appliance.drivers.records.opening import lock, prepare, take_stock
@@ -125,11 +124,11 @@ class Records:
 
     def open_boards(self) -> list[tuple[OpenBoard, list[BoardPart]]]:
         """In the order of opening, with the parts that have a verdict."""
-        return boards.open_boards(self._readers)
+        return open_boards(self._readers)
 
     def concluded_boards(self, since: float) -> list[tuple[tuple[str, str, str], float]]:
         """Line, product and serial of collected boards concluded since that wall second, and when, in that order."""
-        return boards.concluded_boards(self._readers, since)
+        return concluded_boards(self._readers, since)
 
     def published(self, token: int) -> None:
         """The broker has confirmed this publication."""
