@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
+from typer.testing import CliRunner
 
 from appliance import client
+from appliance.cli import app
 from appliance.lab.simulate import simulated
 from tests.kit_boards import (
     BOARDS,
@@ -23,6 +26,7 @@ from tests.kit_boards import (
 )
 from tests.kit_box import COMMAND, RESULT, STATS, Box, compiled
 from tests.kit_brokers import AnyBroker, Camera, Nats, broker, nats, until
+from tests.kit_models import SIDE
 from tests.test_service import DEADLY, DEADLY_DECODER
 
 __all__ = ["broker", "nats"]  # fixtures
@@ -96,6 +100,25 @@ def test_a_whole_boards_picture_is_cut_inspected_and_answered_once_like_pictures
         assert box.stop() == 0
     found = simulated(box.folder / "journal.jsonl", predict=False)
     assert found["requests"] == 8
+    _look_up(box, board["request_id"])
+
+
+def _look_up(box: Box, request: str) -> None:
+    """As an operator would, with the service stopped."""
+
+    def told(*words: str) -> str:
+        result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["records", *words, "--config", str(box.config)])
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    drawn = box.folder / "out.png"
+    listed, shown = told("list", "--board", "SN-1"), told("show", request, "--image", str(drawn))
+    assert "_board" in listed
+    assert "R2 fail" in listed
+    assert [word in shown for word in ("R3", "c-compared", "compared 1")] == [True] * 3
+    with Image.open(drawn) as picture:
+        factor = picture.width // (4 * SIDE)
+        assert picture.getpixel((SIDE * factor, SIDE * factor - factor)) == (230, 30, 30), "R2 is marked"
 
 
 def test_pictures_of_parts_make_one_board_verdict_that_names_them(tmp_path: Path, catalog: Path, nats: Nats) -> None:
