@@ -31,6 +31,8 @@ from appliance.drivers.records import (
     Spooled,
 )
 
+LONGEST_WAIT_SECONDS = 3600.0
+
 ServingBy = Mapping[tuple[str, str], Serving]
 
 
@@ -88,16 +90,11 @@ class Boards:
 
     def resume(self) -> None:
         """What a former process knew of boards under way; before any picture comes."""
-        now, wall = time.monotonic(), time.time()
         oldest = [spooled.picture.accepted_at for spooled in self._records.waiting(limit=1)]
-        since = min([wall - self._config.limits.board_seconds, *oldest])
-        concluded = [
-            (BoardName(*levels), now - max(0.0, wall - at)) for levels, at in self._records.concluded_boards(since)
-        ]
-        standing = [
-            self._standing(board, parts, now - max(0.0, wall - board.opened_at))
-            for board, parts in self._records.open_boards()
-        ]
+        since = min([time.time() - self._config.limits.board_seconds, *oldest])
+        concluded = [(BoardName(*name), monotonic_of(at)) for name, at in self._records.concluded_boards(since)]
+        standing = [self._standing(board, parts) for board, parts in self._records.open_boards()]
+        now = time.monotonic()
         for verdict in self._collecting.resume(standing, concluded, now):
             self._conclude(verdict, now)
 
@@ -148,11 +145,11 @@ class Boards:
             "whole": len(self._wholes),
         }
 
-    def _standing(self, board: OpenBoard, parts: list[BoardPart], opened_seconds: float) -> Standing:
+    def _standing(self, board: OpenBoard, parts: list[BoardPart]) -> Standing:
         product = _read(self._config, board)
         name = self._keep(board, product)
         known = {part.part: (part.arrival, _part_verdict(part)) for part in parts}
-        return Standing(board.id, name, tuple(product.placements), opened_seconds, known)
+        return Standing(board.id, name, tuple(product.placements), monotonic_of(board.opened_at), known)
 
     def _keep(self, board: OpenBoard, product: Product) -> BoardName:
         name = BoardName(board.line, board.product, board.board)
@@ -208,6 +205,14 @@ class Boards:
         if len(whole.parts) < len(whole.product.placements):
             return None
         return self._wholes.pop(picture)
+
+
+def monotonic_of(at: float) -> float:
+    """The monotonic second of something that a former process noted by wall time.
+
+    Where that ran backwards it was just now, and where it leapt it was an hour ago.
+    """
+    return time.monotonic() - min(max(0.0, time.time() - at), LONGEST_WAIT_SECONDS)
 
 
 def verdict_of(whole: Whole, last: Verdict) -> Verdict:

@@ -172,7 +172,9 @@ class Limits(Settings):
 
     picture_bytes: ByteSize = Field(ByteSize(16_000_000), description="Largest payload.")
     picture_pixels: Annotated[int, Field(ge=1)] = Field(
-        25_000_000, description="Largest width x height; decoding takes 16 bytes of memory per pixel and executor."
+        25_000_000,
+        description="Largest width x height; decoding takes 16 bytes of memory per pixel and executor, and the whole "
+        "boards that are being cut have together no more pixels, at 3 bytes.",
     )
     waiting_pictures: Annotated[int, Field(ge=1)] = Field(
         10_000, description="Pictures scheduled at once; `overflow` says what becomes of the rest."

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 
 from appliance import __version__, contract
 from appliance import config as settings
-from appliance.boards import Boards, Whole, body_of, verdict_of
+from appliance.boards import Boards, Whole, body_of, monotonic_of, verdict_of
 from appliance.catalog import Product
 from appliance.config import Config
 from appliance.contract import Address, Message, Serving
@@ -69,7 +69,6 @@ log = logging.getLogger(__name__)
 TURN_SECONDS = 0.5  # the loop turns at least this often: a watchdog that is fed less often than it turns is honest
 STATS_SECONDS = 1.0
 DRAIN_SECONDS = 10.0
-LONGEST_WAIT_SECONDS = 3600.0
 FED_AT_ONCE = 1000
 
 
@@ -406,7 +405,7 @@ class Service:
         picture, product = asked.spooled.picture, asked.product
         assert product is not None
         del self._open[picture.id]
-        self._album.keep_whole(picture.id)
+        self._album.keep_whole(picture.id, product)
         for name, address in self._boards.begin_whole(Whole(picture.id, asked.address, product, arrived)):
             part = _Open(asked.spooled, address, product.placements[address.part].component, product, is_cut=True)
             self._open[name] = part
@@ -438,14 +437,9 @@ class Service:
         self._inbox.wake()
 
     def _arrived_seconds(self, spooled: Spooled) -> float:
-        """When it was accepted, in monotonic seconds.
-
-        Only for pictures of a former process wall time must do; where it ran backwards they have not waited, and
-        where it leapt they have waited for an hour.
-        """
-        now = time.monotonic()
-        waited = min(max(0.0, time.time() - spooled.picture.accepted_at), LONGEST_WAIT_SECONDS)
-        return self._accepted_seconds.pop(spooled.arrival, now - waited)
+        """When it was accepted. Only for pictures of a former process wall time must do."""
+        known = self._accepted_seconds.pop(spooled.arrival, None)
+        return monotonic_of(spooled.picture.accepted_at) if known is None else known
 
     # Verdicts.
 

@@ -26,7 +26,7 @@ from appliance.drivers.records import Records
 from appliance.engine.engine import Engines, Order
 from appliance.errors import MessageError
 from appliance.health import PROCESS, Drift, Passing, Underway, process_balance, weights_balance
-from appliance.promise import promised_bytes
+from appliance.promise import DECODING_BYTES_PER_PIXEL, promised_bytes
 from appliance.startup import CPU, Installation, footprint
 
 log = logging.getLogger(__name__)
@@ -237,7 +237,7 @@ class Telemetry:
         passing = Passing(
             queued_bytes=self._intake.held_bytes + self._records.queued_bytes,
             largest_payload_bytes=self._intake.largest_bytes,
-            decoded_bytes=self._album.cached_bytes,
+            decoded_bytes=self._album.cached_bytes + DECODING_BYTES_PER_PIXEL * self._album.decoding_pixels,
             pictures_in_work=self._underway.pictures,
             largest_pixels=self._album.largest_pixels,
         )

@@ -106,8 +106,10 @@ def test_what_is_kept_is_counted_until_it_is_forgotten(tmp_path: Path) -> None:
 def test_the_parts_of_a_whole_board_are_cut_from_its_picture_which_is_decoded_once(tmp_path: Path) -> None:
     board = np.random.default_rng(1).integers(0, 256, (40, 40, 3), np.uint8)
     reads: list[str] = []
-    album = _album({"b": _encoded(board)}, Subject(_product(tmp_path), "R1", "b"), reads)
-    album.keep_whole("b")
+    product = _product(tmp_path)
+    album = _album({"b": _encoded(board)}, Subject(product, "R1", "b"), reads)
+    album.keep_whole("b", product)
+    assert (album.cached_bytes, album.decoding_pixels) == (0, 40 * 40)
     with ThreadPoolExecutor(4) as threads:
         looks = list(threads.map(album.look, [f"b/{number}" for number in range(20)]))
     assert reads == ["b"]
@@ -116,6 +118,7 @@ def test_the_parts_of_a_whole_board_are_cut_from_its_picture_which_is_decoded_on
         assert views.reference is not None
         assert views.reference.shape[:2] == (16, 16)
     assert album.cached_bytes >= board.nbytes
+    assert album.decoding_pixels == 0
     album.forget("b")
     assert album.cached_bytes < board.nbytes
     with pytest.raises(MessageError, match="has its verdict"):
@@ -128,8 +131,9 @@ def test_a_board_that_cannot_be_cut_says_so_to_all_its_parts_and_is_decoded_once
 ) -> None:
     reads: list[str] = []
     payload = picture(1, side)
-    album = _album({"b": payload[: len(payload) - cut]}, Subject(_product(tmp_path), "R1", "b"), reads)
-    album.keep_whole("b")
+    product = _product(tmp_path)
+    album = _album({"b": payload[: len(payload) - cut]}, Subject(product, "R1", "b"), reads)
+    album.keep_whole("b", product)
     for number in range(3):
         with pytest.raises(PictureError) as caught:
             album.look(f"b/{number}")

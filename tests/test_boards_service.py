@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import queue
 import sqlite3
+import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typer.testing import CliRunner
 
 from appliance import client
 from appliance.cli import app
+from appliance.drivers.records import Picture, Records
 from appliance.lab.simulate import simulated
 from tests.kit_boards import (
     BOARDS,
@@ -150,6 +153,22 @@ def test_a_part_that_does_not_come_is_missing_when_the_time_is_up(tmp_path: Path
         board = hear(camera, "board")
     assert (board["outcome"], board["reason"], board["missing"]) == ("incomplete", "parts-missing", ["R1"])
     assert [(part["part"], part["outcome"]) for part in board["parts"]] == [("R2", "pass")]
+
+
+def test_a_box_that_is_behind_misses_no_part_that_waits_in_its_spool(tmp_path: Path, catalog: Path, nats: Nats) -> None:
+    """All were accepted 100 seconds ago, and it takes one after the other."""
+    box = Box(tmp_path / "box", catalog, nats, settings="[limits]\nwaiting_pictures = 1\nboard_seconds = 30\n")
+    accepted: queue.Queue[object] = queue.Queue()
+    with Records.open(tmp_path / "box" / "state", spool_bytes=1 << 20, verdict_days=1) as records:
+        for number, part in enumerate(TWO):
+            for n in range(6):
+                known = Picture(f"{part}-{n}", "line1", "two", f"SN-{n}", part, "", time.time() - 100.0)
+                records.accept(known, part_of(board_pixels(2, n), number), accepted.put)
+        for _ in range(12):
+            accepted.get(timeout=20)
+    with Camera(nats.port, BOARDS) as camera, box:
+        boards = [hear(camera, "board") for _ in range(6)]
+    assert {(board["outcome"], len(board["parts"])) for board in boards} == {("pass", 2)}
 
 
 def test_boards_under_way_when_the_service_is_killed_have_one_verdict_each(

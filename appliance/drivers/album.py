@@ -48,7 +48,7 @@ class Album:
         self._wholes: dict[str, _Whole] = {}
         self._golden = _Cache()
         self.largest_pixels = 0
-        """Of the pictures decoded so far: what decoding may have taken."""
+        """Of the pictures decoded so far that are no whole boards: what decoding may have taken."""
 
     def look(self, request: str) -> Views:
         """The request's picture and reference. Raises PictureError when they cannot be decoded or do not match."""
@@ -76,9 +76,15 @@ class Album:
         wholes = sum(whole.bytes for whole in tuple(self._wholes.values()))
         return self._pictures.bytes + self._golden.bytes + wholes
 
-    def keep_whole(self, request: str) -> None:
+    @property
+    def decoding_pixels(self) -> int:
+        """Of the boards' pictures that are being decoded, or soon will be."""
+        return sum(whole.pixels for whole in tuple(self._wholes.values()) if not whole.is_decoded)
+
+    def keep_whole(self, request: str, product: Product) -> None:
         """Parts are cut from this board's picture until it is forgotten: it is decoded once."""
-        self._wholes[request] = _Whole()
+        width, height = product.recipe.size
+        self._wholes[request] = _Whole(width * height)
 
     def forget(self, request: str) -> None:
         """The request has its verdict."""
@@ -92,7 +98,8 @@ class Album:
         return whole.get(lambda: self._decoded_board(request, product))
 
     def _decoded_board(self, request: str, product: Product) -> Picture:
-        picture, (width, height) = self._decoded(self._read(request)), product.recipe.size
+        payload, (width, height) = self._read(request), product.recipe.size
+        picture = images.decode(payload, max_bytes=self._max_bytes, max_pixels=self._max_pixels)
         if picture.shape[:2] != (height, width):
             raise PictureError(
                 "picture-size",
@@ -149,9 +156,14 @@ def _golden_bytes(path: Path, sha256: str | None) -> bytes:
 class _Whole:
     """A board's picture, decoded by the first who looks. The others wait for that, or meet the same error."""
 
-    def __init__(self) -> None:
+    def __init__(self, pixels: int) -> None:
+        self.pixels = pixels
         self._lock = threading.Lock()
         self._found: Picture | MessageError | None = None
+
+    @property
+    def is_decoded(self) -> bool:
+        return self._found is not None
 
     @property
     def bytes(self) -> int:
