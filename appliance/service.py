@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from math import inf
 
 from appliance import __version__, contract
 from appliance import config as settings
@@ -162,7 +163,7 @@ class Service:
         self._read: deque[Spooled] = deque()  # from the spool, and not begun yet
         self._read_through = 0
         self._more_spooled = True
-        self._begun_seconds = 0.0
+        self._begun_seconds = -inf
         """When the picture that was begun last had arrived."""
         self._has_drained = False
         self._drain_wanted = threading.Event()
