@@ -377,7 +377,7 @@ def _kept_alive(box: Box, camera: client.Camera) -> int:
 def test_a_batch_that_nobody_waits_for_any_more_does_not_wait_for_a_suspects(
     tmp_path: Path, catalog: Path, mosquitto: Mosquitto
 ) -> None:
-    """A picture that ended the process is in hand again and alone, for long; another's comes, and becomes late."""
+    """A picture that ended the process is in hand again and alone, for long; another of the same part becomes late."""
     dead, again, go = (tmp_path / name for name in ("dead", "again", "go"))
     program = f"""{DEADLY_DECODER}
 from pathlib import Path
@@ -401,7 +401,7 @@ images.decode = slow
         box.start()
         until(again.exists, 60.0)
         box.wait_online()
-        camera.publish(INFER + "c-e2", picture(2), user={"deadline-ms": "3000"})
+        camera.publish(INFER + "c-e1", picture(2), user={"deadline-ms": "3000"})
         (late,) = hear_verdicts(camera, 1).values()
         assert (late["outcome"], late["reason"]) == ("late", "deadline")
         until(lambda: json.loads(camera.hear().payload).get("cancelled_runs"))  # while the suspect's batch still runs
