@@ -17,6 +17,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from appliance.core.graph import Condition, Edge, ExpertGraph, Table, compile_graph
@@ -238,9 +239,12 @@ class Bundle:
 
 @dataclass(frozen=True, slots=True)
 class Product:
+    """A recipe, and of its golden picture the digest of the bytes that were there when it was read."""
+
     folder: Path
     recipe: Recipe
     placements: Mapping[str, Placement]
+    golden_sha256: str | None = None
 
     @property
     def golden_path(self) -> Path | None:
@@ -402,13 +406,33 @@ def _products(folder: Path, graph: ExpertGraph) -> dict[str, Product]:
         recipe = read(path, Recipe)
         if recipe.product != path.parent.name:
             raise CatalogError(f"{path} says product {recipe.product}", "its folder must have the same name")
-        product = Product(path.parent, recipe, {p.designator: p for p in recipe.placements})
-        if product.golden_path is not None and not product.golden_path.is_file():
-            raise CatalogError(f"{product.golden_path} is missing", f"add it, or remove golden from {path}")
         for p in recipe.placements:
             if p.component not in graph.entries:
                 raise CatalogError(
                     f"{path}: {p.designator} is an unknown component {p.component}", "add it to graph.toml"
                 )
-        products[recipe.product] = product
+        products[recipe.product] = product_of(path.parent, recipe, _golden_digest(path, recipe))
     return products
+
+
+def product_of(folder: Path, recipe: Recipe, golden_sha256: str | None) -> Product:
+    return Product(folder, recipe, {p.designator: p for p in recipe.placements}, golden_sha256)
+
+
+def _golden_digest(path: Path, recipe: Recipe) -> str | None:
+    """Of a golden picture of the recipe's size, by its header. Raises CatalogError for any other."""
+    if recipe.golden is None:
+        return None
+    golden = path.with_name(recipe.golden)
+    try:
+        with Image.open(golden) as opened:
+            size = opened.size
+        digest = sha256_of(golden)
+    except FileNotFoundError as error:
+        raise CatalogError(f"{golden} is missing", f"add it, or remove golden from {path}") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise CatalogError(f"{golden} is no picture that can be read: {error}", "restore it") from error
+    if size != recipe.size:
+        what = f"{golden} is {size[0]} x {size[1]} pixels, and size in {path} says {recipe.size[0]} x {recipe.size[1]}"
+        raise CatalogError(what, "correct one of them")
+    return digest

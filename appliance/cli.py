@@ -48,8 +48,12 @@ BenchFolder = Annotated[
 LineName = Annotated[str | None, typer.Option("--line", help="Only of this line.")]
 ProductName = Annotated[str | None, typer.Option("--product", help="Only of this product.")]
 BoardName = Annotated[str | None, typer.Option("--board", help="Only of the board with this serial number.")]
-PartName = Annotated[str | None, typer.Option("--part", help="Only of this designator, or component type.")]
-OutcomeName = Annotated[str | None, typer.Option("--outcome", help="pass, fail, error, late or rejected.")]
+PartName = Annotated[
+    str | None, typer.Option("--part", help="Only of this designator, or component type; _board for whole boards.")
+]
+OutcomeName = Annotated[
+    str | None, typer.Option("--outcome", help="pass, fail, error, late or rejected; of a board also incomplete.")
+]
 ReasonName = Annotated[str | None, typer.Option("--reason", help="Such as picture-damaged or poison.")]
 Since = Annotated[
     str | None,
@@ -103,7 +107,9 @@ def check(
 @app.command()
 def publish(
     pictures: Annotated[list[Path], typer.Argument(help="Picture files: JPEG, PNG, BMP, TIFF, PNM or NPY.")],
-    part: Annotated[str, typer.Option(help="Component type, or the designator when --product is given.")],
+    part: Annotated[
+        str, typer.Option(help="Component type, or the designator when --product is given; _board is the whole board.")
+    ],
     line: Annotated[str, typer.Option(help="Name of the publishing line.")] = "line1",
     product: Annotated[str, typer.Option(help="Product whose recipe places the part; - for none.")] = "-",
     board: Annotated[str, typer.Option(help="Serial number of the board; - for none.")] = "-",
@@ -126,6 +132,10 @@ def publish(
     Exit code 0 only if every picture got a verdict. One by hand:
 
         appliance publish crop.jpg --part moulded-figure
+
+    A whole board, and its verdict, with all parts:
+
+        appliance publish board.jpg --product 12100003 --board SN-1 --part _board
     """
     from appliance.client import Camera, publish_files
     from appliance.report import print_answers
@@ -328,7 +338,7 @@ def show(
         found = plain(archive.one(request))
         payload = None if image is None else archive.picture(found["request_id"])
     if image is not None and payload is not None:
-        write_drawn(payload, found["findings"], image, max_pixels=box.limits.picture_pixels)
+        write_drawn(payload, found, image, max_pixels=box.limits.picture_pixels)
     _print(found) if as_json else print_record(found, Console())
 
 

@@ -178,7 +178,9 @@ class Limits(Settings):
 
     picture_bytes: ByteSize = Field(ByteSize(16_000_000), description="Largest payload.")
     picture_pixels: Annotated[int, Field(ge=1)] = Field(
-        25_000_000, description="Largest width x height; decoding takes 16 bytes of memory per pixel and executor."
+        25_000_000,
+        description="Largest width x height; decoding takes 16 bytes of memory per pixel and executor, and the whole "
+        "boards that are being cut have together no more pixels, at 3 bytes.",
     )
     pictures_per_second: Annotated[float, Field(gt=0)] | None = Field(
         None, description="What each line may send; more is answered `rate`. By default there is no limit."
@@ -192,6 +194,16 @@ class Limits(Settings):
         description="`block`: it waits on disk, and when that is full nothing more is acknowledged. The others answer "
         "`queue-full` at once: `reject` to the picture that comes, `oldest` to the one that has waited longest and "
         "that nobody has begun to look at.",
+    )
+    board_seconds: Annotated[float, Field(gt=0, le=86_400)] = Field(
+        60.0,
+        description="How long a board waits for pictures of its parts after the first. Then it has its verdict, as "
+        "soon as all that have come have theirs.",
+    )
+    boards: Annotated[int, Field(ge=1)] = Field(
+        1000,
+        description="Boards that may wait for nothing but pictures; of more, the one of which nothing has come for "
+        "longest has its verdict at once.",
     )
     spool: ByteSize = Field(
         ByteSize(2_000_000_000), description="Accepted pictures on disk; a full spool stops acknowledging."

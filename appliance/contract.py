@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Annotated, Final, Literal
@@ -15,7 +15,7 @@ from typing import Annotated, Final, Literal
 from pydantic import AwareDatetime, BaseModel, ConfigDict, StringConstraints, ValidationError
 
 from appliance.config import Config, Level
-from appliance.core.types import Refusal, Step, Verb, Verdict
+from appliance.core.types import BoardName, BoardVerdict, PartVerdict, Refusal, StandIn, Step, Verb, Verdict
 from appliance.errors import MessageError
 
 LEVEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -28,7 +28,11 @@ COMMAND_BYTES = 1024
 RATE: Final = "rate"
 """The reason for which a picture shall be sent again, as it is: its line sent too many."""
 DRAIN: Final = "drain"
-"""The one command that is not about an expert."""
+"""A command that is not about an expert."""
+RELOAD: Final = "reload"
+"""The other one: it reads the recipes again."""
+WHOLE_BOARD: Final = "_board"
+"""In place of a part: the picture shows the whole board."""
 OUR_TREES = ("infer", "result", "board", "error", "box")
 """Below `<root>/v1/<site>`: nobody else may have us publish there, where it would be taken for our own word."""
 
@@ -47,7 +51,7 @@ class Address:
 
     @classmethod
     def parse(cls, topic: str, config: Config) -> Address:
-        """Read a picture's topic. Raises MessageError `topic-depth`, `topic-name` or `board-pictures-unsupported`."""
+        """Read a picture's topic. Raises MessageError `topic-depth`, `topic-name` or `board-nameless`."""
         pattern = config.topic("infer", "<line>", "<product>", "<board>", "<part>")
         prefix = config.topic("infer", "")
         if not (topic + "/").startswith(prefix):
@@ -59,18 +63,26 @@ class Address:
         return cls(*levels).checked()
 
     def checked(self) -> Address:
-        """Itself. Raises MessageError `topic-name` or `board-pictures-unsupported`."""
+        """Itself. Raises MessageError `topic-name` or `board-nameless`."""
         for name in ("line", "product", "board", "part"):
             level = getattr(self, name)
             if not _names(name, level):
                 what = f"<{name}> {shortened(level)} of the topic is not a name"
                 remedy = "use 1 to 64 of A-Z a-z 0-9 . _ - and begin with a letter or digit"
                 raise MessageError("topic-name", what, remedy)
-        if self.part == "_board":
-            raise MessageError(
-                "board-pictures-unsupported", "whole boards are not cropped by this release", "publish its parts"
-            )
+        if self.is_whole and "-" in (self.product, self.board):
+            what = "a whole board's picture needs a product, whose recipe says what sits where, and a serial number"
+            raise MessageError("board-nameless", what, f"publish to .../<product>/<serial>/{WHOLE_BOARD}")
         return self
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the picture shows a whole board."""
+        return self.part == WHOLE_BOARD
+
+    @property
+    def board_name(self) -> BoardName:
+        return BoardName(self.line, self.product, self.board)
 
     def below(self, tree: Literal["infer", "result"]) -> tuple[str, ...]:
         """The levels behind `<root>/v1/<site>` of this part's pictures or verdicts."""
@@ -81,6 +93,11 @@ class Address:
 
     def result_topic(self, config: Config) -> str:
         return config.topic(*self.below("result"))
+
+
+def board_topic(config: Config, name: BoardName) -> str:
+    """Where a board's verdict goes."""
+    return config.topic("board", name.line, name.product, name.serial)
 
 
 def error_topic(config: Config, reason: str) -> str:
@@ -137,7 +154,7 @@ def shortened(text: str, characters: int = 80) -> str:
 def _names(name: str, level: str) -> bool:
     if level == "-":
         return name in ("product", "board")
-    if level == "_board":
+    if level == WHOLE_BOARD:
         return name == "part"
     return LEVEL.fullmatch(level) is not None
 
@@ -194,9 +211,9 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What an operator wants done: `verb` is a Verb with its `expert`, or DRAIN. `id` is the operator's mark."""
+    """What an operator wants done: a Verb with its `expert`, DRAIN or RELOAD. `id` is the operator's mark."""
 
-    verb: Verb | Literal["drain"]
+    verb: Verb | Literal["drain", "reload"]
     expert: str | None
     id: str | None
     reply: Reply | None
@@ -208,9 +225,9 @@ class Wish:
         if message.retain:
             raise MessageError("retained", "a retained command would be obeyed at every start", "publish without -r")
         body = CommandBody.parse(message.payload)
-        if (verb == DRAIN) != (body.expert is None):
+        if isinstance(verb, Verb) == (body.expert is None):
             what = f"{verb} names {'an' if body.expert else 'no'} expert"
-            raise MessageError("command-body", what, f"drain is for the box, {', '.join(Verb)} for one expert")
+            raise MessageError("command-body", what, f"{DRAIN} and {RELOAD} are for the box, {', '.join(Verb)} for one")
         return cls(verb, body.expert, body.id, Reply.wanted(message, config))
 
 
@@ -218,16 +235,18 @@ def is_command(topic: str, config: Config) -> bool:
     return topic.startswith(command_topic(config, ""))
 
 
-def verb_of(topic: str, config: Config) -> Verb | Literal["drain"]:
+def verb_of(topic: str, config: Config) -> Verb | Literal["drain", "reload"]:
     """What a command's topic asks for. Raises MessageError `command-verb`."""
     verb = topic.removeprefix(command_topic(config, ""))
     if verb == DRAIN:
         return DRAIN
+    if verb == RELOAD:
+        return RELOAD
     try:
         return Verb(verb)
     except ValueError as error:
         what = f"{shortened(verb)} is no command"
-        raise MessageError("command-verb", what, f"use {', '.join(Verb)} or {DRAIN}") from error
+        raise MessageError("command-verb", what, f"use {', '.join(Verb)}, {RELOAD} or {DRAIN}") from error
 
 
 def request_id(topic: str, payload: bytes, user: Mapping[str, str]) -> str:
@@ -388,6 +407,56 @@ class VerdictBody(Body):
     finished_at: AwareDatetime
 
 
+class BoardPartBody(BaseModel):
+    """A part of a board. `request_id` names the verdict of its own picture, where there was one.
+
+    Of a whole board's picture there was none: then findings and steps are here, boxes in pixels of that picture.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    part: str
+    component: str
+    outcome: Literal["pass", "fail", "error", "late", "rejected"]
+    reason: str | None
+    detail: str | None
+    request_id: str | None
+    rect: tuple[int, int, int, int]
+    """x, y, width, height in pixels of the board's picture."""
+    findings: tuple[FindingBody, ...]
+    steps: tuple[StepBody, ...]
+    degraded: tuple[StandInBody, ...]
+
+
+class BoardBody(Body):
+    """A board's verdict: that of its worst part. The same `request_id` always has the same `result_id`.
+
+    `request_id` is that of the whole board's picture, whose verdict this is; else it names the board's opening.
+    """
+
+    result_id: str
+    request_id: str
+    outcome: Literal["pass", "fail", "error", "late", "rejected", "incomplete"]
+    reason: str | None
+    detail: str | None
+    line: str
+    product: str
+    board: str
+    part: Literal["_board"] = WHOLE_BOARD
+    picture_sha256: str | None
+    captured_at: AwareDatetime | None
+    out_of_order: bool
+    """Whether a picture of this board that was taken later has its verdict already."""
+    parts: tuple[BoardPartBody, ...]
+    """Those that have a verdict."""
+    missing: tuple[str, ...]
+    """Those of which no picture came in time."""
+    waited_milliseconds: float
+    site: str
+    box: str
+    finished_at: AwareDatetime
+
+
 class ErrorBody(Body):
     """Rejected input: which message, why, and what to do. Never the picture."""
 
@@ -458,26 +527,97 @@ def verdict_body(
         picture_sha256=picture_sha256,
         captured_at=captured_at,
         out_of_order=out_of_order,
-        findings=tuple(
-            FindingBody(
-                expert=step.expert,
-                label=finding.label,
-                score=finding.score,
-                fails=finding.fails,
-                box=(finding.box.x1, finding.box.y1, finding.box.x2, finding.box.y2) if finding.box else None,
-            )
-            for step in verdict.steps
-            for finding in step.findings
-        ),
+        findings=_finding_bodies(verdict.steps),
         steps=tuple(_step_body(step, serving[step.executor, step.expert]) for step in verdict.steps),
-        degraded=tuple(
-            StandInBody(expert=one.expert, stand_in=one.stand_in, reason=one.reason) for one in verdict.stand_ins
-        ),
+        degraded=_stand_in_bodies(verdict.stand_ins),
         waited_milliseconds=round(verdict.waited_seconds * 1000, 3),
         site=site,
         box=box,
         finished_at=finished_at,
     ).encoded()
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A part of a board as the recipe has it, and what was seen of it in the whole board's picture, if there is one."""
+
+    component: str
+    rect: tuple[int, int, int, int]
+    steps: tuple[Step, ...] | None = None
+    stand_ins: tuple[StandIn, ...] = ()
+
+
+def board_body(
+    verdict: BoardVerdict,
+    *,
+    placed: Mapping[str, Placed],
+    picture_sha256: str | None,
+    waited_seconds: float,
+    serving: Mapping[tuple[str, str], Serving],
+    site: str,
+    box: str,
+    finished_at: datetime,
+    captured_at: datetime | None = None,
+    out_of_order: bool = False,
+) -> bytes:
+    """A board's verdict as JSON; `placed` has its parts."""
+    return BoardBody(
+        result_id=result_id(verdict.id),
+        request_id=verdict.id,
+        outcome=verdict.outcome.value,
+        reason=verdict.refusal.reason if verdict.refusal else None,
+        detail=verdict.refusal.detail if verdict.refusal else None,
+        line=verdict.name.line,
+        product=verdict.name.product,
+        board=verdict.name.serial,
+        picture_sha256=picture_sha256,
+        captured_at=captured_at,
+        out_of_order=out_of_order,
+        parts=tuple(_part_body(part, known, placed[part], serving) for part, known in verdict.parts.items()),
+        missing=verdict.missing,
+        waited_milliseconds=round(waited_seconds * 1000, 3),
+        site=site,
+        box=box,
+        finished_at=finished_at,
+    ).encoded()
+
+
+def _part_body(
+    part: str, known: PartVerdict, placed: Placed, serving: Mapping[tuple[str, str], Serving]
+) -> BoardPartBody:
+    x, y, _, _ = placed.rect
+    steps = placed.steps or ()
+    return BoardPartBody(
+        part=part,
+        component=placed.component,
+        outcome=known.outcome.value,
+        reason=known.refusal.reason if known.refusal else None,
+        detail=known.refusal.detail if known.refusal else None,
+        request_id=known.request if placed.steps is None else None,
+        rect=placed.rect,
+        findings=_finding_bodies(steps, x, y),
+        steps=tuple(_step_body(step, serving[step.executor, step.expert]) for step in steps),
+        degraded=_stand_in_bodies(placed.stand_ins),
+    )
+
+
+def _stand_in_bodies(stand_ins: Iterable[StandIn]) -> tuple[StandInBody, ...]:
+    return tuple(StandInBody(expert=one.expert, stand_in=one.stand_in, reason=one.reason) for one in stand_ins)
+
+
+def _finding_bodies(steps: Iterable[Step], x: int = 0, y: int = 0) -> tuple[FindingBody, ...]:
+    """What was found, in pixels of a picture in which that of the part begins at x, y."""
+    return tuple(
+        FindingBody(
+            expert=step.expert,
+            label=finding.label,
+            score=finding.score,
+            fails=finding.fails,
+            box=(box.x1 + x, box.y1 + y, box.x2 + x, box.y2 + y) if (box := finding.box) else None,
+        )
+        for step in steps
+        for finding in step.findings
+    )
 
 
 def acknowledgement_body(

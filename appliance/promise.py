@@ -11,6 +11,8 @@ AT_START_BYTES = 80_000_000
 WORKING_BYTES = 64_000_000
 """Beside all that is counted: decoded and golden pictures (2 x 16 MB), template sessions, SQLite's caches and what the
 allocator keeps for the next batch."""
+WHOLE_BYTES_PER_PIXEL = 3
+"""Decoded pictures of whole boards, from which parts are being cut: together as many pixels as the largest may have."""
 DECODING_BYTES_PER_PIXEL = 16
 """For the picture that an executor decodes: as Pillow holds it, as bytes, and as the array (measured: 14)."""
 
@@ -21,7 +23,8 @@ def promised_bytes(config: Config, *, weights_bytes: int, executors: int, at_sta
     What is pinned for GPUs was there when it started serving.
     """
     decoding = DECODING_BYTES_PER_PIXEL * config.limits.picture_pixels * executors
-    return at_start_bytes + weights_bytes + activation_bytes(config) + decoding + passing_bytes(config)
+    wholes = WHOLE_BYTES_PER_PIXEL * config.limits.picture_pixels
+    return at_start_bytes + weights_bytes + activation_bytes(config) + decoding + wholes + passing_bytes(config)
 
 
 def activation_bytes(config: Config) -> int:

@@ -11,7 +11,16 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
-COLOURS = {"pass": "green", "fail": "bold red", "error": "magenta", "late": "yellow", "rejected": "magenta"}
+COLOURS = {
+    "pass": "green",
+    "fail": "bold red",
+    "error": "magenta",
+    "late": "yellow",
+    "rejected": "magenta",
+    "incomplete": "yellow",
+}
+MOST_WORDS = 8
+"""Of what was found, in one line."""
 
 
 def print_check(found: Mapping[str, Any], console: Console) -> None:
@@ -442,7 +451,11 @@ def verdict_cells(body: Mapping[str, Any]) -> tuple[str, str]:
     if "outcome" not in body:
         return f"[magenta]refused: {escape(body['reason'])}[/magenta]", escape(body["what"])
     outcome = body["outcome"]
-    words = [f"{f['label']} {f['score']:.2f}" for f in body["findings"]]
+    words = [f"{f['label']} {f['score']:.2f}" for f in body.get("findings", ())]
+    words += [f"{part['part']} {part['outcome']}" for part in body.get("parts", ()) if part["outcome"] != "pass"]
+    words += [f"{part} missing" for part in body.get("missing", ())]
+    if len(words) > MOST_WORDS:
+        words[MOST_WORDS:] = [f"{len(words) - MOST_WORDS} more"]
     if body["reason"]:
         words.append(f"{body['reason']}: {body['detail']}")
     return f"[{COLOURS[outcome]}]{outcome}[/]", escape(", ".join(words))
@@ -465,9 +478,12 @@ def print_record(body: Mapping[str, Any], console: Console) -> None:
     table.add_row("outcome", outcome)
     table.add_row("found", words)
     for key, value in body.items():
-        if key not in ("outcome", "reason", "detail", "findings", "steps", "schema_version"):
+        if key not in ("outcome", "reason", "detail", "findings", "steps", "parts", "schema_version"):
             table.add_row(key.replace("_", " "), escape(str(value)))
     console.print(table)
+    if "parts" in body:
+        _print_parts(body["parts"], console)
+        return
     steps = Table(box=None, pad_edge=False)
     for title in ("expert", "version", "weights", "fails from", "executor", "device", "ms"):
         steps.add_column(title)
@@ -475,6 +491,17 @@ def print_record(body: Mapping[str, Any], console: Console) -> None:
         keys = ("expert", "version", "weights_sha256", "threshold", "executor", "device", "milliseconds")
         steps.add_row(*(escape(str(step.get(key, "not recorded"))) for key in keys))
     console.print(steps)
+
+
+def _print_parts(parts: Sequence[Mapping[str, Any]], console: Console) -> None:
+    table = Table(box=None, pad_edge=False)
+    for title in ("part", "component", "outcome", "found", "experts", "its own verdict"):
+        table.add_column(title)
+    for part in parts:
+        experts = ", ".join(f"{step['expert']} {step['version']}" for step in part["steps"])
+        cells = (escape(part["part"]), escape(part["component"]), *verdict_cells(part), escape(experts))
+        table.add_row(*cells, escape(part["request_id"] or "-"))
+    console.print(table)
 
 
 def megabytes(count: float) -> str:

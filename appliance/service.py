@@ -10,13 +10,17 @@ import logging
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from math import inf
 
 from appliance import __version__, contract
 from appliance import config as settings
+from appliance.boards import Boards, Whole, body_of, monotonic_of, verdict_of
+from appliance.catalog import Product
 from appliance.config import Config
 from appliance.contract import Address, Message, Serving
 from appliance.core import freshness, suspects
@@ -59,6 +63,7 @@ from appliance.drivers.intake import Intake, component_of
 from appliance.drivers.journal import Journal, Opening
 from appliance.drivers.mqtt import Door, DoorState
 from appliance.drivers.outbox import Note, Outbox
+from appliance.drivers.recipes import Recipes
 from appliance.drivers.records import Conclusion, Picture, Quota, Recorded, Records, Sort, Spooled
 from appliance.engine.engine import Engine, Engines
 from appliance.engine.weights import Weights
@@ -74,7 +79,6 @@ log = logging.getLogger(__name__)
 TURN_SECONDS = 0.5  # the loop turns at least this often: a watchdog that is fed less often than it turns is honest
 STATS_SECONDS = 1.0
 DRAIN_SECONDS = 10.0
-LONGEST_WAIT_SECONDS = 3600.0
 FED_AT_ONCE = 1000
 
 
@@ -186,8 +190,11 @@ class Service:
         self._serving = dict(_serving(installation))
         self._open: dict[str, _Open] = {}
         self._accepted_seconds: dict[int, float] = {}
-        self._fed_through = 0
+        self._read: deque[Spooled] = deque()  # from the spool, and not begun yet
+        self._read_through = 0
         self._more_spooled = True
+        self._begun_seconds = -inf
+        """When the picture that was begun last had arrived."""
         self._has_drained = False
         self._drain_wanted = threading.Event()
         self._underway = Underway()
@@ -203,6 +210,7 @@ class Service:
         self._dead_letters = DeadLetters(records.folder / "quarantine", int(self._config.limits.quarantine))
         self._next_stats = 0.0
         self._store_checks = list(_store_checks(installation))
+        self._recipes = Recipes(installation.catalog)
         self._album = self._make_album()
         bundles, report = installation.catalog.bundles, self._inbox.tell
         cap = installation.profile.batch_cap
@@ -210,6 +218,7 @@ class Service:
         look = self._album.look
         self._engines = Engines(engines, installation.executors, bundles, look, report, batch_cap=cap, note=note)
         self._join_broker()
+        self._boards = Boards(self._config, self._recipes, records, self._serving, self._outbox.post)
         self.telemetry = self._make_telemetry()
         self._journal = self._open_journal()
 
@@ -224,8 +233,8 @@ class Service:
         return engines, installation
 
     def _make_album(self) -> Album:
-        limits, products = self._config.limits, self._installation.catalog.products
-        return Album(self._records.payload, self._subject, products, int(limits.picture_bytes), limits.picture_pixels)
+        limits = self._config.limits
+        return Album(self._records.payload, self._subject, int(limits.picture_bytes), limits.picture_pixels)
 
     def _join_broker(self) -> None:
         """What stands between the records and the broker: the door, and who goes in and out by it."""
@@ -234,7 +243,7 @@ class Service:
         self._alarms = Alarms(config, self._outbox.note)
         self._intake = Intake(
             config,
-            self._installation.catalog,
+            self._recipes.of,
             records,
             self._outbox,
             acknowledge=lambda message: self._door.acknowledge(message),
@@ -242,7 +251,11 @@ class Service:
             may_enter=self._may_enter,
         )
         self._commands = CommandIntake(
-            config, tell=self._inbox.tell, drain=self._drain_wanted.set, note=self._outbox.note
+            config,
+            tell=self._inbox.tell,
+            drain=self._drain_wanted.set,
+            reload=self._recipes.reload,
+            note=self._outbox.note,
         )
         self._door = Door(
             config,
@@ -265,8 +278,9 @@ class Service:
             alarms=self._alarms,
             dead_letters=self._dead_letters,
             underway=self._underway,
+            boards=self._boards,
             clocks=self._clocks,
-            waiting=lambda: [asked.spooled.attempts for asked in self._open.values()],
+            waiting=lambda: {asked.spooled.arrival: asked.spooled.attempts for asked in self._open.values()}.values(),
             say=self._say,
         )
 
@@ -284,6 +298,7 @@ class Service:
 
         Raises ApplianceError when going on would lose something.
         """
+        self._boards.resume()
         self._intake.start()
         self._door.start()
         gc.collect()
@@ -325,6 +340,7 @@ class Service:
             self._decide(event)
         self._feed()
         now = time.monotonic()
+        self._boards.look(now if self._has_fed_all else self._begun_seconds)
         if now >= self._next_stats:
             self._next_stats = now + STATS_SECONDS
             self.telemetry.look()
@@ -400,7 +416,7 @@ class Service:
         for work in works:
             mark = self._marks[work.expert]
             if isinstance(work, Batch):
-                self._records.take(work.id, mark, [asked.spooled.arrival for asked in self._asked(work)])
+                self._records.take(work.id, mark, {asked.spooled.arrival for asked in self._asked(work)})
             else:
                 self._records.take_load(work.device, mark)
             order = Run(work) if isinstance(work, Batch) else work
@@ -426,19 +442,30 @@ class Service:
         return [self._open[request] for request in batch.requests if request in self._open]
 
     def _feed(self) -> None:
-        """Pictures from the spool to the controller in order of acceptance, as many as it has room for: it decides
-        when it knows all that it takes at once."""
-        while self._more_spooled and (room := self._controller.room(FED_AT_ONCE)) > 0:
-            spooled = self._records.waiting(self._fed_through, room)
-            self._more_spooled = len(spooled) == room
-            for one in spooled:
-                self._fed_through = one.arrival
+        """Pictures from the spool to the controller in order of acceptance, as many as there is room for. It decides
+        when it knows all that are read at once."""
+        while (room := self._controller.room(FED_AT_ONCE)) > 0 and self._has_read(room):
+            begun = 0
+            while self._read and self._controller.room(1) > 0 and self._boards.has_room(self._read[0].picture):
+                one, begun = self._read.popleft(), begun + 1
                 if one.arrival in self._fed_early:
                     self._fed_early.remove(one.arrival)
                 else:
                     self._begin(one)
-            if spooled:
-                self._decide(Tick())
+            if not begun:
+                return
+            self._decide(Tick())
+
+    def _has_read(self, room: int) -> bool:
+        if not self._read and self._more_spooled:
+            self._read.extend(self._records.waiting(self._read_through, room))
+            self._more_spooled = len(self._read) == room
+            self._read_through = self._read[-1].arrival if self._read else self._read_through
+        return bool(self._read)
+
+    @property
+    def _has_fed_all(self) -> bool:
+        return not self._read and not self._more_spooled
 
     def _feed_suspects(self) -> None:
         """Before all others, whom a former process had in hand when it crashed, and with them who may clear them."""
@@ -456,32 +483,51 @@ class Service:
         """Hand a picture to the controller. One that the catalogue no longer knows, or that is poison, ends here."""
         picture = spooled.picture
         address = Address(picture.line, picture.product, picture.board, picture.part)
-        arrived = self._arrived_seconds(spooled)
+        self._begun_seconds = arrived = self._arrived_seconds(spooled)
+        self._boards.join(spooled, address, arrived)
+        catalog = self._recipes.of(address)
+        product = catalog.products.get(address.product)
         try:
-            component = component_of(address, self._installation.catalog)
+            component = component_of(address, catalog)
         except MessageError as error:  # it was accepted under another catalogue
-            self._open[picture.id] = _Open(spooled, address, picture.part, alone)
+            self._open[picture.id] = _Open(spooled, address, picture.part, product, alone)
             refusal = Refusal(error.reason, str(error))
             self._conclude(Verdict(picture.id, Outcome.REJECTED, (), time.monotonic() - arrived, refusal))
             return
-        self._open[picture.id] = _Open(spooled, address, component, alone)
+        self._open[picture.id] = asked = _Open(spooled, address, component, product, alone)
         if (why := suspects.poisoned(spooled.attempts)) is not None:
             self._bury(spooled, Verdict(picture.id, Outcome.ERROR, (), time.monotonic() - arrived, why))
-            return
-        if (why := self._stale(picture, time.monotonic() - arrived)) is not None:
+        elif (why := self._stale(picture, time.monotonic() - arrived)) is not None:
             self._conclude(Verdict(picture.id, Outcome.REJECTED, (), time.monotonic() - arrived, why))
-            return
-        deadline = None if picture.deadline_seconds is None else arrived + picture.deadline_seconds
-        request = Request(picture.id, component, arrived, deadline, picture.line, picture.product, alone)
-        self._decide(Arrived(request), more=True)
+        elif address.is_whole:
+            self._cut(asked, arrived)
+        else:
+            self._ask(picture.id, asked, arrived)
 
     def _stale(self, picture: Picture, waited_seconds: float) -> Refusal | None:
         """Why it is too old, if it is; lines whose clocks are ahead are noted."""
-        if (captured := _captured(picture)) is None:
+        if (captured := picture.captured) is None:
             return None
         behind_seconds = picture.accepted_at - captured.timestamp()
         self._clocks.note(picture.line, -behind_seconds, time.monotonic())
         return freshness.stale(behind_seconds, waited_seconds, self._config.limits.stale_seconds)
+
+    def _cut(self, asked: _Open, arrived: float) -> None:
+        """A whole board's picture is a request for each placement of the recipe; together they have its one verdict."""
+        picture, product = asked.spooled.picture, asked.product
+        assert product is not None
+        del self._open[picture.id]
+        self._album.keep_whole(picture.id, product)
+        for name, address in self._boards.begin_whole(Whole(picture.id, asked.address, product, arrived)):
+            component = product.placements[address.part].component
+            self._open[name] = part = replace(asked, address=address, component=component, is_cut=True)
+            self._ask(name, part, arrived)
+
+    def _ask(self, name: str, asked: _Open, arrived: float) -> None:
+        address, seconds = asked.address, asked.spooled.picture.deadline_seconds
+        deadline = None if seconds is None else arrived + seconds
+        request = Request(name, asked.component, arrived, deadline, address.line, address.product, asked.alone)
+        self._decide(Arrived(request), more=True)
 
     def _bury(self, spooled: Spooled, verdict: Verdict) -> None:
         """A dead letter: nobody opens the picture any more, and its bytes are kept for whoever wants to know why."""
@@ -505,42 +551,59 @@ class Service:
         return self._rates.admit(line, time.monotonic())
 
     def _arrived_seconds(self, spooled: Spooled) -> float:
-        """When it was accepted, in monotonic seconds.
-
-        Only for pictures of a former process wall time must do; where it ran backwards they have not waited, and
-        where it leapt they have waited for an hour.
-        """
-        now = time.monotonic()
-        waited = min(max(0.0, time.time() - spooled.picture.accepted_at), LONGEST_WAIT_SECONDS)
-        return self._accepted_seconds.pop(spooled.arrival, now - waited)
+        """When it was accepted. Only for pictures of a former process wall time must do."""
+        known = self._accepted_seconds.pop(spooled.arrival, None)
+        return monotonic_of(spooled.picture.accepted_at) if known is None else known
 
     # Verdicts.
 
     def _conclude(self, verdict: Verdict) -> None:
         asked = self._open.pop(verdict.request)
-        picture, topic = asked.spooled.picture, asked.address.result_topic(self._config)
+        if not asked.is_cut:
+            self._record(asked, verdict, None, self._sort(verdict))
+            return
+        whole = self._boards.cut_inspected(asked.spooled.picture.id, asked.address.part, verdict)
+        if whole is not None:
+            sorts = {self._sort(part) for part in whole.parts.values()}
+            keep = next((sort for sort in Sort if sort in sorts), None)
+            self._record(replace(asked, address=whole.address), verdict_of(whole, verdict), whole, keep)
+
+    def _record(self, asked: _Open, verdict: Verdict, whole: Whole | None, keep: Sort | None) -> None:
+        """The picture's one verdict, and after it that of the board for which it was the last."""
+        address = asked.address
         self.telemetry.concluded(verdict)
-        body = contract.verdict_body(
+        self._records.conclude(
+            verdict.request,
+            verdict.outcome.value,
+            self._body(asked, verdict, whole),
+            address.result_topic(self._config),
+            lambda answer: self._recorded(verdict, asked, answer),
+            keep=keep,
+            also=(contract.board_topic(self._config, address.board_name),) if address.is_whole else (),
+            part_of=self._boards.part_of(verdict),
+        )
+        self._album.forget(verdict.request)
+        self._boards.inspected(verdict)
+
+    def _body(self, asked: _Open, verdict: Verdict, whole: Whole | None) -> bytes:
+        picture, box = asked.spooled.picture, self._config.box
+        out_of_order = self._is_out_of_order(picture)
+        if asked.address.is_whole:
+            return body_of(
+                verdict, picture, whole, serving=self._serving, config=self._config, out_of_order=out_of_order
+            )
+        return contract.verdict_body(
             verdict,
             address=asked.address,
             component=asked.component,
             picture_sha256=picture.picture_sha256,
-            captured_at=_captured(picture),
-            out_of_order=self._is_out_of_order(picture),
+            captured_at=picture.captured,
+            out_of_order=out_of_order,
             serving=self._serving,
-            site=self._config.box.site,
-            box=self._config.box.name,
+            site=box.site,
+            box=box.name,
             finished_at=datetime.now(UTC),
         )
-        self._records.conclude(
-            verdict.request,
-            verdict.outcome.value,
-            body,
-            topic,
-            lambda answer: self._recorded(verdict, asked, answer),
-            keep=self._sort(verdict),
-        )
-        self._album.forget(verdict.request)
 
     def _is_out_of_order(self, picture: Picture) -> bool:
         place = (picture.line, picture.product, picture.board, picture.part)
@@ -582,7 +645,7 @@ class Service:
         asked = self._open.get(request)
         if asked is None:
             raise MessageError("deadline", f"{request} has its verdict already", "nothing to do")
-        return Subject(asked.address.product, asked.address.part)
+        return Subject(asked.product, asked.address.part, asked.spooled.picture.id if asked.is_cut else None)
 
     # Telling the world.
 
@@ -660,16 +723,14 @@ class Service:
 
 @dataclass(frozen=True, slots=True)
 class _Open:
-    """A picture between acceptance and verdict; nothing runs beside it if it is `alone`."""
+    """A picture between acceptance and verdict, or a part that is cut from it. Nothing runs beside who is `alone`."""
 
     spooled: Spooled
     address: Address
     component: str
+    product: Product | None
     alone: bool
-
-
-def _captured(picture: Picture) -> datetime | None:
-    return None if picture.captured_at is None else datetime.fromisoformat(picture.captured_at)
+    is_cut: bool = False
 
 
 def _kind(spooled: Spooled) -> tuple[str, str]:

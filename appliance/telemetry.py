@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from appliance import __version__, contract
+from appliance.boards import Boards
 from appliance.core import suspects
 from appliance.core.controller import Controller
 from appliance.core.drift import Balance
@@ -26,7 +27,7 @@ from appliance.drivers.records import Records
 from appliance.engine.engine import Engines, Order
 from appliance.errors import MessageError
 from appliance.health import PROCESS, Drift, Passing, Underway, process_balance, weights_balance
-from appliance.promise import promised_bytes
+from appliance.promise import DECODING_BYTES_PER_PIXEL, promised_bytes
 from appliance.startup import CPU, Installation, footprint
 
 log = logging.getLogger(__name__)
@@ -54,13 +55,14 @@ class Telemetry:
         dead_letters: DeadLetters,
         underway: Underway,
         clocks: Clocks,
+        boards: Boards,
         waiting: Callable[[], Collection[int]],
         say: systemd.Supervisor,
     ) -> None:
         self._config, self._installation, self._controller = installation.config, installation, controller
         self._records, self._engines, self._album, self._intake = records, engines, album, intake
         self._door, self._alarms, self._dead_letters, self._underway = door, alarms, dead_letters, underway
-        self._clocks, self._waiting, self._say = clocks, waiting, say
+        self._boards, self._clocks, self._waiting, self._say = boards, clocks, waiting, say
         self._moves: deque[dict[str, object]] = deque(maxlen=RECENT_MOVES)
         self._outcomes: Counter[str] = Counter()
         self._reasons: Counter[str] = Counter()
@@ -161,9 +163,11 @@ class Telemetry:
             "asked": dict(self._controller.asked),
             "runs": counts["runs"],
             "waiting": len(waiting),
+            "boards": self._boards.numbers(),
             "spooled": stored.spooled,
             "unpublished": stored.unpublished,
             "suspects": sum(map(suspects.is_suspect, waiting)),
+            "turned_away": self._intake.counts[contract.RATE],
             "quarantine": self._dead_letters.numbers(),
             "resident": len(ledger.resident),
             "weights_bytes": self._engines.memory(CPU).mapped_bytes,
@@ -252,7 +256,7 @@ class Telemetry:
         passing = Passing(
             queued_bytes=self._intake.held_bytes + self._records.queued_bytes,
             largest_payload_bytes=self._intake.largest_bytes,
-            decoded_bytes=self._album.cached_bytes,
+            decoded_bytes=self._album.cached_bytes + DECODING_BYTES_PER_PIXEL * self._album.decoding_pixels,
             pictures_in_work=self._underway.pictures,
             largest_pixels=self._album.largest_pixels,
         )

@@ -17,12 +17,22 @@ from pydantic.fields import FieldInfo
 
 from appliance import __version__, contract
 from appliance.config import Config
-from appliance.contract import DRAIN, AcknowledgementBody, Address, CommandBody, ErrorBody, VerdictBody
-from appliance.core.types import Verb
+from appliance.contract import (
+    DRAIN,
+    RELOAD,
+    AcknowledgementBody,
+    Address,
+    BoardBody,
+    CommandBody,
+    ErrorBody,
+    VerdictBody,
+)
+from appliance.core.types import BoardName, Verb
 
 FOLDER = Path(__file__).parent
 BODIES: Mapping[str, type[BaseModel]] = {
     "verdict": VerdictBody,
+    "board": BoardBody,
     "error": ErrorBody,
     "command": CommandBody,
     "acknowledgement": AcknowledgementBody,
@@ -128,7 +138,7 @@ PARAMETERS = {
     "line": "The publishing line: 1 to 64 of A-Z a-z 0-9 . _ -, beginning with a letter or digit.",
     "product": "A product with a recipe, or - for none.",
     "board": "A serial number, or - for none.",
-    "part": "A placement of the recipe, or, without product, a component type.",
+    "part": "A placement of the recipe, or, without product, a component type; _board is the whole board.",
     "reason": "Why the message was refused, in one word.",
     "alarm": "What is wrong.",
 }
@@ -138,12 +148,13 @@ def asyncapi() -> str:
     """The topics as an AsyncAPI 3 document, from the box's point of view."""
     address = Address("{line}", "{product}", "{board}", "{part}")
     one, config = address.below, Config()
-    verbs = [*Verb, DRAIN]
+    verbs = [*Verb, RELOAD, DRAIN]
     status, alarm = contract.status_topic(config), contract.alarm_topic(config, "{alarm}")
     stats = status.removesuffix("status") + "{numbers}"
     channels = {
         "pictures": _channel(config.topic(*one("infer")), "picture"),
-        "verdicts": _channel(config.topic(*one("result")), "verdict"),
+        "verdicts": _channel(config.topic(*one("result")), "verdict", "board"),
+        "boards": _channel(contract.board_topic(config, BoardName("{line}", "{product}", "{board}")), "board"),
         "errors": _channel(contract.error_topic(config, "{reason}"), "error"),
         "status": _channel(status, "status"),
         "numbers": _channel(stats, "numbers", numbers={"enum": ["info", "stats", "cache"]}),
@@ -182,19 +193,21 @@ def asyncapi() -> str:
     )
 
 
-def _channel(topic: str, message: str, **parameters: Mapping[str, object]) -> dict[str, object]:
+def _channel(topic: str, *messages: str, **parameters: Mapping[str, object]) -> dict[str, object]:
     """A topic of the default site and box, with their names made parameters too."""
     pattern = topic.replace("coe/v1/plant/", "{root}/v1/{site}/").replace("/box1/", "/{box}/")
     shared = {name: _to("components", "parameters", name) for name in PARAMETERS if f"{{{name}}}" in pattern}
     return {
         "address": pattern,
-        "messages": {message: _to("components", "messages", message)},
+        "messages": {message: _to("components", "messages", message) for message in messages},
         "parameters": {**shared, **parameters},
     }
 
 
 def _messages() -> dict[str, object]:
-    bodies = {name: {"payload": {"$ref": f"schemas/{name}.json"}} for name in BODIES}
+    bodies: dict[str, dict[str, object]] = {name: {"payload": {"$ref": f"schemas/{name}.json"}} for name in BODIES}
+    resent = {"type": "string", "const": "true", "description": "It may have been published before (MQTT 5)."}
+    bodies["verdict"]["headers"] = {"type": "object", "properties": {"resent": resent}}
     return {
         "picture": {
             "contentType": "application/octet-stream",

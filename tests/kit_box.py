@@ -121,9 +121,11 @@ class Box:
             "utf-8",
         )
         self._process: subprocess.Popen[bytes] | None = None
+        self._log_begins = 0
 
     def start(self, environment: Mapping[str, str] | None = None) -> None:
         """Start the service; returns at once."""
+        self._log_begins = len(self.log_text) if self.log.exists() else 0
         command = [sys.executable, "-c", self._program, "serve", "--config", str(self.config)]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -131,12 +133,12 @@ class Box:
             )
 
     def wait_online(self, seconds: float = 60.0) -> None:
-        """Until the box says that it is connected and subscribed."""
-        until(lambda: not self.is_running or "mqtt state=ready" in self.log_text, seconds)
+        """Until the box says, since it was started last, that it is connected and subscribed."""
+        until(lambda: not self.is_running or "mqtt state=ready" in self.log_text[self._log_begins :], seconds)
         assert self.is_running, self.log_text
 
     def kill(self) -> None:
-        """SIGKILL; whatever broker is embedded goes with it. The log starts anew, so that `wait_online` waits again."""
+        """SIGKILL; whatever broker is embedded goes with it. The log starts anew."""
         assert self._process is not None
         self._process.kill()
         self._process.wait()

@@ -17,7 +17,7 @@ from PIL import Image
 
 from appliance.drivers.drawing import write_drawn
 from appliance.drivers.records import Conclusion, New, Quota, Recorded, Records, Sort
-from appliance.drivers.records.archive import PAGE_ROWS, Archive, Wanted
+from appliance.drivers.records.archive import PAGE_ROWS, Archive, Record, Wanted
 from appliance.drivers.records.export import COLUMNS, plain, write_csv, write_lines
 from appliance.drivers.records.schema import PRAGMAS
 from appliance.errors import ConfigError, RecordsError
@@ -248,6 +248,7 @@ def test_a_store_of_the_former_release_is_taken_over(tmp_path: Path, clock: Cloc
     with closing(sqlite3.connect(tmp_path / "records.db")) as db:
         db.executescript(
             "DROP TABLE kept; DROP TABLE crashes; DROP TABLE totals; DROP INDEX suspects; DROP INDEX verdicts_by_place;"
+            "DROP TABLE board_parts; DROP TABLE boards;"
             "ALTER TABLE outbox DROP COLUMN resent; PRAGMA user_version = 1;"
         )
     with pytest.raises(RecordsError, match="another release"):
@@ -263,12 +264,39 @@ def test_boxes_are_drawn_where_they_were_found(tmp_path: Path) -> None:
     finding = {"label": "open", "score": 0.9, "fails": True, "box": [2.0, 3.0, 9.0, 8.0]}
     sound = {"label": "sound", "score": 0.9, "fails": False, "box": None}
     plain_picture = kit_box.picture(1, 16)
-    write_drawn(plain_picture, [finding, sound], tmp_path / "out.png", max_pixels=1000)
+    write_drawn(plain_picture, {"findings": [finding, sound]}, tmp_path / "out.png", max_pixels=1000)
     with Image.open(tmp_path / "out.png") as drawn:
         assert drawn.size == (400, 400), "enlarged, so that its label can be read"
         assert drawn.getpixel((2 * 25, 5 * 25)) == (230, 30, 30)
     with pytest.raises(ConfigError, match="cannot be written"):
-        write_drawn(plain_picture, [], tmp_path / "out.nothing", max_pixels=1000)
+        write_drawn(plain_picture, {"findings": []}, tmp_path / "out.nothing", max_pixels=1000)
+
+
+def test_of_a_whole_board_the_parts_that_did_not_pass_are_drawn_with_what_was_found(tmp_path: Path) -> None:
+    finding = {"label": "open", "score": 0.9, "fails": True, "box": [230.0, 230.0, 250.0, 250.0]}
+    parts = [
+        {"part": "R1", "outcome": "pass", "rect": [10, 10, 50, 50], "findings": []},
+        {"part": "R2", "outcome": "fail", "rect": [200, 200, 100, 90], "findings": [finding]},
+    ]
+    write_drawn(kit_box.picture(1, 400), {"parts": parts}, tmp_path / "out.png", max_pixels=400 * 400)
+    with Image.open(tmp_path / "out.png") as drawn:
+        assert drawn.getpixel((200, 270)) == drawn.getpixel((300, 270)) == (230, 30, 30)
+        assert drawn.getpixel((230, 245)) == (230, 30, 30)
+        assert drawn.getpixel((10, 40)) != (230, 30, 30)
+
+
+def test_a_board_is_exported_with_the_experts_and_findings_of_all_its_parts(tmp_path: Path, clock: Clock) -> None:
+    finding = {"expert": "e", "label": "open", "score": 0.9, "fails": True, "box": None}
+    step = {"expert": "e", "version": "1"}
+    part = {"part": "R1", "outcome": "fail", "findings": [finding], "steps": [step]}
+    other = {"part": "R2", "outcome": "pass", "findings": [], "steps": []}
+    known = dict.fromkeys(COLUMNS, "-") | {"outcome": "fail", "parts": [part, other], "missing": ["R3"]}
+    del known["component"], known["findings"], known["experts"]
+    out = io.StringIO()
+    write_csv([Record("b", 0.0, None, 0.0, False, json.dumps(known).encode())], out)
+    (row,) = csv.DictReader(io.StringIO(out.getvalue()))
+    assert (row["component"], row["experts"]) == ("", "R1 e 1")
+    assert row["findings"] == "R1 e open 0.9000 fails; R3 missing"
 
 
 def _kept(folder: Path) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from appliance.config import Config
@@ -21,7 +22,14 @@ class Office:
         self.told: list[Command] = []
         self.notes: list[Note] = []
         self.drained = 0
-        self.commands = CommandIntake(Config(), tell=self.told.append, drain=self._drain, note=self.notes.append)
+        self.reloads: list[Callable[[Refusal | None], None]] = []
+        self.commands = CommandIntake(
+            Config(),
+            tell=self.told.append,
+            drain=self._drain,
+            reload=self.reloads.append,
+            note=self.notes.append,
+        )
 
     def _drain(self) -> None:
         self.drained += 1
@@ -81,10 +89,10 @@ def test_what_cannot_be_read_or_is_retained_is_refused_at_once() -> None:
 
 def test_an_unknown_verb_is_answered_on_the_error_topic() -> None:
     office = Office()
-    office.hear("\ufeff#/reload", b"{}")
+    office.hear("\ufeff#/load", b"{}")
     ((topic, body),) = office.said()
     assert topic == "coe/v1/plant/error/command-verb"
-    assert "use load, pin, unpin, evict, reinstate or drain" in f"{body['what']} {body['remedy']}"
+    assert "use load, pin, unpin, evict, reinstate, reload or drain" in f"{body['what']} {body['remedy']}"
 
 
 def test_draining_is_acknowledged_and_begun() -> None:
@@ -92,6 +100,18 @@ def test_draining_is_acknowledged_and_begun() -> None:
     office.hear("drain", b"")
     assert [(topic, body["ok"]) for topic, body in office.said()] == [("drain/ack", True)]
     assert office.drained == 1
+
+
+def test_a_reload_is_acknowledged_when_the_recipes_were_read() -> None:
+    office = Office()
+    for _ in range(2):
+        office.hear("reload", b'{"id": "7"}')
+    assert office.notes == []
+    office.reloads[0](None)
+    office.reloads[1](Refusal("catalog", "recipe.toml: placements.0.rect: …"))
+    said = [(topic, body["id"], body["ok"], body["reason"]) for topic, body in office.said()]
+    assert said == [("reload/ack", "7", True, None), ("reload/ack", "7", False, "catalog")]
+    assert office.drained == 0
 
 
 def test_too_many_commands_at_once_are_refused() -> None:

@@ -17,9 +17,12 @@ from appliance.config import Config
 from appliance.contract import (
     Address,
     Message,
+    Placed,
     Reply,
     Serving,
     Wish,
+    board_body,
+    board_topic,
     captured_at,
     check_publishable,
     deadline_seconds,
@@ -30,7 +33,20 @@ from appliance.contract import (
     result_id,
     verdict_body,
 )
-from appliance.core.types import Box, Finding, Outcome, Refusal, StandIn, Step, Verb, Verdict
+from appliance.core.types import (
+    BoardName,
+    BoardOutcome,
+    BoardVerdict,
+    Box,
+    Finding,
+    Outcome,
+    PartVerdict,
+    Refusal,
+    StandIn,
+    Step,
+    Verb,
+    Verdict,
+)
 from appliance.errors import MessageError
 
 CONFIG = Config()
@@ -81,7 +97,9 @@ def test_product_and_board_may_be_none() -> None:
         ("line1/-/-/" + "R" * 65_536, "topic-name"),
         ("_board/-/-/R1", "topic-name"),
         ("line1/-/-/_Board", "topic-name"),
-        ("line1/-/-/_board", "board-pictures-unsupported"),
+        ("line1/-/-/_board", "board-nameless"),
+        ("line1/p1/-/_board", "board-nameless"),
+        ("line1/-/SN-1/_board", "board-nameless"),
     ],
 )
 def test_a_topic_that_is_no_address_is_refused_with_its_reason(levels: str, reason: str) -> None:
@@ -275,6 +293,7 @@ def test_a_command_names_its_verb_in_the_topic_and_its_expert_in_the_body() -> N
     asked = order("pin", b'{"expert": "resistor", "id": "op:7"}', response_topic="me/7", correlation=b"x")
     assert Wish.parse(asked, CONFIG) == Wish(Verb.PIN, "resistor", "op:7", Reply("me/7", b"x"))
     assert Wish.parse(order("drain", b""), CONFIG) == Wish("drain", None, None, None)
+    assert Wish.parse(order("reload", b'{"id": "7"}'), CONFIG) == Wish("reload", None, "7", None)
 
 
 @pytest.mark.parametrize("topic", ["infer/a/b/c/d", "box/box2/cmd/load", "box/box1/cmd", "box/box1/status"])
@@ -286,7 +305,8 @@ def test_what_is_not_for_this_box_is_no_command(topic: str) -> None:
 @pytest.mark.parametrize(
     ("verb", "payload", "changed", "reason"),
     [
-        ("reload", b"{}", {}, "command-verb"),
+        ("restart", b"{}", {}, "command-verb"),
+        ("reload", b'{"expert": "a"}', {}, "command-body"),
         ("LOAD", b'{"expert": "a"}', {}, "command-verb"),
         ("load/ack", b'{"expert": "a"}', {}, "command-verb"),
         ("load", b'{"expert": "a"}', {"retain": True}, "retained"),
@@ -328,6 +348,12 @@ VERDICT = Verdict(
 NOW = datetime(2026, 1, 31, 8, 15, tzinfo=UTC)
 
 
+SERVING = {
+    ("cpu-0", "resistor"): Serving("1.2", "12" * 32, 0.5, "cpu"),
+    ("cuda-1", "solder"): Serving("3", "34" * 32, 0.25, "cuda:0"),
+}
+
+
 def body_of(verdict: Verdict) -> bytes:
     return verdict_body(
         verdict,
@@ -336,10 +362,7 @@ def body_of(verdict: Verdict) -> bytes:
         picture_sha256="ab" * 32,
         captured_at=NOW,
         out_of_order=True,
-        serving={
-            ("cpu-0", "resistor"): Serving("1.2", "12" * 32, 0.5, "cpu"),
-            ("cuda-1", "solder"): Serving("3", "34" * 32, 0.25, "cuda:0"),
-        },
+        serving=SERVING,
         site="plant",
         box="box1",
         finished_at=NOW,
@@ -405,6 +428,61 @@ def test_a_verdict_without_an_inspection_says_why() -> None:
     body = json.loads(body_of(Verdict("q2", Outcome.ERROR, (), 0.1, Refusal("picture-truncated", "it ends early"))))
     assert (body["outcome"], body["reason"], body["detail"]) == ("error", "picture-truncated", "it ends early")
     assert body["findings"] == body["steps"] == []
+
+
+def test_a_boards_verdict_lists_its_parts_and_who_is_missing() -> None:
+    """R1 was cut from the board's picture, so its boxes are moved to where they are in that; R2 had a picture."""
+    parts = {"R1": PartVerdict("b/R1", Outcome.FAIL), "R2": PartVerdict("q2", Outcome.LATE, Refusal("deadline", "why"))}
+    verdict = BoardVerdict("b", BoardName("line1", "p1", "SN-1"), BoardOutcome.FAIL, parts, ("R3",), 0.0)
+    body = json.loads(
+        board_body(
+            verdict,
+            placed={"R1": Placed("resistor", (10, 20, 5, 6), VERDICT.steps), "R2": Placed("capacitor", (0, 0, 5, 6))},
+            picture_sha256=None,
+            waited_seconds=0.25,
+            serving=SERVING,
+            site="plant",
+            box="box1",
+            finished_at=datetime(2026, 1, 31, tzinfo=UTC),
+        )
+    )
+    first, second = body.pop("parts")
+    assert [finding["box"] for finding in first["findings"]] == [[11.0, 22.0, 13.0, 24.0], None]
+    assert [step["expert"] for step in first["steps"]] == ["resistor", "solder"]
+    assert (first["outcome"], first["request_id"], first["rect"]) == ("fail", None, [10, 20, 5, 6])
+    assert second == {
+        "part": "R2",
+        "component": "capacitor",
+        "outcome": "late",
+        "reason": "deadline",
+        "detail": "why",
+        "request_id": "q2",
+        "rect": [0, 0, 5, 6],
+        "findings": [],
+        "steps": [],
+        "degraded": [],
+    }
+    assert body == {
+        "schema_version": 1,
+        "result_id": result_id("b"),
+        "request_id": "b",
+        "outcome": "fail",
+        "reason": None,
+        "detail": None,
+        "line": "line1",
+        "product": "p1",
+        "board": "SN-1",
+        "part": "_board",
+        "picture_sha256": None,
+        "captured_at": None,
+        "out_of_order": False,
+        "missing": ["R3"],
+        "waited_milliseconds": 250.0,
+        "site": "plant",
+        "box": "box1",
+        "finished_at": "2026-01-31T00:00:00Z",
+    }
+    assert board_topic(CONFIG, verdict.name) == "coe/v1/plant/board/line1/p1/SN-1"
 
 
 def test_the_result_has_one_name_for_each_request() -> None:

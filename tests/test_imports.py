@@ -39,7 +39,9 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "appliance.promise": (*WORLD, *FRONT),
     "appliance.startup": ("appliance.promise", *WORLD, *FRONT, "appliance.core"),
     "appliance.health": ("appliance.promise", *WORLD, *FRONT, "appliance.core"),
+    "appliance.boards": (*WORLD, *FRONT, "appliance.core"),
     "appliance.telemetry": (
+        "appliance.boards",
         "appliance.startup",
         "appliance.health",
         "appliance.promise",
@@ -48,6 +50,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         "appliance.core",
     ),
     "appliance.service": (
+        "appliance.boards",
         "appliance.telemetry",
         "appliance.startup",
         "appliance.health",

@@ -70,12 +70,16 @@ def catalog(tmp_path_factory: pytest.TempPathFactory) -> Catalog:
 
 
 def test_a_part_without_product_is_its_component(catalog: Catalog) -> None:
-    accepted = admit(_message("line1/-/-/c-e0"), CONFIG, catalog, 100.0)
+    accepted = admit(_message("line1/-/-/c-e0"), CONFIG, lambda address: catalog, 100.0)
     assert (accepted.line, accepted.part, accepted.accepted_at) == ("line1", "c-e0", 100.0)
 
 
 def test_a_part_of_a_product_is_its_placement(catalog: Catalog) -> None:
-    assert admit(_message("line1/p1/SN-1/R1"), CONFIG, catalog, 0.0).product == "p1"
+    assert admit(_message("line1/p1/SN-1/R1"), CONFIG, lambda address: catalog, 0.0).product == "p1"
+
+
+def test_a_whole_board_of_a_product_with_a_serial_number_is_taken(catalog: Catalog) -> None:
+    assert admit(_message("line1/p1/SN-1/_board"), CONFIG, lambda address: catalog, 0.0).part == "_board"
 
 
 @pytest.mark.parametrize(
@@ -86,13 +90,16 @@ def test_a_part_of_a_product_is_its_placement(catalog: Catalog) -> None:
         ("line1/p1/-/R9", "unknown-part"),
         ("line1/-/-/c-compared", "reference-missing"),
         ("line1/p2/-/R1", "reference-missing"),
+        ("line1/ghost/SN-1/_board", "unknown-product"),
+        ("line1/-/SN-1/_board", "board-nameless"),
+        ("line1/p1/-/_board", "board-nameless"),
         ("line1/-/c-e0", "topic-depth"),
         ("line1/-/-/c+e0", "topic-name"),
     ],
 )
 def test_what_nothing_can_answer_is_refused(catalog: Catalog, topic: str, reason: str) -> None:
     with pytest.raises(MessageError) as caught:
-        admit(_message(topic), CONFIG, catalog, 0.0)
+        admit(_message(topic), CONFIG, lambda address: catalog, 0.0)
     assert caught.value.reason == reason
     assert caught.value.remedy
 
@@ -100,7 +107,7 @@ def test_what_nothing_can_answer_is_refused(catalog: Catalog, topic: str, reason
 def test_what_a_sender_asks_for_is_kept(catalog: Catalog) -> None:
     user = {"request-id": "job-1", "captured-at": "2026-01-31T08:15:00Z", "deadline-ms": "1500"}
     message = _message("line1/-/-/c-e0", user=user, response_topic="my/answers", correlation=b"7")
-    accepted = admit(message, CONFIG, catalog, 0.0)
+    accepted = admit(message, CONFIG, lambda address: catalog, 0.0)
     assert (accepted.id, accepted.deadline_seconds) == ("job-1", 1.5)
     assert (accepted.response_topic, accepted.correlation) == ("my/answers", b"7")
     assert accepted.captured_at == "2026-01-31T08:15:00+00:00"
@@ -119,7 +126,7 @@ def test_what_a_sender_asks_for_is_kept(catalog: Catalog) -> None:
 )
 def test_what_a_message_may_not_be_is_refused(catalog: Catalog, changed: dict[str, object], reason: str) -> None:
     with pytest.raises(MessageError) as caught:
-        admit(_message("line1/-/-/c-e0", **changed), CONFIG, catalog, 0.0)
+        admit(_message("line1/-/-/c-e0", **changed), CONFIG, lambda address: catalog, 0.0)
     assert caught.value.reason == reason
 
 
@@ -188,7 +195,7 @@ def _desk(
         outbox.connect(wire)
         intake = Intake(
             CONFIG,
-            catalog,
+            lambda address: catalog,
             records,
             outbox,
             acknowledge=lambda message: acknowledged.append(message.packet_id),

@@ -14,7 +14,16 @@ from paho.mqtt.enums import MQTTProtocolVersion
 from appliance.contract import Address
 from appliance.drivers.mqtt import Door, DoorState
 from appliance.drivers.outbox import KEPT_NOTES, READ_ROWS, Note, Outbox
-from appliance.drivers.records import Acceptance, Answered, Conclusion, Picture, Publication, Recorded, Records
+from appliance.drivers.records import (
+    Acceptance,
+    Answered,
+    Conclusion,
+    OpenBoard,
+    Picture,
+    Publication,
+    Recorded,
+    Records,
+)
 from appliance.errors import MessageError
 from tests.kit_brokers import AnyBroker, Camera, Mosquitto, Nats, broker, config_for, mosquitto, nats, until
 
@@ -88,6 +97,8 @@ def test_a_result_topic_that_the_broker_refuses_waits_alone_until_it_is_allowed(
     ):
         for number in range(70):
             _conclude(records, outbox, broker, f"denied{number}", line="line2")
+        board = OpenBoard("denied board", "line2", "p1", "SN-1", 0.0, b"")
+        records.conclude_board(board, "pass", b"{}", "coe/v1/plant/board/line2/p1/SN-1", lambda _: None)
         for number in range(70):
             _conclude(records, outbox, broker, f"r{number}")
         with Camera(broker.port, "coe/v1/plant/result/line1/#") as camera:
@@ -96,7 +107,7 @@ def test_a_result_topic_that_the_broker_refuses_waits_alone_until_it_is_allowed(
             while wanted:
                 wanted.discard(camera.hear(30).payload)
         until(lambda: {row.id[:6] for row in records.unpublished()} == {"denied"})
-        assert len(records.unpublished()) == 70
+        assert len(records.unpublished()) == 71
         assert caplog.text.count("outbox refused") >= 1
         broker.stop()
         (tmp_path / "acl").write_text("topic readwrite coe/#\n")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from appliance.config import Config, Memory
 from appliance.engine.pinned import WINDOW_BYTES, WINDOWS
-from appliance.promise import AT_START_BYTES, WORKING_BYTES, promised_bytes, weights_budget
+from appliance.promise import AT_START_BYTES, WORKING_BYTES, passing_bytes, promised_bytes, weights_budget
 
 SETTINGS = Config(memory=Memory.model_validate({"weights": "1GB", "activations": "100MB", "gpu_host_tier": "200MB"}))
 TAKEN = AT_START_BYTES + WORKING_BYTES + 2 * 100_000_000
@@ -26,6 +26,7 @@ def test_the_promise_grows_with_what_is_promised() -> None:
 
     assert promised(1000, 2) - promised(0, 2) == 1000
     assert promised(0, 3) - promised(0, 2) == 16 * SETTINGS.limits.picture_pixels
+    assert promised(0, 0) - 3 * SETTINGS.limits.picture_pixels == passing_bytes(SETTINGS) + 2 * 100_000_000 + 5
 
 
 def test_the_runtime_may_keep_as_much_of_past_runs_as_batches_take() -> None:

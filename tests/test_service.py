@@ -377,7 +377,7 @@ def _kept_alive(box: Box, camera: client.Camera) -> int:
 def test_a_batch_that_nobody_waits_for_any_more_does_not_wait_for_a_suspects(
     tmp_path: Path, catalog: Path, mosquitto: Mosquitto
 ) -> None:
-    """A picture that ended the process is in hand again and alone, for long; another's comes, and becomes late."""
+    """A picture that ended the process is in hand again and alone, for long; another of the same part becomes late."""
     dead, again, go = (tmp_path / name for name in ("dead", "again", "go"))
     program = f"""{DEADLY_DECODER}
 from pathlib import Path
@@ -401,7 +401,7 @@ images.decode = slow
         box.start()
         until(again.exists, 60.0)
         box.wait_online()
-        camera.publish(INFER + "c-e2", picture(2), user={"deadline-ms": "3000"})
+        camera.publish(INFER + "c-e1", picture(2), user={"deadline-ms": "3000"})
         (late,) = hear_verdicts(camera, 1).values()
         assert (late["outcome"], late["reason"]) == ("late", "deadline")
         until(lambda: json.loads(camera.hear().payload).get("cancelled_runs"))  # while the suspect's batch still runs
@@ -498,7 +498,8 @@ def test_a_stale_picture_is_told_so_and_an_old_one_behind_a_newer_one_is_marked(
             assert [ask(camera, n, ago)["out_of_order"] for n, ago in enumerate((30, 10, 20))] == [False, False, True]
             stale = ask(camera, 3, 700)
             assert (stale["outcome"], stale["reason"], stale["out_of_order"]) == ("rejected", "stale", True)
-        with box, Camera(mosquitto.port, ALARMS) as operator:
+        box.log.write_text("")  # or it would count as being online already
+        with box, Camera(mosquitto.port, ALARMS, name="operator") as operator:
             assert [ask(camera, n, ago)["out_of_order"] for n, ago in ((4, 15), (5, 5))] == [True, False]
             assert ask(camera, 6, -1000)["outcome"] in ("pass", "fail")
             while not ((heard := operator.hear()).topic.endswith("/alarm/clock") and heard.payload):
@@ -508,12 +509,17 @@ def test_a_stale_picture_is_told_so_and_an_old_one_behind_a_newer_one_is_marked(
 
 def test_a_line_that_sends_too_fast_is_told_so_and_others_are_answered(tmp_path: Path, catalog: Path) -> None:
     settings = "[limits]\npictures_per_second = 1000\n[lines.line1]\npictures_per_second = 0.001\nburst = 2\n"
-    with Box(tmp_path / "box", catalog, settings=settings) as box, Camera(box.port, RESULT, ERROR) as camera:
+    with (
+        Box(tmp_path / "box", catalog, settings=settings) as box,
+        Camera(box.port, RESULT, ERROR) as camera,
+        Camera(box.port, STATS, name="operator") as operator,
+    ):
         for number in range(3):
             camera.publish_confirmed(INFER + "c-e1", picture(number))
         for number in range(3, 6):
             camera.publish_confirmed(INFER.replace("line1", "line2") + "c-e1", picture(number))
         heard = [camera.hear() for _ in range(6)]
+        until(lambda: json.loads(operator.hear().payload)["turned_away"] == 1)
     (refused,) = [json.loads(message.payload) for message in heard if "/error/" in message.topic]
     assert (refused["reason"], refused["has_verdict"], "/line1/" in refused["topic"]) == ("rate", False, True)
     assert Counter(m.topic.split("/")[4] for m in heard if "/result/" in m.topic) == {"line1": 2, "line2": 3}

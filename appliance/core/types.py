@@ -125,6 +125,49 @@ class Verdict:
     stand_ins: tuple[StandIn, ...] = ()
 
 
+class BoardOutcome(StrEnum):
+    """How a board ended: as its worst part did, the worst first. It passes only if all its parts did."""
+
+    FAIL = "fail"
+    ERROR = "error"
+    LATE = "late"
+    REJECTED = "rejected"
+    INCOMPLETE = "incomplete"
+    """Parts are missing, and nothing worse."""
+    PASS = "pass"
+
+
+@dataclass(frozen=True, slots=True)
+class BoardName:
+    """Whose pictures belong together."""
+
+    line: str
+    product: str
+    serial: str
+
+
+@dataclass(frozen=True, slots=True)
+class PartVerdict:
+    """What a board wants to know of the verdict of one part's picture."""
+
+    request: str
+    outcome: Outcome
+    refusal: Refusal | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BoardVerdict:
+    """The one answer for a board. `parts` are those that have a verdict, by designator, in the recipe's order."""
+
+    id: str
+    name: BoardName
+    outcome: BoardOutcome
+    parts: Mapping[str, PartVerdict]
+    missing: tuple[str, ...]
+    opened_seconds: float
+    refusal: Refusal | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """Pictures for one run of one expert on one executor."""

@@ -1,17 +1,19 @@
 """The pictures of open requests: read from the spool, decoded once for all experts that look at them, each beside
-its golden reference where the product's recipe has one."""
+its golden reference where the product's recipe has one. Parts of a whole board are views into its one picture."""
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from appliance.catalog import Product
+from appliance.catalog import Placement, Product
 from appliance.drivers import images
 from appliance.drivers.images import Views
 from appliance.errors import CatalogError, MessageError, NotSpooled, PictureError
@@ -23,10 +25,11 @@ Picture = NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What a request's picture shows."""
+    """What a request looks at: a part, in a picture of its own, or in that of the `whole` board of this name."""
 
-    product: str
+    product: Product | None
     part: str
+    whole: str | None = None
 
 
 class Album:
@@ -36,22 +39,28 @@ class Album:
         self,
         payload: Callable[[str], bytes],
         subject: Callable[[str], Subject],
-        products: Mapping[str, Product],
         max_bytes: int,
         max_pixels: int,
     ) -> None:
-        self._payload, self._subject, self._products = payload, subject, products
+        self._payload, self._subject = payload, subject
         self._max_bytes, self._max_pixels = max_bytes, max_pixels
         self._pictures = _Cache()
+        self._wholes: dict[str, _Whole] = {}
         self._golden = _Cache()
         self.largest_pixels = 0
-        """Of the pictures decoded so far: what decoding may have taken."""
+        """Of the pictures decoded so far that are no whole boards: what decoding may have taken."""
 
     def look(self, request: str) -> Views:
         """The request's picture and reference. Raises PictureError when they cannot be decoded or do not match."""
         subject = self._subject(request)  # first: who has its verdict already is noted in nobody's hand
-        picture = self._pictures.get(request, lambda: self._decoded(self._read(request)))
-        reference = self._reference(subject)
+        placement = _placement(subject)
+        if subject.whole is None:
+            picture = self._pictures.get(request, lambda: self._decoded(self._read(request)))
+        else:
+            assert subject.product is not None
+            assert placement is not None
+            picture = images.crop(self._board(subject.whole, subject.product), placement.rect)
+        reference = self._reference(subject.product, placement)
         if reference is not None and reference.shape[:2] != picture.shape[:2]:
             height, width = reference.shape[:2]
             raise PictureError(
@@ -64,22 +73,48 @@ class Album:
     @property
     def cached_bytes(self) -> int:
         """Of the decoded pictures that are kept."""
-        return self._pictures.bytes + self._golden.bytes
+        wholes = sum(whole.bytes for whole in tuple(self._wholes.values()))
+        return self._pictures.bytes + self._golden.bytes + wholes
+
+    @property
+    def decoding_pixels(self) -> int:
+        """Of the boards' pictures that are being decoded, or soon will be."""
+        return sum(whole.pixels for whole in tuple(self._wholes.values()) if not whole.is_decoded)
+
+    def keep_whole(self, request: str, product: Product) -> None:
+        """Parts are cut from this board's picture until it is forgotten: it is decoded once."""
+        width, height = product.recipe.size
+        self._wholes[request] = _Whole(width * height)
 
     def forget(self, request: str) -> None:
         """The request has its verdict."""
         self._pictures.drop(request)
+        self._wholes.pop(request, None)
 
-    def _reference(self, subject: Subject) -> Picture | None:
-        product = self._products.get(subject.product)
-        if product is None or product.golden_path is None:
+    def _board(self, request: str, product: Product) -> Picture:
+        whole = self._wholes.get(request)
+        if whole is None:
+            raise MessageError("deadline", f"{request} has its verdict already", "nothing to do")
+        return whole.get(lambda: self._decoded_board(request, product))
+
+    def _decoded_board(self, request: str, product: Product) -> Picture:
+        payload, (width, height) = self._read(request), product.recipe.size
+        picture = images.decode(payload, max_bytes=self._max_bytes, max_pixels=self._max_pixels)
+        if picture.shape[:2] != (height, width):
+            raise PictureError(
+                "picture-size",
+                f"the picture is {picture.shape[1]} x {picture.shape[0]} pixels, its recipe says {width} x {height}",
+                "publish the board at the size that its recipe states",
+            )
+        return picture
+
+    def _reference(self, product: Product | None, placement: Placement | None) -> Picture | None:
+        if product is None or placement is None or product.golden_path is None:
             return None
-        placement = product.placements.get(subject.part)
-        if placement is None:  # the part was in the recipe when it was accepted
-            raise MessageError("unknown-part", f"{subject.product} has no placement {subject.part}", "see its recipe")
         path = product.golden_path
+        key = f"{path} {product.golden_sha256}"
         try:
-            golden = self._golden.get(subject.product, lambda: self._decoded(path.read_bytes()))
+            golden = self._golden.get(key, lambda: self._decoded(_golden_bytes(path, product.golden_sha256)))
         except (OSError, PictureError) as error:
             raise CatalogError(f"the golden picture {path} is unusable: {error}", "restore it") from error
         return images.crop(golden, placement.rect)
@@ -94,6 +129,56 @@ class Album:
         picture = images.decode(payload, max_bytes=self._max_bytes, max_pixels=self._max_pixels)
         self.largest_pixels = max(self.largest_pixels, picture.shape[0] * picture.shape[1])
         return picture
+
+
+def _placement(subject: Subject) -> Placement | None:
+    """Raises MessageError `unknown-part`: the part was in the recipe when it was accepted."""
+    if subject.product is None:
+        return None
+    placement = subject.product.placements.get(subject.part)
+    if placement is None:
+        product = subject.product.recipe.product
+        raise MessageError("unknown-part", f"{product} has no placement {subject.part}", "see its recipe")
+    return placement
+
+
+def _golden_bytes(path: Path, sha256: str | None) -> bytes:
+    """Raises CatalogError when they are not those that the recipe was read with."""
+    payload = path.read_bytes()
+    if sha256 is not None and hashlib.sha256(payload).hexdigest() != sha256:
+        raise CatalogError(
+            f"the golden picture {path} is not the one that was there when its recipe was read",
+            "give a new golden picture a new name, then command reload",
+        )
+    return payload
+
+
+class _Whole:
+    """A board's picture, decoded by the first who looks. The others wait for that, or meet the same error."""
+
+    def __init__(self, pixels: int) -> None:
+        self.pixels = pixels
+        self._lock = threading.Lock()
+        self._found: Picture | MessageError | None = None
+
+    @property
+    def is_decoded(self) -> bool:
+        return self._found is not None
+
+    @property
+    def bytes(self) -> int:
+        return self._found.nbytes if isinstance(self._found, np.ndarray) else 0
+
+    def get(self, make: Callable[[], Picture]) -> Picture:
+        with self._lock:
+            if self._found is None:
+                try:
+                    self._found = make()
+                except MessageError as error:
+                    self._found = error
+            if isinstance(self._found, MessageError):
+                raise self._found.with_traceback(None)
+            return self._found
 
 
 class _Cache:

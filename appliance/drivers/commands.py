@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 
 from appliance import contract
 from appliance.config import Config
-from appliance.contract import Message, Wish
+from appliance.contract import DRAIN, Message, Wish
 from appliance.core.types import Command, Refusal, Verb
 from appliance.drivers.outbox import Note
 from appliance.errors import MessageError
@@ -28,8 +28,8 @@ STOPPING = Refusal("stopping", "the box stops")
 class CommandIntake:
     """Every command gets one acknowledgement, also to its response topic if it names one.
 
-    `tell` hands an event to whoever decides, `drain` ends the service in good order, `note` publishes; all must only
-    enqueue.
+    `tell` hands an event to whoever decides, `drain` ends the service in good order, `reload` reads the recipes again
+    and tells what became of it, `note` publishes; all must only enqueue.
     """
 
     def __init__(
@@ -38,9 +38,10 @@ class CommandIntake:
         *,
         tell: Callable[[Command], None],
         drain: Callable[[], None],
+        reload: Callable[[Callable[[Refusal | None], None]], None],
         note: Callable[[Note], None],
     ) -> None:
-        self._config, self._tell, self._drain, self._note = config, tell, drain, note
+        self._config, self._tell, self._drain, self._reload, self._note = config, tell, drain, reload, note
         self._lock = threading.Lock()  # guards all that follows; never held while others are called
         self._waiting: dict[int, Wish] = {}
         self._last = 0
@@ -77,15 +78,17 @@ class CommandIntake:
             self._answer(wish, STOPPING)
 
     def _begin(self, wish: Wish) -> None:
-        if wish.expert is None or not isinstance(wish.verb, Verb):  # it is DRAIN
+        if wish.verb == DRAIN:
             self._answer(wish, None)
             self._drain()
             return
         admitted = self._admitted(wish)
         if isinstance(admitted, Refusal):
             self._answer(wish, admitted)
-        else:
+        elif isinstance(wish.verb, Verb) and wish.expert is not None:
             self._tell(Command(admitted, wish.verb, wish.expert))
+        else:
+            self._reload(lambda refusal: self.acknowledge(admitted, refusal))
 
     def _admitted(self, wish: Wish) -> int | Refusal:
         with self._lock:

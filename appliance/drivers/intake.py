@@ -20,7 +20,7 @@ from enum import Enum
 from appliance import contract
 from appliance.catalog import Catalog
 from appliance.config import INBOX_BYTES, Config
-from appliance.contract import Address, Message, Reply
+from appliance.contract import WHOLE_BOARD, Address, Message, Reply
 from appliance.drivers import images
 from appliance.drivers.outbox import Outbox
 from appliance.drivers.records import Acceptance, Answered, Conflict, Full, New, Picture, Records, TurnedAway, Waiting
@@ -41,7 +41,7 @@ BUSY = MessageError(
 
 
 def component_of(address: Address, catalog: Catalog) -> str:
-    """The component that a picture shows. Raises MessageError: unknown product, part or component."""
+    """The component that a picture shows, or WHOLE_BOARD. Raises MessageError: unknown product, part or component."""
     if address.product == "-":
         component = address.part
     else:
@@ -50,6 +50,8 @@ def component_of(address: Address, catalog: Catalog) -> str:
             raise MessageError(
                 "unknown-product", f"there is no recipe for product {address.product}", "add one, or use -"
             )
+        if address.is_whole:
+            return WHOLE_BOARD
         placement = product.placements.get(address.part)
         if placement is None:
             raise MessageError(
@@ -71,14 +73,14 @@ def component_of(address: Address, catalog: Catalog) -> str:
     return component
 
 
-def admit(message: Message, config: Config, catalog: Catalog, accepted_at: float) -> Picture:
+def admit(message: Message, config: Config, catalog_of: Callable[[Address], Catalog], accepted_at: float) -> Picture:
     """Check everything that can be checked without decoding. Raises MessageError with reason and remedy."""
     if message.retain:
         raise MessageError(
             "retained", "a retained picture would be inspected again at every start", "publish without -r"
         )
     address = Address.parse(message.topic, config)
-    component_of(address, catalog)
+    component_of(address, catalog_of(address))
     identity = contract.request_id(message.topic, message.payload, message.user)
     images.check(message.payload, max_bytes=int(config.limits.picture_bytes), max_pixels=config.limits.picture_pixels)
     captured, reply = contract.captured_at(message.user), Reply.wanted(message, config)
@@ -128,13 +130,13 @@ class Intake:
 
     `acknowledge` is called in the order of arrival, whatever the order of the outcomes: a small picture may find room
     where a larger one before it did not. `spooled` is called after the commit. Both come from this thread or the
-    writer's, and must only enqueue.
+    writer's, and must only enqueue. `catalog_of` has the recipes that count at an address.
     """
 
     def __init__(
         self,
         config: Config,
-        catalog: Catalog,
+        catalog_of: Callable[[Address], Catalog],
         records: Records,
         outbox: Outbox,
         *,
@@ -144,7 +146,7 @@ class Intake:
     ) -> None:
         """`may_enter` is asked with the line of every new picture, on the writer's thread."""
         self._may_enter = may_enter
-        self._config, self._catalog, self._records, self._outbox = config, catalog, records, outbox
+        self._config, self._catalog_of, self._records, self._outbox = config, catalog_of, records, outbox
         self._acknowledge, self._spooled = acknowledge, spooled
         self._changed = threading.Condition()  # guards all that follows; never held while records or outbox are called
         self._inbox: deque[Message] = deque()
@@ -286,7 +288,7 @@ class Intake:
         owed = self._owing(message)
         with self._border(owed):
             try:
-                picture = owed.picture = admit(message, self._config, self._catalog, time.time())
+                picture = owed.picture = admit(message, self._config, self._catalog_of, time.time())
             except MessageError as error:
                 self._refuse(owed, error)
                 return
@@ -364,7 +366,7 @@ class Intake:
 
     def _slow_down(self, owed: _Owed, line: str) -> None:
         """Not held back: acknowledgements go in order, so that would stop other lines too. Nor logged one by one."""
-        self.counts["rate"] += 1
+        self.counts[contract.RATE] += 1
         what = f"{line} sends more pictures than it may (pictures_per_second, burst)"
         self._answer(owed.message, MessageError(contract.RATE, what, "send it again later"))
         self._settle(owed)

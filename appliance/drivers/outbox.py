@@ -56,7 +56,7 @@ class Outbox:
 
     def __init__(self, config: Config, records: Records) -> None:
         self._config, self._records = config, records
-        self._results = config.topic("result", "")
+        self._results = (config.topic("result", ""), config.topic("board", ""))
         self._door: Door | None = None
         self._lock = threading.RLock()  # door.publish calls nothing back on the calling thread
         self._in_flight: dict[int, str] = {}

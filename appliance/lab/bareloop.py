@@ -40,8 +40,7 @@ class BareLoop:
         limits, products = installation.config.limits, installation.catalog.products
         self._album = Album(
             lambda request: self._jobs[request].picture,
-            lambda request: Subject(self._jobs[request].product, self._jobs[request].part),
-            products,
+            lambda request: Subject(products.get(self._jobs[request].product), self._jobs[request].part),
             int(limits.picture_bytes),
             limits.picture_pixels,
         )

@@ -231,6 +231,8 @@ def _print_closing(found: Mapping[str, Any], console: Console) -> None:
     table.add_column()
     table.add_row("pictures, verdicts", f"{found['pictures']}, {found['verdicts']}")
     table.add_row("defects missed", f"{found['missed_defects']} of {found['defective']} (recall {found['recall']:.3f})")
+    boards = ", ".join(f"{count} {outcome}" for outcome, count in found["boards"].items())
+    table.add_row("whole boards", boards or "none had all its parts")
     rate = f"{found['false_alarm_rate']:.2%}"
     table.add_row("false alarms", f"{found['false_alarms']} of {found['sound']} sound parts ({rate})")
     table.add_row("localisation F", f"{found['localisation_f']:.3f} (overlap 0.33 and type right)")

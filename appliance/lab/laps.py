@@ -109,4 +109,4 @@ def album(pictures: Pictures) -> Album:
     def payload(request: str) -> bytes:
         return pictures[int(request.removeprefix("r")) % len(pictures)]
 
-    return Album(payload, lambda request: Subject("-", request), {}, _MAX_BYTES, _MAX_PIXELS)
+    return Album(payload, lambda request: Subject(None, request), _MAX_BYTES, _MAX_PIXELS)

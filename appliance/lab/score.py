@@ -102,6 +102,7 @@ def closing(
         "experts": len(catalog.bundles),
         "experts_used": len({part.component for part in score.parts.values()}),
         "experts_resident_max": resident_max,
+        "boards": stats.get("boards", {}).get("verdicts", {}),
         "loads": stats.get("loads"),
         "evictions": stats.get("evictions"),
         "budget_bytes": stats.get("weights_budget_bytes"),

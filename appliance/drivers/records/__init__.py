@@ -5,20 +5,23 @@ its verdict. A verdict waits in the outbox until the broker has confirmed it. So
 answers nothing differently. The store knows neither MQTT nor experts: ids, bytes and topics are given to it.
 
 `values` is what flows; `schema` the tables; `opening` takes the folder, moves what is damaged aside and counts crashes;
-`inhand` knows whose bytes are in work; `ledger` enters requests into a transaction; `writer` is the thread that commits
-them in groups; `readers` read beside it; `records` joins these. `archive`
-and `export` are for whoever asks later.
+`inhand` knows whose bytes are in work; `ledger` enters requests into a transaction, `boards` what they say of boards;
+`writer` is the thread that commits them in groups; `readers` read beside it; `records` joins these. `archive` and
+`export` are for whoever asks later.
 """
 
 from appliance.drivers.records.records import Records
 from appliance.drivers.records.values import (
     Acceptance,
     Answered,
+    BoardPart,
     Conclusion,
     Conflict,
     Counts,
     Full,
     New,
+    OpenBoard,
+    PartOf,
     Picture,
     Publication,
     Quota,
@@ -33,11 +36,14 @@ from appliance.drivers.records.values import (
 __all__ = [
     "Acceptance",
     "Answered",
+    "BoardPart",
     "Conclusion",
     "Conflict",
     "Counts",
     "Full",
     "New",
+    "OpenBoard",
+    "PartOf",
     "Picture",
     "Publication",
     "Quota",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
@@ -40,9 +40,16 @@ def write_csv(records: Iterable[Record], file: TextIO) -> None:
     writer.writerow(COLUMNS)
     for record in records:
         row = plain(record)
-        row["experts"] = "; ".join(_step(step) for step in row["steps"])
-        row["findings"] = "; ".join(_finding(finding) for finding in row["findings"])
-        writer.writerow(row[column] for column in COLUMNS)
+        row["experts"] = "; ".join(f"{part}{_step(step)}" for part, step in _all(row, "steps"))
+        found = [f"{part}{_finding(finding)}" for part, finding in _all(row, "findings")]
+        row["findings"] = "; ".join([*found, *(f"{part} missing" for part in row.get("missing", ()))])
+        writer.writerow(row.get(column, "") for column in COLUMNS)
+
+
+def _all(body: dict[str, Any], key: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Of the picture, or of all parts of a board: the part's name before each."""
+    yield from (("", one) for one in body.get(key, ()))
+    yield from ((f"{part['part']} ", one) for part in body.get("parts", ()) for one in part[key])
 
 
 def _step(step: dict[str, Any]) -> str:

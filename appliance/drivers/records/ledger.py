@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, assert_never
 
+from appliance.drivers.records.boards import ConcludeBoard, Open, begin_board, conclude_board, note_part
 from appliance.drivers.records.schema import PICTURE_COLUMNS, ROW_BYTES
 from appliance.drivers.records.values import (
     Acceptance,
@@ -16,6 +17,7 @@ from appliance.drivers.records.values import (
     Counts,
     Full,
     New,
+    PartOf,
     Picture,
     Publication,
     Quota,
@@ -41,7 +43,7 @@ class Accept:
 
 @dataclass(frozen=True, slots=True)
 class Conclude:
-    """Record a verdict, put it in the outbox and release the picture."""
+    """Record a verdict, put it in the outbox, for the topics in `also` too, and release the picture."""
 
     id: str
     outcome: str
@@ -49,6 +51,8 @@ class Conclude:
     topic: str
     keep: Sort | None
     done: Callable[[Conclusion], None]
+    also: tuple[str, ...] = ()
+    part_of: PartOf | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +80,7 @@ class Limits:
     quotas: Mapping[Sort, Quota]
 
 
-Request = Accept | Conclude | Published | Forgive
+Request = Accept | Conclude | Published | Forgive | Open | ConcludeBoard
 Result = Acceptance | Conclusion | None
 
 
@@ -107,6 +111,11 @@ class Ledger:
                     "DELETE FROM crashes WHERE expert = ? AND (pictures = '[]' OR NOT ?)", (expert, only_loads)
                 )
                 return None
+            case Open(board):
+                begin_board(self._db, board)
+                return None
+            case ConcludeBoard():
+                return self._conclude_board(request)
             case _:
                 assert_never(request)
 
@@ -165,10 +174,20 @@ class Ledger:
         )
         if request.keep is not None and request.keep in self._limits.quotas:
             self._keep(request.id, request.keep, row[0])
+        if request.part_of is not None:
+            note_part(self._db, request.id, request.outcome, request.part_of)
         self._db.execute("DELETE FROM pictures WHERE id = ?", (request.id,))
         self._add(spooled=-1, spooled_bytes=-row[0], verdicts=1)
         self.verdict_bytes += len(request.body) + ROW_BYTES
-        return Recorded(self._post(request.id, request.topic, row[1], row[2], request.body))
+        also = [(topic, None) for topic in request.also]
+        return Recorded(self._post(request.id, request.topic, row[1], row[2], request.body, also))
+
+    def _conclude_board(self, request: ConcludeBoard) -> Conclusion:
+        if not conclude_board(self._db, request, self._now):
+            return Unowed()
+        self._add(verdicts=1)
+        self.verdict_bytes += len(request.body) + ROW_BYTES
+        return Recorded(self._post(request.board.id, request.topic, None, None, request.body))
 
     def _keep(self, id: str, sort: Sort, size: int) -> None:
         self._db.execute(
@@ -198,10 +217,11 @@ class Ledger:
         response_topic: str | None,
         correlation: bytes | None,
         body: bytes,
+        also: Sequence[tuple[str, None]] = (),
         *,
         resent: bool = False,
     ) -> tuple[Publication, ...]:
-        targets: list[tuple[str, bytes | None]] = [(topic, None)]
+        targets: list[tuple[str, bytes | None]] = [(topic, None), *also]
         if response_topic is not None:
             targets.append((response_topic, correlation))
         return tuple(self._publication(id, *target, body, resent) for target in targets)

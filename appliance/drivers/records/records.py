@@ -12,12 +12,25 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 
 from appliance.core.types import Crash
+from appliance.drivers.records.boards import ConcludeBoard, Open, concluded_boards, open_boards
 from appliance.drivers.records.inhand import InHand
 from appliance.drivers.records.ledger import Accept, Conclude, Forgive, Limits, Published
 from appliance.drivers.records.opening import lock, prepare, take_stock
 from appliance.drivers.records.readers import Readers
 from appliance.drivers.records.schema import PICTURE_COLUMNS
-from appliance.drivers.records.values import Acceptance, Conclusion, Counts, Picture, Publication, Quota, Sort, Spooled
+from appliance.drivers.records.values import (
+    Acceptance,
+    BoardPart,
+    Conclusion,
+    Counts,
+    OpenBoard,
+    PartOf,
+    Picture,
+    Publication,
+    Quota,
+    Sort,
+    Spooled,
+)
 from appliance.drivers.records.writer import Writer
 from appliance.errors import NotSpooled, RecordsError
 
@@ -104,15 +117,37 @@ class Records:
         done: Callable[[Conclusion], None],
         *,
         keep: Sort | None = None,
+        also: tuple[str, ...] = (),
+        part_of: PartOf | None = None,
     ) -> None:
         """Record a verdict, put it in the outbox and release the picture: all or nothing.
+
+        `also` are further topics for it. It counts for the board that it is `part_of`.
 
         With `keep` the picture stays with its verdict, as far as its quota and the disk have room.
 
         It goes to `topic`, now and when the picture comes again, and to the picture's response topic. While the disk
         refuses to write, this waits and tries again; `done` is called when it is recorded.
         """
-        self._writer.put(Conclude(id, outcome, body, topic, keep, done))
+        self._writer.put(Conclude(id, outcome, body, topic, keep, done, also, part_of))
+
+    def open_board(self, board: OpenBoard) -> None:
+        """A board's first picture has come: parts that are concluded after this may count for it."""
+        self._writer.put(Open(board))
+
+    def conclude_board(
+        self, board: OpenBoard, outcome: str, body: bytes, topic: str, done: Callable[[Conclusion], None]
+    ) -> None:
+        """Record a board's verdict and put it in the outbox, unless it has one. It is open no more."""
+        self._writer.put(ConcludeBoard(board, outcome, body, topic, done))
+
+    def open_boards(self) -> list[tuple[OpenBoard, list[BoardPart]]]:
+        """In the order of opening, with the parts that have a verdict."""
+        return open_boards(self._readers)
+
+    def concluded_boards(self, since: float) -> list[tuple[tuple[str, str, str], float]]:
+        """Line, product and serial of collected boards concluded since that wall second, and when, in that order."""
+        return concluded_boards(self._readers, since)
 
     def published(self, token: int) -> None:
         """The broker has confirmed this publication."""

@@ -54,6 +54,24 @@ CREATE TABLE totals (
 );
 INSERT INTO totals SELECT 'verdicts', ifnull(sum(length(body)), 0) + {ROW_BYTES} * count(*) FROM verdicts;
 CREATE INDEX suspects ON pictures (attempts, arrival) WHERE attempts > 0;
+CREATE TABLE boards (
+    id                 TEXT PRIMARY KEY,
+    line               TEXT NOT NULL,
+    product            TEXT NOT NULL,
+    board              TEXT NOT NULL,
+    opened_at          REAL NOT NULL,
+    recipe             BLOB NOT NULL
+);
+CREATE TABLE board_parts (
+    board              TEXT NOT NULL REFERENCES boards (id) ON DELETE CASCADE,
+    part               TEXT NOT NULL,
+    arrival            INTEGER NOT NULL,
+    request            TEXT NOT NULL,
+    outcome            TEXT NOT NULL,
+    reason             TEXT,
+    detail             TEXT,
+    PRIMARY KEY (board, part)
+) WITHOUT ROWID;
 """
 
 SCHEMA = f"""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 from enum import StrEnum
 
 
@@ -24,6 +25,10 @@ class Picture:
     deadline_seconds: float | None = None
     response_topic: str | None = None
     correlation: bytes | None = None
+
+    @property
+    def captured(self) -> datetime | None:
+        return None if self.captured_at is None else datetime.fromisoformat(self.captured_at)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +84,39 @@ class Counts:
     spooled_bytes: int
     verdicts: int
     unpublished: int
+
+
+@dataclass(frozen=True, slots=True)
+class OpenBoard:
+    """A board that is collected from pictures of its parts. What its `recipe` says is for others to read."""
+
+    id: str
+    line: str
+    product: str
+    board: str
+    opened_at: float
+    recipe: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class BoardPart:
+    """The latest picture of a part that has its verdict."""
+
+    part: str
+    arrival: int
+    request: str
+    outcome: str
+    reason: str | None
+    detail: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class PartOf:
+    """The board that a picture's verdict counts for, and why it neither passed nor failed."""
+
+    board: str
+    reason: str | None
+    detail: str | None
 
 
 # How `accept` is answered.

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
+from appliance.drivers.records.boards import ConcludeBoard
 from appliance.drivers.records.ledger import Accept, Conclude, Ledger, Limits, Published, Request, Result
 from appliance.drivers.records.schema import (
     BALLAST,
@@ -292,7 +293,7 @@ def _answer(request: Request, result: Result) -> None:
     match request, result:
         case Accept(done=done), New() | Waiting() | Answered() | Conflict() | Full() | TurnedAway():
             _call(done, result)
-        case Conclude(done=done), Recorded() | Unowed():
+        case Conclude(done=done) | ConcludeBoard(done=done), Recorded() | Unowed():
             _call(done, result)
 
 
