@@ -31,7 +31,8 @@ from appliance.drivers.records import (
     Spooled,
 )
 
-LONGEST_WAIT_SECONDS = 3600.0
+LONGEST_WAIT_SECONDS = 86_400.0
+"""No `limits.board_seconds` is longer."""
 
 ServingBy = Mapping[tuple[str, str], Serving]
 
@@ -127,6 +128,10 @@ class Boards:
         if ended is not None:
             self._conclude(ended, now)
 
+    def is_over(self, now: float) -> bool:
+        """Whether some board's time is up by then."""
+        return self._collecting.is_over(now)
+
     def look(self, accepted_seconds: float) -> None:
         """All pictures accepted until then have come: boards whose time is up have their verdicts."""
         now = time.monotonic()
@@ -211,7 +216,7 @@ class Boards:
 def monotonic_of(at: float) -> float:
     """The monotonic second of something that a former process noted by wall time.
 
-    Where that ran backwards it was just now, and where it leapt it was an hour ago.
+    Where that ran backwards it was just now, and where it leapt it was a day ago.
     """
     return time.monotonic() - min(max(0.0, time.time() - at), LONGEST_WAIT_SECONDS)
 

@@ -193,8 +193,10 @@ class Service:
         self._read: deque[Spooled] = deque()  # from the spool, and not begun yet
         self._read_through = 0
         self._more_spooled = True
-        self._begun_seconds = -inf
-        """When the picture that was begun last had arrived."""
+        self._read_seconds = self._begun_seconds = -inf
+        """When the spool was read last and had no more; when the picture had come that was begun last in its turn."""
+        self._told = records.newest_arrival()
+        """Up to this one it is known when pictures were accepted."""
         self._has_drained = False
         self._drain_wanted = threading.Event()
         self._underway = Underway()
@@ -338,9 +340,11 @@ class Service:
         event = self._next_event()
         if event is not None:
             self._decide(event)
+        if self._boards.is_over(time.monotonic()):
+            self._more_spooled = True  # whoever came in time is on the disk by now
         self._feed()
+        self._boards.look(self._read_seconds if self._has_fed_all else self._begun_seconds)
         now = time.monotonic()
-        self._boards.look(now if self._has_fed_all else self._begun_seconds)
         if now >= self._next_stats:
             self._next_stats = now + STATS_SECONDS
             self.telemetry.look()
@@ -446,9 +450,14 @@ class Service:
         when it knows all that are read at once."""
         while (room := self._controller.room(FED_AT_ONCE)) > 0 and self._has_read(room):
             begun = 0
-            while self._read and self._controller.room(1) > 0 and self._boards.has_room(self._read[0].picture):
-                one, begun = self._read.popleft(), begun + 1
-                if one.arrival in self._fed_early:
+            while self._read and self._controller.room(1) > 0:
+                one = self._read[0]
+                is_fed = one.arrival in self._fed_early
+                if not is_fed and not self._boards.has_room(one.picture):
+                    break
+                self._read.popleft()
+                begun += 1
+                if is_fed:
                     self._fed_early.remove(one.arrival)
                 else:
                     self._begin(one)
@@ -458,8 +467,10 @@ class Service:
 
     def _has_read(self, room: int) -> bool:
         if not self._read and self._more_spooled:
-            self._read.extend(self._records.waiting(self._read_through, room))
+            told, now = self._told, time.monotonic()
+            self._read.extend(one for one in self._records.waiting(self._read_through, room) if one.arrival <= told)
             self._more_spooled = len(self._read) == room
+            self._read_seconds = self._read_seconds if self._more_spooled else now
             self._read_through = self._read[-1].arrival if self._read else self._read_through
         return bool(self._read)
 
@@ -483,7 +494,10 @@ class Service:
         """Hand a picture to the controller. One that the catalogue no longer knows, or that is poison, ends here."""
         picture = spooled.picture
         address = Address(picture.line, picture.product, picture.board, picture.part)
-        self._begun_seconds = arrived = self._arrived_seconds(spooled)
+        arrived = self._arrived_seconds(spooled)
+        if not alone:
+            self._begun_seconds = arrived
+            self._boards.look(arrived)
         self._boards.join(spooled, address, arrived)
         catalog = self._recipes.of(address)
         product = catalog.products.get(address.product)
@@ -544,6 +558,7 @@ class Service:
     def _spooled(self, arrival: int) -> None:
         """On the writer's thread: a picture was committed."""
         self._accepted_seconds[arrival] = time.monotonic()
+        self._told = arrival
         self._inbox.wake()
 
     def _may_enter(self, line: str) -> bool:

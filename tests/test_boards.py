@@ -121,12 +121,28 @@ def test_a_picture_that_comes_too_late_changes_nothing_and_a_later_one_opens_the
     came(boards, "R1", 1)
     inspected(boards, "R1", 1)
     assert [verdict.missing for verdict in boards.passed(SECONDS, 100.0)] == [("R2", "R3")]
-    assert came(boards, "R2", 2, at=100.0 + SECONDS - 1) is None
+    assert came(boards, "R2", 2, at=2 * SECONDS - 1) is None
     assert inspected(boards, "R2", 2) is None
     assert boards.counts["too_late"] == 1
-    again = came(boards, "R2", 3, at=100.0 + SECONDS)
+    again = came(boards, "R2", 3, at=2 * SECONDS)
     assert again is not None
     assert again.id == "board/SN-1:R2:3"
+
+
+def test_a_board_whose_time_is_up_is_joined_by_nobody_while_its_last_picture_is_inspected() -> None:
+    """A box that is behind: the same board comes again long after, and is another inspection."""
+    boards = Boards(SECONDS, 10)
+    came(boards, "R1", 1)
+    assert boards.passed(SECONDS, 500.0) == []
+    assert came(boards, "R1", 2, at=2 * SECONDS - 1) is None, "too late for the first, too soon for another"
+    again = came(boards, "R1", 3, at=3 * SECONDS)
+    assert again is not None
+    first, second = inspected(boards, "R1", 1), inspected(boards, "R1", 3)
+    assert first is not None
+    assert (first.id, first.missing, second) == ("board/SN-1:R1:1", ("R2", "R3"), None)
+    assert len(boards) == 1
+    (last,) = boards.passed(4 * SECONDS, 501.0)
+    assert last.id == again.id
 
 
 def test_of_too_many_boards_the_one_that_nothing_has_come_of_for_longest_is_concluded() -> None:

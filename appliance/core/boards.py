@@ -104,26 +104,28 @@ class Boards:
 
     A board waits for `seconds` after its first picture. At most `most` wait for nothing but pictures: of more, the one
     of which nothing has come for longest is concluded as it is. Of several pictures of a part the latest counts.
-    What comes after the board's verdict, but no later than `seconds`, changes nothing; what is later opens it anew.
+    What comes when its time is up or it has its verdict, but no later than `seconds` after that, changes nothing; what
+    is later opens it anew.
     """
 
     def __init__(self, seconds: float, most: int) -> None:
         self._seconds, self._most = seconds, most
-        self._open: dict[BoardName, _Board] = {}
-        self._waiting: OrderedDict[BoardName, None] = OrderedDict()  # whose time is not up, in the order of opening
-        self._idle: OrderedDict[BoardName, None] = OrderedDict()  # of whom nothing is in work, longest first
-        self._members: dict[str, tuple[BoardName, str]] = {}  # pictures in work: board and part
-        self._concluded: OrderedDict[BoardName, float] = OrderedDict()
+        self._boards: dict[str, _Board] = {}  # by id
+        self._open: dict[BoardName, _Board] = {}  # those that a picture may join
+        self._waiting: OrderedDict[str, _Board] = OrderedDict()  # whose time is not up, in the order of opening
+        self._idle: OrderedDict[str, _Board] = OrderedDict()  # of whom nothing is in work, longest first
+        self._members: dict[str, tuple[_Board, str]] = {}  # pictures in work: board and part
+        self._closed: OrderedDict[BoardName, float] = OrderedDict()
         self.counts: Counter[str] = Counter()
 
     def __len__(self) -> int:
-        """How many are open."""
-        return len(self._open)
+        """How many have no verdict yet."""
+        return len(self._boards)
 
     def board_of(self, request: str) -> str | None:
         """The board that waits for this picture's verdict."""
         found = self._members.get(request)
-        return None if found is None else self._open[found[0]].standing.id
+        return None if found is None else found[0].standing.id
 
     def came(self, name: BoardName, picture: Came, expected: Iterable[str]) -> Standing | None:
         """A picture of one of the `expected` parts, which are those of the recipe. The board, if this opened it."""
@@ -141,35 +143,42 @@ class Boards:
         """The picture has its verdict. The board's, if that was the last that it waited for."""
         if verdict.request not in self._members:
             return None
-        name, part = self._members.pop(verdict.request)
-        board = self._open[name]
+        board, part = self._members.pop(verdict.request)
         board.parts[part].verdict = verdict
         board.in_work -= 1
         if board.is_complete or (board.is_due and not board.in_work):
             return self._conclude(board, now)
         if not board.in_work:
-            self._idle[name] = None
+            self._idle[board.standing.id] = board
         return None
 
+    def is_over(self, now: float) -> bool:
+        """Whether some board's time is up by then."""
+        return bool(self._waiting) and self._is_over(next(iter(self._waiting.values())), now)
+
     def passed(self, accepted_seconds: float, now: float) -> list[BoardVerdict]:
-        """All pictures accepted until then have come. The verdicts of boards whose time is up, or that are too many."""
+        """All pictures accepted until then have come. The verdicts of boards whose time is up, or that are too many.
+
+        A board whose time is up takes no more pictures: the next opens another.
+        """
         ended = []
-        while self._waiting and self._is_over(next(iter(self._waiting)), accepted_seconds):
-            board = self._open[self._waiting.popitem(last=False)[0]]
+        while self.is_over(accepted_seconds):
+            _, board = self._waiting.popitem(last=False)
             board.is_due = True
+            self._close(board, board.standing.opened_seconds + self._seconds)
             if not board.in_work:
                 ended.append(self._conclude(board, now))
         while len(self._idle) > self._most:
             detail = f"more than {self._most} boards waited for their parts (limits.boards)"
-            ended.append(self._conclude(self._open[next(iter(self._idle))], now, Refusal(CROWDED, detail)))
-        self._forget_concluded(accepted_seconds)
+            ended.append(self._conclude(next(iter(self._idle.values())), now, Refusal(CROWDED, detail)))
+        self._forget_closed(accepted_seconds)
         return ended
 
     def resume(
         self, boards: Iterable[Standing], concluded: Iterable[tuple[BoardName, float]], now: float
     ) -> list[BoardVerdict]:
         """What a former process knew, in the order of opening and concluding. The verdicts that it still owed."""
-        self._concluded.update(concluded)
+        self._closed.update(concluded)
         ended = []
         for standing in boards:
             board = self._begin(standing)
@@ -181,12 +190,20 @@ class Boards:
         return ended
 
     def _begin(self, standing: Standing) -> _Board:
-        board = self._open[standing.name] = _Board(standing, {})
-        self._waiting[standing.name] = self._idle[standing.name] = None
+        board = self._open[standing.name] = self._boards[standing.id] = _Board(standing, {})
+        self._waiting[standing.id] = self._idle[standing.id] = board
         return board
 
+    def _close(self, board: _Board, at_seconds: float) -> None:
+        """No picture joins it any more; who comes soon after that is too late."""
+        name = board.standing.name
+        if self._open.get(name) is board:
+            del self._open[name]
+            self._closed[name] = at_seconds
+            self._closed.move_to_end(name)
+
     def _join(self, board: _Board, picture: Came) -> None:
-        name, known = board.standing.name, board.parts.get(picture.part)
+        known = board.parts.get(picture.part)
         if known is not None and known.arrival >= picture.arrival:
             return
         if known is not None:
@@ -196,31 +213,30 @@ class Boards:
         else:
             del self._members[known.request]
         board.parts[picture.part] = _Part(picture.arrival, picture.request)
-        self._members[picture.request] = name, picture.part
-        self._idle.pop(name, None)
+        self._members[picture.request] = board, picture.part
+        self._idle.pop(board.standing.id, None)
 
-    def _is_over(self, name: BoardName, accepted_seconds: float) -> bool:
-        return self._open[name].standing.opened_seconds + self._seconds <= accepted_seconds
+    def _is_over(self, board: _Board, accepted_seconds: float) -> bool:
+        return board.standing.opened_seconds + self._seconds <= accepted_seconds
 
     def _is_too_late(self, name: BoardName, arrived_seconds: float) -> bool:
-        return name in self._concluded and arrived_seconds < self._concluded[name] + self._seconds
+        return name in self._closed and arrived_seconds < self._closed[name] + self._seconds
 
     def _conclude(self, board: _Board, now: float, refusal: Refusal | None = None) -> BoardVerdict:
         standing, name = board.standing, board.standing.name
-        del self._open[name]
-        self._waiting.pop(name, None)
-        self._idle.pop(name, None)
-        self._concluded[name] = now
-        self._concluded.move_to_end(name)
+        del self._boards[standing.id]
+        self._close(board, now)
+        self._waiting.pop(standing.id, None)
+        self._idle.pop(standing.id, None)
         verdicts = {part: known.verdict for part, known in board.parts.items() if known.verdict is not None}
         verdict = board_verdict(standing.id, name, standing.expected, verdicts, standing.opened_seconds, refusal)
         self.counts[verdict.outcome] += 1
         return verdict
 
-    def _forget_concluded(self, accepted_seconds: float) -> None:
+    def _forget_closed(self, accepted_seconds: float) -> None:
         """Those for which nobody can be too late any more."""
-        while self._concluded:
-            name, at = next(iter(self._concluded.items()))
-            if at + self._seconds > accepted_seconds and len(self._concluded) <= CONCLUDED_NAMES:
+        while self._closed:
+            name, at = next(iter(self._closed.items()))
+            if at + self._seconds > accepted_seconds and len(self._closed) <= CONCLUDED_NAMES:
                 return
-            del self._concluded[name]
+            del self._closed[name]

@@ -23,21 +23,25 @@ class Recipes:
 
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
-        self._kept: dict[BoardName, Product] = {}
+        self._kept: dict[BoardName, tuple[Product, int]] = {}
         self._reloading = threading.Lock()
 
     def of(self, address: Address) -> Catalog:
         """The catalogue, with the recipe that the address's board was opened with if it is under way."""
         kept = self._kept.get(address.board_name)
-        return self._catalog if kept is None else replace(self._catalog, products={address.product: kept})
+        return self._catalog if kept is None else replace(self._catalog, products={address.product: kept[0]})
 
     def keep(self, name: BoardName, product: Product) -> None:
-        """The board is under way."""
-        self._kept[name] = product
+        """A board of this name is under way. There are two while one is still inspected whose time is up."""
+        self._kept[name] = product, self._kept.get(name, (product, 0))[1] + 1
 
     def release(self, name: BoardName) -> None:
         """The board has its verdict."""
-        self._kept.pop(name, None)
+        product, boards = self._kept[name]
+        if boards > 1:
+            self._kept[name] = product, boards - 1
+        else:
+            del self._kept[name]
 
     def reload(self, done: Callable[[Refusal | None], None]) -> None:
         """Read and check the recipes again, on a thread of their own; a catalogue that is wrong changes nothing.

@@ -164,6 +164,11 @@ class Records:
         )
         return [Spooled(arrival, Picture(*known), size, attempts) for arrival, size, attempts, *known in rows]
 
+    def newest_arrival(self) -> int:
+        """That of the picture in the spool that was accepted last; 0 if it is empty."""
+        ((arrival,),) = self._readers.query("SELECT ifnull(max(arrival), 0) FROM pictures", ())
+        return int(arrival)
+
     def suspects(self) -> list[Spooled]:
         """The pictures that were in hand at a crash, those first that were at the fewest."""
         return self._spooled("attempts > 0 ORDER BY attempts, arrival", ())
