@@ -109,7 +109,7 @@ class Boards:
         opened = self._collecting.came(address.board_name, came, product.placements)
         if opened is not None:
             board = OpenBoard(
-                opened.id, address.line, address.product, address.board, picture.accepted_at, _written(product)
+                opened.id, address.line, address.product, address.board, picture.accepted_at, written(product)
             )
             self._keep(board, product)
             self._records.open_board(board)
@@ -252,7 +252,7 @@ def _part_verdict(part: BoardPart) -> PartVerdict:
     return PartVerdict(part.request, Outcome(part.outcome), refusal)
 
 
-def _written(product: Product) -> bytes:
+def written(product: Product) -> bytes:
     """The recipe that a board was opened with: after a restart there may be another."""
     recipe = product.recipe.model_dump(mode="json", by_alias=True)
     return json.dumps({"recipe": recipe, "golden_sha256": product.golden_sha256}).encode()
