@@ -526,7 +526,8 @@ class Service:
     def _ask(self, name: str, asked: _Open, arrived: float) -> None:
         address, seconds = asked.address, asked.spooled.picture.deadline_seconds
         deadline = None if seconds is None else arrived + seconds
-        request = Request(name, asked.component, arrived, deadline, address.line, address.product, asked.alone)
+        picture = asked.spooled.picture.id if asked.is_cut else ""
+        request = Request(name, asked.component, arrived, deadline, address.line, address.product, asked.alone, picture)
         self._decide(Arrived(request), more=True)
 
     def _bury(self, spooled: Spooled, verdict: Verdict) -> None:
