@@ -37,6 +37,7 @@ from appliance.core.types import (
     Event,
     Finished,
     Heard,
+    HurryLoad,
     Load,
     Loaded,
     LoadFailed,
@@ -402,6 +403,8 @@ class Service:
             case Load():
                 self.telemetry.ordered(action)
                 self._begin_work(self._gate.offer(action, suspect=action.expert in self._suspected))
+            case HurryLoad(device, expert) if self._gate.hurry(device, expert):
+                pass  # it has not begun: nobody else knows of it
             case CancelRun(batch) if self._gate.drop(batch.id):
                 self._inbox.tell(RunFailed(batch, Refusal(CANCELLED, f"the batch of {batch.expert} was given up")))
             case CancelLoad(device, expert) if self._gate.drop((device, expert)):
