@@ -220,7 +220,9 @@ class Limits(Settings):
         description="A picture that was taken longer ago than this (`captured-at`) when it would be scheduled is "
         "answered `stale` instead; 0 inspects them all. The clocks of cameras and box must agree.",
     )
-    verdict_days: Annotated[float, Field(gt=0)] = Field(30.0, description="Verdicts are kept this long.")
+    verdict_days: Annotated[float, Field(gt=0)] = Field(
+        30.0, description="Verdicts are kept this long; longer, for a day, where the wall clock has leapt ahead."
+    )
     verdict_bytes: ByteSize = Field(
         ByteSize(2_000_000_000),
         description="What they may take on disk, about; the oldest leave before their time, once the broker has them.",

@@ -37,6 +37,7 @@ from appliance.core.types import (
     Event,
     Finished,
     Heard,
+    HurryLoad,
     Load,
     Loaded,
     LoadFailed,
@@ -406,6 +407,8 @@ class Service:
             case Load():
                 self.telemetry.ordered(action)
                 self._begin_work(self._gate.offer(action, suspect=action.expert in self._suspected))
+            case HurryLoad(device, expert) if self._gate.hurry(device, expert):
+                pass  # it has not begun: nobody else knows of it
             case CancelRun(batch) if self._gate.drop(batch.id):
                 self._inbox.tell(RunFailed(batch, Refusal(CANCELLED, f"the batch of {batch.expert} was given up")))
             case CancelLoad(device, expert) if self._gate.drop((device, expert)):
@@ -540,7 +543,8 @@ class Service:
     def _ask(self, name: str, asked: _Open, arrived: float) -> None:
         address, seconds = asked.address, asked.spooled.picture.deadline_seconds
         deadline = None if seconds is None else arrived + seconds
-        request = Request(name, asked.component, arrived, deadline, address.line, address.product, asked.alone)
+        picture = asked.spooled.picture.id if asked.is_cut else ""
+        request = Request(name, asked.component, arrived, deadline, address.line, address.product, asked.alone, picture)
         self._decide(Arrived(request), more=True)
 
     def _bury(self, spooled: Spooled, verdict: Verdict) -> None:

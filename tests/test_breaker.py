@@ -39,10 +39,12 @@ from appliance.core.types import (
     Quarantine,
     Refusal,
     Reinstate,
+    Request,
     Rule,
     Run,
     RunFailed,
     StandIn,
+    Tick,
     Verb,
     Verdict,
 )
@@ -89,6 +91,13 @@ def test_the_pause_before_a_trial_grows_up_to_a_bound_and_starts_small_after_a_s
     assert breaker.worked("a"), "it passed its trial"
     breaker.open("a", now)
     assert breaker.try_again("a", now + FIRST_PAUSE_SECONDS)
+
+
+def test_one_picture_counts_once_however_many_of_its_parts_fail() -> None:
+    breaker = Breaker()
+    assert not any(breaker.failed("a", "run", 0.0, "board") for _ in range(3 * FAILURES))
+    others = [breaker.failed("a", "run", 1.0, f"p{n}") for n in range(FAILURES - 1)]
+    assert others == [False] * (FAILURES - 2) + [True]
 
 
 def test_whom_nobody_opened_is_not_tried() -> None:
@@ -184,6 +193,37 @@ def test_an_expert_that_fails_picture_after_picture_serves_no_more_and_others_do
     (verdict,) = verdicts(fail(controller, "a", 1, at=1.0))
     assert (verdict.outcome, verdict.refusal) == (Outcome.ERROR, quarantine.refusal)
     assert [v.outcome for v in verdicts(ask(controller, "r", "b", 2.0))] == [Outcome.PASS]
+
+
+@pytest.mark.parametrize(("late", "whole_runs_fail"), [(False, False), (True, False), (False, True)])
+def test_the_parts_of_one_picture_set_no_expert_aside_and_those_of_several_do(
+    late: bool, whole_runs_fail: bool
+) -> None:
+    controller = controller_of(["a"])
+    for number in range(FAILURES):
+        board, at = f"b{number}", 10.0 * number
+        due = at + 1.0 if late else None
+        parts = [replace(request(f"{board}/{n}", "c-a", at, due), picture=board) for n in range(2 * FAILURES)]
+        assert controller.unavailable == {}
+        _fail_all(controller, parts, at, at + 2.0 if late else at, whole_runs_fail)
+    assert controller.unavailable.keys() == {"a"}
+
+
+def _fail_all(
+    controller: Controller, requests: Sequence[Request], begins: float, ends: float, whole_runs_fail: bool
+) -> None:
+    actions = [action for one in requests for action in controller.handle(Arrived(one), begins)]
+    while actions:
+        following = list[Action]()
+        for action in actions:
+            if isinstance(action, Load):
+                following += controller.handle(Loaded(action.device, action.expert), begins)
+            if isinstance(action, Run):
+                nans = tuple(Refusal("invalid-output", "NaN") for _ in action.batch.requests)
+                failed = RunFailed(action.batch, RUN) if whole_runs_fail else Finished(action.batch, nans, 0.1)
+                following += controller.handle(Tick(), ends)  # who is late has a verdict before the batch ends
+                following += controller.handle(failed, ends)
+        actions = following
 
 
 def test_an_expert_whose_loads_keep_failing_serves_no_more() -> None:

@@ -43,7 +43,7 @@ from appliance.drivers.records import (
     Waiting,
 )
 from appliance.drivers.records.schema import PRAGMAS, ROW_BYTES
-from appliance.drivers.records.writer import QUEUED_BYTES
+from appliance.drivers.records.writer import QUEUED_BYTES, Calendar
 from appliance.errors import NotSpooled, RecordsError
 from tests.kit_brokers import until
 
@@ -57,12 +57,13 @@ def opened(
     spool_bytes: int = 1_000_000,
     outbox_rows: float = inf,
     verdict_bytes: float = inf,
+    verdict_days: float = 1.0,
     clock: Callable[[], float] = lambda: 1000.0,
 ) -> Records:
     return Records.open(
         folder,
         spool_bytes=spool_bytes,
-        verdict_days=1.0,
+        verdict_days=verdict_days,
         outbox_rows=outbox_rows,
         verdict_bytes=verdict_bytes,
         clock=clock,
@@ -407,6 +408,44 @@ def test_old_verdicts_are_forgotten_unless_they_wait_in_the_outbox(
         until(lambda: records.counts.verdicts == 1)
         assert records.verdict("p3") is not None
         assert isinstance(accept(records, "p2"), New)
+
+
+def test_one_start_with_a_clock_far_ahead_forgets_no_verdict(tmp_path: Path) -> None:
+    now = 1000.0
+    with opened(tmp_path, verdict_days=3.0, clock=lambda: now) as records:
+        accept(records, "p0")
+        (publication,) = publications(conclude(records, "p0"))
+        records.published(publication.token)
+        until(lambda: not records.counts.unpublished)
+    now += 1000 * 86_400.0
+    with opened(tmp_path, verdict_days=3.0, clock=lambda: now) as records:
+        accept(records, "p1")
+        conclude(records, "p1")
+    now = 2000.0
+    with opened(tmp_path, verdict_days=3.0, clock=lambda: now) as records:
+        assert isinstance(accept(records, "p0"), Answered)
+        assert isinstance(accept(records, "p1"), Answered)
+
+
+def test_a_wall_clock_is_believed_when_it_has_not_leapt_for_a_day() -> None:
+    day = 86_400.0
+    passed, ahead = 0.0, 40 * day
+    calendar = Calendar(lambda: 1000.0 + ahead + passed, newest_at=1000.0, steady=lambda: passed)
+    assert calendar.now() == 1000.0 + day
+    passed = 0.5 * day
+    assert calendar.now() == 1000.0 + 1.5 * day, "it goes on"
+    passed, ahead = 0.6 * day, 400 * day
+    assert calendar.now() == pytest.approx(1000.0 + 1.6 * day)
+    passed = 1.5 * day
+    assert calendar.now() == pytest.approx(1000.0 + 2.5 * day), "it has leapt less than a day ago"
+    passed = 1.7 * day
+    assert calendar.now() == 1000.0 + 401.7 * day
+    passed, ahead = 1.8 * day, 0.0
+    assert calendar.now() == 1000.0 + 1.8 * day, "never is anything younger than the clock says"
+
+
+def test_a_box_without_verdicts_believes_its_clock() -> None:
+    assert Calendar(lambda: 5e9, newest_at=None).now() == 5e9
 
 
 def test_the_oldest_verdicts_leave_when_all_take_more_than_they_may_but_none_that_the_broker_lacks(

@@ -71,6 +71,17 @@ def test_a_load_of_a_suspected_expert_has_nothing_beside_it() -> None:
     assert gate.ended(("cpu", "e0")) == [Load("cpu", "e1", ())]
 
 
+def test_a_load_that_is_held_back_and_needed_now_gives_way_no_more_once_it_begins() -> None:
+    gate, held = Gate(), Load("cpu", "e0", (), ahead=True)
+    gate.offer(batch(1), suspect=False)
+    gate.offer(held, suspect=True)
+    assert not gate.hurry("cuda:0", "e0"), "that is another load"
+    assert gate.hurry("cpu", "e0")
+    assert gate.ended(1) == [Load("cpu", "e0", (), ahead=False)]
+    assert not gate.hurry("cpu", "e0"), "it has begun: who loads it has to hear of it"
+    assert gate.offer(batch(2), suspect=False) == [], "it is a suspect's as before"
+
+
 def test_batches_without_suspects_pass_the_gate_at_once() -> None:
     gate = Gate()
     assert [gate.offer(batch(n), suspect=False) for n in range(3)] == [[batch(n)] for n in range(3)]

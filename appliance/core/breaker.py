@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 FAILURES = 5
 WINDOW_SECONDS = 3600.0
-"""So many failures within this, without a success between them: the expert fails, and not a picture."""
+"""So many pictures failed within this, without a success between them: the expert fails, and not a picture."""
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 60.0, 3600.0
 
 OWN_FAULT = frozenset({"run", "invalid-output", "load", "store", "model"})
@@ -21,9 +21,10 @@ OWN_FAULT = frozenset({"run", "invalid-output", "load", "store", "model"})
 
 @dataclass(slots=True)
 class _Trouble:
-    """`open_until` while nobody may ask; `trips` how often in a row it was opened."""
+    """`failures` are when, and of which picture; `open_until` while nobody may ask; `trips` how often in a row it was
+    opened."""
 
-    failures: deque[float] = field(default_factory=lambda: deque(maxlen=FAILURES))
+    failures: deque[tuple[float, str | None]] = field(default_factory=lambda: deque(maxlen=FAILURES))
     trips: int = 0
     open_until: float | None = None
 
@@ -38,15 +39,19 @@ class Breaker:
     def __init__(self) -> None:
         self._troubles: dict[str, _Trouble] = {}
 
-    def failed(self, expert: str, reason: str, now: float) -> bool:
-        """Note that the expert failed a picture, or to be loaded. Whether it shall serve no more from now on."""
+    def failed(self, expert: str, reason: str, now: float, picture: str | None = None) -> bool:
+        """Note that the expert failed a picture, or to be loaded. Whether it shall serve no more from now on.
+
+        One picture counts once, however many parts are cut from it: it may be to blame for all of them.
+        """
         if reason not in OWN_FAULT:
             return False
         trouble = self._troubles.setdefault(expert, _Trouble())
         if trouble.open_until is not None:
             return False
-        trouble.failures.append(now)
-        is_failing = len(trouble.failures) == FAILURES and now - trouble.failures[0] <= WINDOW_SECONDS
+        if picture is None or all(picture != known for _, known in trouble.failures):
+            trouble.failures.append((now, picture))
+        is_failing = len(trouble.failures) == FAILURES and now - trouble.failures[0][0] <= WINDOW_SECONDS
         return is_failing or trouble.is_on_trial
 
     def open(self, expert: str, now: float) -> None:

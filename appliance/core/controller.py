@@ -146,6 +146,7 @@ class Controller:
         self._most_waiting, self._overflow = most_waiting, overflow
         self._untouched: OrderedDict[str, None] = OrderedDict()  # of `progress`, those for which no run has begun
         self._cancelled_runs: set[int] = set()
+        self._pictures: dict[int, tuple[str, ...]] = {}  # of batches that run: a request that is late is forgotten
         self._retried: dict[tuple[str, str], frozenset[str]] = {}  # request and expert: where it is barred by now
         self._deadlines: list[tuple[float, str]] = []
         self._decided_seconds = inf
@@ -303,7 +304,7 @@ class Controller:
         now: float,
         actions: list[Action],
     ) -> None:
-        self._free(batch, now)
+        pictures = self._free(batch, now)
         for request, answer in zip(batch.requests, answers, strict=True):
             self._retried.pop((request, batch.expert), None)
             progress = self.progress.get(request)
@@ -318,19 +319,24 @@ class Controller:
             self._ask(progress, following, now, actions)
             if progress.is_complete and request in self.progress:
                 self._conclude(request, progress.outcome(), now, actions)
-        self._judge(batch, answers, now, actions)
+        self._judge(batch, answers, pictures, now, actions)
 
     def _judge(
-        self, batch: Batch, answers: Sequence[tuple[Finding, ...] | Refusal], now: float, actions: list[Action]
+        self,
+        batch: Batch,
+        answers: Sequence[tuple[Finding, ...] | Refusal],
+        pictures: Sequence[str],
+        now: float,
+        actions: list[Action],
     ) -> None:
         """Whether the expert works, by a batch that it ran: it does if it answered one picture of it."""
-        refused = [answer for answer in answers if isinstance(answer, Refusal)]
+        refused = [(one, answer) for one, answer in zip(pictures, answers, strict=True) if isinstance(answer, Refusal)]
         if len(refused) < len(batch.requests):
             if self._breaker.worked(batch.expert):
                 self._reinstate(batch.expert, now, actions, on_trial=False)
             return
-        for refusal in refused:
-            if self._breaker.failed(batch.expert, refusal.reason, now):
+        for picture, refusal in refused:
+            if self._breaker.failed(batch.expert, refusal.reason, now, picture):
                 self._quarantine(batch.expert, _failing(batch.expert, refusal), (), now, actions)
 
     def _run_failed(self, batch: Batch, refusal: Refusal, now: float, actions: list[Action]) -> None:
@@ -339,7 +345,7 @@ class Controller:
         An expert that fails its golden samples, or picture after picture, serves no more. Whom a device fails a second
         time asks elsewhere.
         """
-        self._free(batch, now)
+        pictures = dict(zip(batch.requests, self._free(batch, now), strict=True))
         if refusal.reason == CANCELLED:
             self.counts["cancelled_runs"] += 1
         else:
@@ -360,7 +366,7 @@ class Controller:
                 self._put(self._task(request, batch.expert, now, alone=True), now)
             elif refusal.reason not in ELSEWHERE or not self._ask_elsewhere(request, batch.expert, batch.device, now):
                 self._conclude(request, Outcome.ERROR, now, actions, refusal)
-                is_failing |= self._breaker.failed(batch.expert, refusal.reason, now)
+                is_failing |= self._breaker.failed(batch.expert, refusal.reason, now, pictures[request])
         if is_failing:
             self._quarantine(batch.expert, _failing(batch.expert, refusal), (), now, actions)
 
@@ -564,6 +570,7 @@ class Controller:
                 self.counts["runs"] += 1
                 for request in batch.requests:
                     self._untouched.pop(request, None)
+                self._pictures[batch.id] = tuple(self.progress[r].request.picture or r for r in batch.requests)
                 actions.append(Run(batch))
                 begun.append(batch)
         return begun
@@ -577,12 +584,14 @@ class Controller:
         urgency = self.scheduler.urgency_seconds
         return sorted(free, key=lambda queue: urgency(queue, self.ledgers[queue.executor.device]))
 
-    def _free(self, batch: Batch, now: float) -> None:
+    def _free(self, batch: Batch, now: float) -> tuple[str, ...]:
+        """The pictures that its requests were cut from, or are."""
         self.scheduler.finished(batch)
         self._cancelled_runs.discard(batch.id)
         ledger = self.ledgers[batch.device]
         ledger.end_run(batch.expert, len(batch.requests), self._experts[batch.expert].max_batch)
         self._leaving.ended(batch, now)
+        return self._pictures.pop(batch.id)
 
 
 def _failing(expert: str, refusal: Refusal) -> Refusal:

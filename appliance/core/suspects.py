@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from appliance.core.types import Batch, Crash, Load, Refusal
 
@@ -96,6 +97,14 @@ class Gate:
         held = len(self._held)
         self._held = deque(one for one in self._held if _name(one[0]) != which)
         return len(self._held) < held
+
+    def hurry(self, device: str, expert: str) -> bool:
+        """Whether the load was held back: then it gives way to no other once it begins."""
+        is_held = False
+        for place, (work, suspect) in enumerate(self._held):
+            if isinstance(work, Load) and _name(work) == (device, expert):
+                self._held[place], is_held = (replace(work, ahead=False), suspect), True
+        return is_held
 
     def _let_through(self) -> list[Work]:
         begun = []

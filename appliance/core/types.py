@@ -53,7 +53,8 @@ class Request:
     """One picture's journey. `arrived_seconds` and `deadline_seconds` are monotonic; `line` and `product` say whose.
     No id comes again after its verdict.
 
-    `alone`: it may be what ended a former process, and shares its batches with nobody.
+    `alone`: it may be what ended a former process, and shares its batches with nobody. `picture` is the id of the one
+    that it was cut from; empty where it is a picture itself.
     """
 
     id: str
@@ -63,6 +64,7 @@ class Request:
     line: str = ""
     product: str = ""
     alone: bool = False
+    picture: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -165,3 +165,9 @@ def add_verdict_bytes(db: sqlite3.Connection, more: int) -> None:
 def kept_bytes(db: sqlite3.Connection) -> dict[Sort, int]:
     """Of the pictures kept beside their verdicts."""
     return {Sort(sort): size for sort, size in db.execute("SELECT sort, sum(bytes) FROM kept GROUP BY sort")}
+
+
+def newest_at(db: sqlite3.Connection) -> float | None:
+    """When the newest verdict was recorded, by the wall clock."""
+    (at,) = db.execute("SELECT max(recorded_at) FROM verdicts").fetchone()
+    return None if at is None else float(at)

@@ -25,6 +25,7 @@ from appliance.drivers.records.schema import (
     connect,
     count,
     kept_bytes,
+    newest_at,
     transaction,
     verdict_bytes,
 )
@@ -55,6 +56,8 @@ CLEAN_SECONDS = 600.0
 CLEAN_ROWS = 1000
 CLEAN_PICTURES = 32
 SLACK = 0.01
+DAY_SECONDS = 86_400.0
+LEAP_SECONDS = 600.0
 
 PASSING = (
     "SQLITE_FULL",
@@ -71,6 +74,32 @@ the kernel may have dropped what it could not write, and a second fsync would ca
 @dataclass(frozen=True, slots=True)
 class _Close:
     pass
+
+
+class Calendar:
+    """Wall time, to tell what is too old: a clock that leaps ahead must not take what nobody can give back.
+
+    At first it is at most a day later than the newest verdict, and passes no faster than time does. Wall time counts
+    again when it has not leapt for a day, of this process: so a box that was off for months catches up.
+    """
+
+    def __init__(
+        self, clock: Callable[[], float], newest_at: float | None, steady: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._clock, self._steady = clock, steady
+        self._wall, self._monotonic = clock(), steady()
+        self._steady_since = self._monotonic
+        self._believed = self._wall if newest_at is None else min(self._wall, newest_at + DAY_SECONDS)
+
+    def now(self) -> float:
+        wall, monotonic = self._clock(), self._steady()
+        passed = monotonic - self._monotonic
+        if abs(wall - self._wall - passed) > LEAP_SECONDS:
+            self._steady_since = monotonic
+        is_right = monotonic - self._steady_since >= DAY_SECONDS
+        self._believed = wall if is_right else min(wall, self._believed + passed)
+        self._wall, self._monotonic = wall, monotonic
+        return self._believed
 
 
 class Writer:
@@ -97,6 +126,7 @@ class Writer:
         self.counts = count(self._db)
         self._kept = kept_bytes(self._db)
         self._verdict_bytes = verdict_bytes(self._db)
+        self._calendar = Calendar(clock, newest_at(self._db))
         self._recover()
         self._thread = threading.Thread(target=self._live, name="records", daemon=True)
 
@@ -247,10 +277,11 @@ class Writer:
         if (self._idle_seconds() and not is_crowded) or self.trouble or self.broken:
             return
         self._clean_at_seconds = time.monotonic() + CLEAN_SECONDS
+        now, quotas = self._calendar.now(), self._limits.quotas
         try:
             with transaction(self._db):
-                left = sum(self._forget_pictures(sort, quota.days) for sort, quota in self._limits.quotas.items())
-                leaving = self._leaving()
+                left = sum(self._forget_pictures(sort, now - q.days * DAY_SECONDS) for sort, q in quotas.items())
+                leaving = self._leaving(now - self._verdict_seconds)
                 self._db.executemany("DELETE FROM verdicts WHERE id = ?", [(id,) for id, _ in leaving])
                 freed_bytes = sum(size for _, size in leaving)
                 add_verdict_bytes(self._db, -freed_bytes)
@@ -264,10 +295,10 @@ class Writer:
         if len(leaving) == CLEAN_ROWS or left:
             self._clean_at_seconds = 0.0
 
-    def _leaving(self) -> list[tuple[str, int]]:
+    def _leaving(self, too_old: float) -> list[tuple[str, int]]:
         """Of the oldest verdicts that the broker has, those that are too old, or above what all may take; and their
         bytes. Where there are too many, some more leave at once: each time costs a commit."""
-        too_old, most_bytes = self._clock() - self._verdict_seconds, self._limits.verdict_bytes
+        most_bytes = self._limits.verdict_bytes
         excess = self._verdict_bytes - (1 - SLACK) * most_bytes if self._verdict_bytes > most_bytes else 0.0
         leaving = list[tuple[str, int]]()
         for id, recorded_at, size in self._db.execute(
@@ -281,11 +312,11 @@ class Writer:
             excess -= size
         return leaving
 
-    def _forget_pictures(self, sort: Sort, days: float) -> int:
+    def _forget_pictures(self, sort: Sort, too_old: float) -> int:
         return self._db.execute(
             "DELETE FROM kept WHERE id IN"
             " (SELECT id FROM kept WHERE sort = ? AND kept_at < ? ORDER BY kept_at LIMIT ?)",
-            (sort, self._clock() - days * 86_400.0, CLEAN_PICTURES),
+            (sort, too_old, CLEAN_PICTURES),
         ).rowcount
 
 
