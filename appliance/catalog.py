@@ -436,3 +436,16 @@ def _golden_digest(path: Path, recipe: Recipe) -> str | None:
         what = f"{golden} is {size[0]} x {size[1]} pixels, and size in {path} says {recipe.size[0]} x {recipe.size[1]}"
         raise CatalogError(what, "correct one of them")
     return digest
+
+
+def check_places(catalog: Catalog, most: int | None) -> None:
+    """Raise CatalogError for a recipe with more placements than so many.
+
+    Each is a picture that waits: of a whole board there would always be some that are turned away.
+    """
+    for name, product in catalog.products.items():
+        if most is not None and (count := len(product.placements)) > most:
+            raise CatalogError(
+                f"{name} has {count} placements, and limits.waiting_pictures is {most}: no whole board has room",
+                f'raise it to {count} at least, or set limits.overflow to "block"',
+            )

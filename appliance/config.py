@@ -228,6 +228,11 @@ class Limits(Settings):
         description="What they may take on disk, about; the oldest leave before their time, once the broker has them.",
     )
 
+    @property
+    def most_placements(self) -> int | None:
+        """No recipe may have more. Where pictures wait outside there is no such limit: the last one may exceed it."""
+        return None if self.overflow == "block" else self.waiting_pictures
+
     @model_validator(mode="after")
     def _the_spool_takes_a_picture(self) -> Limits:
         if self.spool < 2 * self.picture_bytes:

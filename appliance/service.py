@@ -213,7 +213,7 @@ class Service:
         self._dead_letters = DeadLetters(records.folder / "quarantine", int(self._config.limits.quarantine))
         self._next_stats = 0.0
         self._store_checks = list(_store_checks(installation))
-        self._recipes = Recipes(installation.catalog)
+        self._recipes = Recipes(installation.catalog, self._config.limits.most_placements)
         self._album = self._make_album()
         bundles, report = installation.catalog.bundles, self._inbox.tell
         cap = installation.profile.batch_cap

@@ -167,6 +167,7 @@ def install(config: Config, report: Report = lambda expert, result: None) -> Ins
     profile = profiles.load(config.paths.profile)
     catalog = catalogs.load(config.paths.catalog)
     _check_named(config, catalog)
+    catalogs.check_places(catalog, config.limits.most_placements)
     sound, broken = _verified(catalog)
     for name, error in broken.items():
         report(name, error)

@@ -73,6 +73,18 @@ def test_a_wrong_recipe_is_refused_by_name_and_the_former_stays(
     assert parts(recipes) == ["R1"]
 
 
+def test_a_recipe_with_more_placements_than_pictures_may_wait_is_refused_and_the_former_stays(folder: Path) -> None:
+    recipes = Recipes(catalogs.load(folder), 2)
+    write_product(folder, "one", {f"R{number}": "c-good" for number in range(3)})
+    refusal = reloaded(recipes)
+    assert refusal is not None
+    assert refusal.reason == "catalog"
+    assert "one has 3 placements, and limits.waiting_pictures is 2" in refusal.detail
+    assert parts(recipes) == ["R1"]
+    write_product(folder, "one", {f"R{number}": "c-good" for number in range(2)})
+    assert reloaded(recipes) is None
+
+
 @pytest.mark.parametrize(("name", "says"), [("graph.toml", "graph.toml"), ("good/1/expert.toml", "the experts good")])
 def test_more_than_recipes_needs_a_restart(folder: Path, name: str, says: str) -> None:
     recipes = Recipes(catalogs.load(folder))

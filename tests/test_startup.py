@@ -15,14 +15,16 @@ from rich.console import Console
 from appliance import catalog as catalogs
 from appliance import profile as profiles
 from appliance.catalog import Bundle
-from appliance.config import Config, Executors, Experts, Memory, Paths
+from appliance.config import Config, Executors, Experts, Limits, Memory, Paths
+from appliance.core.types import Arrived, Publish, Request
 from appliance.drivers.devices import Gpu, memory_bytes
-from appliance.errors import ApplianceError, ConfigError, ModelError
+from appliance.errors import ApplianceError, CatalogError, ConfigError, ModelError
 from appliance.lab.shapes import manifest_text
 from appliance.report import print_check
 from appliance.startup import Installation, checked, install, probabilities, waiting_to_compile
 from appliance.store.compile import compile_bundles
 from appliance.store.store import Compiled, Store
+from tests.kit_boards import write_board_catalog, write_product
 from tests.kit_box import write_catalog
 from tests.kit_models import conv_net, fine_tune, greedy_net, write_bundle
 
@@ -61,6 +63,29 @@ def test_settings_that_name_an_expert_that_nobody_has_are_refused(tmp_path: Path
     config = _config(tmp_path, 1).model_copy(update={"experts": Experts(pin=("e9",))})
     with pytest.raises(ConfigError, match=r"experts\.pin names e9, which has no bundle"):
         install(config)
+
+
+@pytest.mark.parametrize("overflow", ["reject", "oldest"])
+def test_a_recipe_of_which_no_whole_board_could_ever_wait_is_refused(tmp_path: Path, overflow: str) -> None:
+    config = _with_catalog(write_board_catalog(tmp_path / "catalog"), tmp_path)
+    write_product(tmp_path / "catalog", "five", {f"R{number}": "c-good" for number in range(5)})
+    limits = {"overflow": overflow, "picture_bytes": "1MB"}
+    few = config.model_copy(update={"limits": Limits.model_validate({**limits, "waiting_pictures": 4})})
+    with pytest.raises(CatalogError, match=r"five has 5 placements, and limits\.waiting_pictures is 4"):
+        checked(few)
+    enough = config.model_copy(update={"limits": Limits.model_validate({**limits, "waiting_pictures": 5})})
+    assert "five" in install(enough).catalog.products
+
+
+def test_where_pictures_wait_outside_a_whole_board_may_exceed_the_limit(tmp_path: Path) -> None:
+    config = _with_catalog(write_board_catalog(tmp_path / "catalog"), tmp_path)
+    write_product(tmp_path / "catalog", "five", {f"R{number}": "c-good" for number in range(5)})
+    blocking = config.model_copy(update={"limits": Limits(waiting_pictures=4)})
+    controller = install(blocking).controller()
+    for number in range(5):
+        actions = controller.handle(Arrived(Request(f"b/R{number}", "c-good", 0.0, picture="b")), 0.0, more=True)
+        assert not any(isinstance(action, Publish) for action in actions), "nobody is turned away"
+    assert controller.room(1) <= 0, "the next waits outside"
 
 
 def test_pinned_experts_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:

@@ -19,10 +19,13 @@ RESTART = "restart"
 
 
 class Recipes:
-    """Safe from several threads: whoever asks gets a whole catalogue, the former or the new one."""
+    """Safe from several threads: whoever asks gets a whole catalogue, the former or the new one.
 
-    def __init__(self, catalog: Catalog) -> None:
-        self._catalog = catalog
+    No recipe may have more than `most_placements`.
+    """
+
+    def __init__(self, catalog: Catalog, most_placements: int | None = None) -> None:
+        self._catalog, self._most_placements = catalog, most_placements
         self._kept: dict[BoardName, tuple[Product, int]] = {}
         self._reloading = threading.Lock()
 
@@ -54,6 +57,7 @@ class Recipes:
         with self._reloading:
             try:
                 fresh = catalogs.load(self._catalog.folder)
+                catalogs.check_places(fresh, self._most_placements)
             except ApplianceError as error:
                 return Refusal(error.reason, str(error))
             except Exception as error:  # a border: whoever gave the command hears of it
