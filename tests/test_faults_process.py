@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import random
-import resource
 import signal
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.kit_box import STATUS, Box
@@ -88,22 +86,6 @@ def test_a_service_that_was_stopped_like_a_clock_goes_on_where_it_was(
         finally:
             os.kill(box.pid, signal.SIGCONT)
         assert watcher.hear().payload == b"online"
-
-
-def test_a_service_without_files_left_says_so_and_goes_on_when_it_has_some(
-    tmp_path: Path, catalog: Path, nats: Nats
-) -> None:
-    box = Box(tmp_path / "box", catalog, nats)
-    with box, audited(box, nats.port) as line:
-        publish(line, 20)
-        assert line.wait(30)
-        former = resource.prlimit(box.pid, resource.RLIMIT_NOFILE)
-        resource.prlimit(box.pid, resource.RLIMIT_NOFILE, (psutil.Process(box.pid).num_fds() - 1, former[1]))
-        nats.kill()
-        nats.start()
-        until(lambda: "Too many open files" in box.log_text)
-        publish(line, 20, first=20)
-        resource.prlimit(box.pid, resource.RLIMIT_NOFILE, former)
 
 
 def test_a_service_that_may_open_too_few_files_ends_with_the_reason(tmp_path: Path, catalog: Path, nats: Nats) -> None:
