@@ -361,12 +361,14 @@ def print_soak(found: Mapping[str, Any], console: Console) -> None:
 
 
 def print_scheduling(found: Mapping[str, Any], console: Console) -> None:
-    table = Table("policy", "experts", "queued", "activations", "per request", "at most")
+    table = Table("policy", "experts", "queued", "come", "activations", "per request", "at most")
     for row in found["rows"]:
         colour = "green" if row["seconds_per_request"] <= row["target_seconds"] else "yellow"
         took, most = (f"{seconds * 1e3:.3f} ms" for seconds in (row["seconds_per_request"], row["target_seconds"]))
         room = "ample" if row["activation_share"] == 1 else "tight"
-        table.add_row(row["policy"], f"{row['experts']:,}", f"{row['queued']:,}", room, f"[{colour}]{took}[/]", most)
+        come = "one by one" if row["gap_seconds"] else "at once"
+        counts = f"{row['experts']:,}", f"{row['queued']:,}"
+        table.add_row(row["policy"], *counts, come, room, f"[{colour}]{took}[/]", most)
     console.print(table)
 
 

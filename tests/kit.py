@@ -79,3 +79,8 @@ def box(
 def pretend(experts: Sequence[Expert], devices: Sequence[Device], finding: Finding = SOUND) -> World:
     """A world in which every expert finds the same."""
     return World(experts, devices, lambda request, expert: (finding,))
+
+
+def is_idle(controller: Controller) -> bool:
+    """Whether nothing is queued and nothing runs."""
+    return all(not queue.groups and queue.running is None for queue in controller.scheduler.queues.values())

@@ -49,7 +49,7 @@ from appliance.core.types import (
     Verdict,
 )
 from appliance.lab.simulate import World, simulate
-from tests.kit import DOUBTFUL, SOUND, expert, inspection_graph, request
+from tests.kit import DOUBTFUL, SOUND, expert, inspection_graph, is_idle, request
 
 RUN = Refusal("run", "the runtime says no")
 LATER = FIRST_PAUSE_SECONDS + 1.0
@@ -345,7 +345,7 @@ def test_a_batch_of_an_expert_that_was_set_aside_meanwhile_is_not_run_again() ->
     controller.handle(RunFailed(one, Refusal(GOLDEN_MISMATCH, "3 off")), 0.2)
     done = controller.handle(RunFailed(two, RUN), 0.3)
     assert [v.refusal.reason for v in verdicts(done) if v.refusal] == [GOLDEN_MISMATCH]
-    assert controller.scheduler.is_idle
+    assert is_idle(controller)
 
 
 # Stand-ins.
@@ -436,7 +436,7 @@ def test_every_picture_has_one_verdict_and_no_expert_that_fails_for_ever_passes_
         requests.append(request(f"r{number}", f"c-e{which}", at))
     report = simulate(controller, World(experts, devices, lambda r, e: (SOUND,), fails), requests)
     assert sorted(v.request for v in report.verdicts) == sorted(r.id for r in requests)
-    assert controller.scheduler.is_idle
+    assert is_idle(controller)
     wanted = {r.id: r.component.removeprefix("c-") for r in requests}
     for verdict in report.verdicts:
         if verdict.outcome is Outcome.PASS:

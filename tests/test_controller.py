@@ -35,7 +35,7 @@ from appliance.core.types import (
     Tick,
 )
 from appliance.lab.simulate import IllegalMove, PretendDevice, World, simulate
-from tests.kit import BOXED, DOUBTFUL, OPEN, SOUND, box, expert, inspection_graph, pretend, request
+from tests.kit import BOXED, DOUBTFUL, OPEN, SOUND, box, expert, inspection_graph, is_idle, pretend, request
 from tests.kit_controller import (
     one_expert,
     only_run,
@@ -140,7 +140,7 @@ def test_a_request_past_its_deadline_is_late_at_once_and_only_once() -> None:
     assert isinstance(publish, Publish)
     assert publish.verdict.outcome is Outcome.LATE
     assert controller.handle(Loaded("cpu", "a"), 1.1) == []
-    assert controller.scheduler.is_idle
+    assert is_idle(controller)
 
 
 def test_a_late_request_ignores_the_answer_that_comes_after_it() -> None:
@@ -160,7 +160,7 @@ def test_a_batch_whose_pictures_are_all_late_is_cancelled_once_and_not_repeated(
     assert controller.handle(Tick(), 2.0)[1:] == [CancelRun(run.batch)]
     assert controller.handle(Tick(), 2.1) == []
     assert controller.handle(RunFailed(run.batch, Refusal(CANCELLED, "")), 2.2) == []
-    assert controller.scheduler.is_idle
+    assert is_idle(controller)
     assert controller.counts["run_failures"] == 0
 
 

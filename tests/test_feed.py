@@ -116,7 +116,7 @@ def test_a_part_that_came_in_time_counts_however_late_the_box_looks(tmp_path: Pa
         feed.service._inbox.tell(Tick())
         feed.deliver(infer("two", "S1", "R2"), part_of(PIXELS, 1), "p2")
         until(lambda: feed.records.counts.spooled == 1)
-        time.sleep(0.6)  # the board's time is up, and nobody has looked
+        until(lambda: feed.service._boards.is_over(time.monotonic()))  # and nobody has looked
         feed.turn_until(lambda: feed.records.counts.verdicts == 3)
         assert feed.boards()["board/p1"]["missing"] == []
 

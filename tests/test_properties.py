@@ -39,7 +39,7 @@ from appliance.core.types import (
     Verb,
 )
 from appliance.lab.simulate import replay, simulate
-from tests.kit import DOUBTFUL, OPEN, SOUND, box, inspection_graph, pretend
+from tests.kit import DOUBTFUL, OPEN, SOUND, box, inspection_graph, is_idle, pretend
 from tests.kit_controller import (
     FAILURES,
     HALF,
@@ -79,7 +79,7 @@ def test_every_request_gets_exactly_one_verdict_whatever_fails(
 
     assert sorted(v.request for v in report.verdicts) == sorted(r.id for r in requests)
     assert report.peak_bytes <= budget
-    assert controller.scheduler.is_idle
+    assert is_idle(controller)
     assert not controller.progress
     assert all(queue.total_seconds == 0.0 for queue in controller.scheduler.queues.values())
     for ledger in controller.ledgers.values():
@@ -113,7 +113,7 @@ def test_no_verdict_is_lost_whatever_the_devices_hold(
     controller = Controller(graph, {e.name: e for e in experts}, devices, names, policy=policy)
     report = simulate(controller, pretend(experts, devices, DOUBTFUL), requests)
     assert sorted(v.request for v in report.verdicts) == sorted(r.id for r in requests)
-    assert controller.scheduler.is_idle
+    assert is_idle(controller)
 
 
 @EVERY
@@ -140,7 +140,7 @@ def test_never_more_pictures_are_open_than_may_be_and_each_has_its_verdict(
     begun = {name for action in report.actions if isinstance(action, Run) for name in action.batch.requests}
     turned_away = {v.request for v in report.verdicts if v.refusal is not None and v.refusal.reason == QUEUE_FULL}
     assert not turned_away & begun
-    assert controller.scheduler.is_idle
+    assert is_idle(controller)
     for ledger in controller.ledgers.values():
         assert all(ledger.is_evictable(name) for name in ledger.resident)
 
@@ -188,7 +188,7 @@ def test_with_limits_on_steps_everybody_is_answered_and_no_step_overflows(
     world = HalfTooLate(experts, devices, lambda request, expert: (SOUND,), broken)
     report = simulate(seen, world, requests)  # type: ignore[arg-type]
     assert sorted(v.request for v in report.verdicts) == sorted(r.id for r in requests)
-    assert controller.scheduler.is_idle
+    assert is_idle(controller)
     for ledger in controller.ledgers.values():
         assert all(ledger.is_evictable(name) for name in ledger.resident)
     unhurried = {r.id for r in requests if r.deadline_seconds is None}

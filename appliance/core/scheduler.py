@@ -390,10 +390,6 @@ class Scheduler:
                 return queue
         return None
 
-    @property
-    def is_idle(self) -> bool:
-        return all(not queue.groups and queue.running is None for queue in self.queues.values())
-
     def _offers(self, able: list[Queue], expert: str, ledgers: Mapping[str, Ledger]) -> list[Offer]:
         """What CoServe weighs: K where requests for the expert wait, else K + B, and L where it has to be loaded.
 

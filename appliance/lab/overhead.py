@@ -28,13 +28,17 @@ class Case:
     queued: int
     target_seconds: float
     activation_share: float = 1.0
+    gap_seconds: float = 0.0
+    """Between pictures. Those of one moment are decided on together; others, however close, one by one."""
 
 
 FEW, MANY = (350, 3_500, 0.05e-3), (10_000, 100_000, 0.1e-3)
 TIGHT = 0.02
 """One picture at a time on each device."""
+ONE_BY_ONE = 1e-6
 CASES = (
     Case(APPLIANCE.name, *FEW),
+    Case(APPLIANCE.name, *FEW, gap_seconds=ONE_BY_ONE),
     Case(COSERVE.name, *FEW),
     Case(ALL, *FEW, TIGHT),
     Case(APPLIANCE.name, *MANY),
@@ -57,6 +61,7 @@ def measured(case: Case, repeats: int, say: Say) -> dict[str, Any]:
         "experts": case.experts,
         "queued": case.queued,
         "activation_share": case.activation_share,
+        "gap_seconds": case.gap_seconds,
         "seconds_per_request": statistics.median(_seconds(case) for _ in range(repeats)),
         "target_seconds": case.target_seconds,
     }
@@ -67,5 +72,5 @@ def _seconds(case: Case) -> float:
     machine = replace(paper.NUMA, gpu_pools={3: (pool,) * 3}, cpu_pool=pool, activation_share=case.activation_share)
     board = Board(case.experts, paper.BOARD_A.zipf, paper.BOARD_A.checked_share, gpu_executors=3)
     gc.collect()  # what the run before left is not this one's
-    found = tried(machine, Job("backlog", board, case.queued, seed=1, gap_seconds=0.0), case.policy)
+    found = tried(machine, Job("backlog", board, case.queued, seed=1, gap_seconds=case.gap_seconds), case.policy)
     return float(found["scheduling_seconds_per_request"])
