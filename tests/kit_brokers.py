@@ -17,6 +17,7 @@ import socket
 import subprocess
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -240,6 +241,7 @@ class Camera:
         self.confirmed: set[int] = set()
         self.refused: dict[int, str] = {}
         self.heard: queue.Queue[Heard] = queue.Queue()
+        self._passed: deque[Heard] = deque()
         self._port, self._listen, self._protocol = port, listen, protocol
         self._is_ready = threading.Event()
         session = None if protocol is MQTTProtocolVersion.MQTTv5 else clean
@@ -301,6 +303,19 @@ class Camera:
     def hear(self, seconds: float = WAIT_SECONDS) -> Heard:
         """The next message on the topics listened to. Raises queue.Empty when none comes."""
         return self.heard.get(timeout=seconds)
+
+    def hear_of(self, part: str, seconds: float = WAIT_SECONDS) -> Heard:
+        """The next message whose topic contains this. Raises queue.Empty when none comes.
+
+        Others, which may come in any order between, are kept for whoever asks for them in this way.
+        """
+        if known := next((heard for heard in self._passed if part in heard.topic), None):
+            self._passed.remove(known)
+            return known
+        ends = time.monotonic() + seconds
+        while part not in (heard := self.hear(max(0.0, ends - time.monotonic()))).topic:
+            self._passed.append(heard)
+        return heard
 
     def _on_connect(
         self, client: Client, userdata: object, flags: ConnectFlags, reason: ReasonCode, properties: Properties | None

@@ -35,6 +35,8 @@ from appliance.startup import install
 from tests.kit_box import (
     ALARMS,
     COMMAND,
+    DEADLY,
+    DEADLY_DECODER,
     ERROR,
     INFER,
     RESULT,
@@ -46,6 +48,7 @@ from tests.kit_box import (
     compiled,
     hear_all,
     hear_verdicts,
+    kept_alive,
     picture,
     spoil_weights,
     write_catalog,
@@ -161,10 +164,7 @@ def test_the_same_picture_again_is_answered_from_the_record(shared_box: Box) -> 
 
 
 def _verdict(camera: Camera) -> bytes:
-    while True:
-        heard = camera.hear()
-        if "/result/" in heard.topic:
-            return heard.payload
+    return camera.hear_of("/result/").payload
 
 
 @pytest.mark.parametrize("kind", ["missing file", "other bytes"])
@@ -273,19 +273,6 @@ def test_sigterm_ends_cleanly_and_the_next_start_goes_on(tmp_path: Path, catalog
         assert len(hear_verdicts(camera, 99)) >= 99
 
 
-DEADLY = b"this picture ends whoever decodes it"
-DEADLY_DECODER = f"""
-import os, signal
-from appliance.drivers import images
-decode = images.decode
-def deadly(payload, **limits):
-    if {DEADLY!r} in payload:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return decode(payload, **limits)
-images.decode = deadly
-"""
-
-
 @pytest.mark.parametrize(("executors", "pictures", "poison"), [(2, 100, {40}), (4, 24, {3, 5})])
 def test_a_picture_that_ends_the_process_becomes_a_dead_letter_and_the_line_goes_on(
     tmp_path: Path, catalog: Path, executors: int, pictures: int, poison: set[int]
@@ -298,7 +285,7 @@ def test_a_picture_that_ends_the_process_becomes_a_dead_letter_and_the_line_goes
         answers: dict[str, client.Answer] = {}
         camera.on_answer(lambda answer: answers.update({answer.request_id: answer}))
         ids = [camera.publish(part=f"c-e{number % 4}", picture=content) for number, content in enumerate(payloads)]
-        crashes = _kept_alive(box, camera)
+        crashes = kept_alive(box, camera)
     assert crashes <= 3 * len(poison)
     for number, id in enumerate(ids):
         body, kept = answers[id].body, box.folder / "state" / "quarantine" / f"{id}.picture"
@@ -341,7 +328,7 @@ def test_an_expert_that_ends_the_process_is_set_aside_and_no_picture_becomes_a_d
         answers: dict[str, client.Answer] = {}
         camera.on_answer(lambda answer: answers.update({answer.request_id: answer}))
         ids = [camera.publish(part=f"c-e{number % 4}", picture=content) for number, content in enumerate(payloads)]
-        assert _kept_alive(box, camera) <= 4
+        assert kept_alive(box, camera) <= 4
         reasons = {(number % 4, answers[id].body["reason"]) for number, id in enumerate(ids)}
         assert reasons == {(0, None), (1, "crashes"), (2, None), (3, None)}
         box.kill()
@@ -349,28 +336,14 @@ def test_an_expert_that_ends_the_process_is_set_aside_and_no_picture_becomes_a_d
         box.start()
         box.wait_online()
         with Camera(box.port, COMMAND + "reinstate/ack", ALARMS, RESULT) as operator:
-            while not (heard := operator.hear()).topic.endswith("/alarm/experts"):
-                pass
-            assert json.loads(heard.payload)["experts"]["e1"]["reason"] == "crashes"
+            alarm = json.loads(operator.hear_of("/alarm/experts").payload)
+            assert alarm["experts"]["e1"]["reason"] == "crashes"
             operator.publish(COMMAND + "reinstate", b'{"expert": "e1"}', qos=0)
-            while "/ack" not in (heard := operator.hear()).topic:
-                pass
-            assert json.loads(heard.payload)["ok"]
+            assert json.loads(operator.hear_of("/ack").payload)["ok"]
             operator.publish(INFER + "c-e1", picture(99))
             assert next(iter(hear_verdicts(operator, 1).values()))["outcome"] in ("pass", "fail")
     with closing(sqlite3.connect(box.folder / "state" / "records.db")) as db:
         assert db.execute("SELECT count(*) FROM crashes").fetchone() == (0,)
-
-
-def _kept_alive(box: Box, camera: client.Camera) -> int:
-    """Start the service again whenever it ended, as systemd does, until the camera has its answers; how often."""
-    crashes, ends = 0, time.monotonic() + 120
-    while not camera.wait(0.1):
-        assert time.monotonic() < ends, box.log_text
-        if not box.is_running:
-            crashes += 1
-            box.start()
-    return crashes
 
 
 @pytest.mark.mosquitto
@@ -502,9 +475,7 @@ def test_a_stale_picture_is_told_so_and_an_old_one_behind_a_newer_one_is_marked(
         with box, Camera(mosquitto.port, ALARMS, name="operator") as operator:
             assert [ask(camera, n, ago)["out_of_order"] for n, ago in ((4, 15), (5, 5))] == [True, False]
             assert ask(camera, 6, -1000)["outcome"] in ("pass", "fail")
-            while not ((heard := operator.hear()).topic.endswith("/alarm/clock") and heard.payload):
-                pass
-            assert json.loads(heard.payload)["lines"] == ["line1"]
+            assert json.loads(until(lambda: operator.hear_of("/alarm/clock").payload))["lines"] == ["line1"]
 
 
 def test_a_line_that_sends_too_fast_is_told_so_and_others_are_answered(tmp_path: Path, catalog: Path) -> None:
