@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = (
     *("appliance", "appliance.core", "appliance.drivers", "appliance.store", "appliance.engine", "appliance.lab"),
-    "export",
+    *("appliance.profiler", "export"),
 )
 
 FRONT = tuple(
@@ -65,6 +65,15 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         "appliance.lab",
         "appliance.report",
         "appliance.service",
+        "appliance.startup",
+        *WORLD,
+        *FRONT,
+        "appliance.core",
+    ),
+    "appliance.profiler": (
+        "appliance.profiler",
+        "appliance.lab",
+        "appliance.report",
         "appliance.startup",
         *WORLD,
         *FRONT,
@@ -271,6 +280,8 @@ BAD = [
     ("appliance.service", "import appliance.cli", "must not know appliance.cli"),
     ("appliance.lab.demo", "from appliance import cli", "must not know appliance.cli"),
     ("appliance.lab.demo", "from export import teach", "must not know export.teach"),
+    ("appliance.lab.demo", "from appliance.profiler import measure", "must not know appliance.profiler.measure"),
+    ("appliance.profiler.measure", "from appliance.service import serve", "must not know appliance.service"),
     ("appliance.cli", "from appliance.service import serve", "inside the command only"),
     ("appliance.cli", "import numpy", "inside the command only"),
     ("export.bundle", "from appliance.service import serve", "must not know appliance.service"),

@@ -1,0 +1,396 @@
+"""What this box's processors and disk take for its experts: batches of every size, loads, and both beside each other.
+
+Each architecture is measured once, whatever the number of its experts, in a child process of its own: a crash or a
+leak ends with it and is told by the architecture's name, and the others are measured. The child runs what serving
+runs (`measure_child`) and answers with medians; here they become the numbers of the latency model.
+
+Processors and main memory only. The seam is the engine's `Place` and `SegmentMemory`: a GPU, and the tier of host
+memory before it, would be measured by another Engine in the child. That has not been run on a GPU.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Event, Timer
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from appliance.catalog import Bundle
+from appliance.core import costs
+from appliance.drivers import devices
+from appliance.errors import ApplianceError, ConfigError, ModelError
+from appliance.lab.telling import Say
+from appliance.sandbox import Child
+from appliance.startup import CPU
+from appliance.store.store import Compiled
+
+LOADS = "loads"
+"""In `failed`, where loads could not be measured."""
+AT_ONCE = (1, 2, 4)
+"""Loads in flight."""
+REPEATS = 25
+"""Of each measurement at most, where the time allows it."""
+_CHILD = "appliance.profiler.measure_child"
+_PLATEAU = 0.05
+_LOADS_SHARE = 0.15
+"""Of the time, for loads by themselves."""
+_EXPERTS = 4
+"""Of an architecture, at most: enough for as many loads in flight, and for runs that share no weights in caches."""
+_MEMORY_SHARE = 0.75
+"""Of the box's, for a child: nobody is served meanwhile, and more would be a leak."""
+_ACTIVATIONS_SHARE = 0.5
+"""Of the child's, for what the runtime keeps of past runs: enough that a run finds its memory in place. Where sizes by
+turns did not fit, each run of a 14 MB network took 1,700 page faults per picture, and up to half as long again
+(1.31.1, 2026-11)."""
+_PATIENCE_SECONDS = 20.0
+"""For a child whose time is over to end the run that it is in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """A batch of so many pictures: the median of its repeats, from encoded pictures to findings."""
+
+    items: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """K and B of one architecture on one kind of device, and how well they tell what was measured.
+
+    `fit_error` and `worst_error` are the median and the largest of |K·n + B - seconds| / seconds over the samples.
+    `best_batch` is the plateau: no larger batch takes five hundredths less per picture. `expert` is the one whose
+    weights were used, the bytes of activations are those that compiling measured, and `waited_share` is the part of
+    the time for which these runs, alone with the box, waited for a processor: more than a few hundredths say that
+    something else was at work, and that all of this is too high.
+    """
+
+    architecture: str
+    device: str
+    threads: int
+    samples: tuple[Latency, ...]
+    item_seconds: float
+    fixed_seconds: float
+    fit_error: float
+    worst_error: float
+    best_batch: int
+    expert: str = ""
+    activation_item_bytes: int = 0
+    activation_fixed_bytes: int = 0
+    waited_share: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """Loads from the disk: n of them in flight are all ready after `fixed_seconds` + bytes / `bytes_per_second[n]`.
+
+    The bytes are those of all of them. It lacks numbers of loads in flight that the box has not experts enough for.
+    """
+
+    bytes_per_second: Mapping[int, float] = field(default_factory=dict)
+    fixed_seconds: float = 0.0
+
+    def seconds(self, size: int, at_once: int = 1) -> float:
+        """Of so many bytes together."""
+        return self.fixed_seconds + size / self.bytes_per_second[at_once]
+
+
+@dataclass(frozen=True, slots=True)
+class Contention:
+    """How many times as long runs of so many threads take as one alone; the median over architectures.
+
+    `beside_runs` tells it by the number of executors at work, from 1 (1.0) on. `beside_loads` comes on top while loads
+    are in flight: with all executors at work, against the same without loads.
+    """
+
+    threads: int
+    beside_runs: Mapping[int, float]
+    beside_loads: float
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """All of it. `failed` says why by architecture, or by LOADS; the others are sound."""
+
+    architectures: tuple[Architecture, ...]
+    loading: Loading
+    contention: tuple[Contention, ...]
+    seconds: float
+    failed: Mapping[str, str]
+
+    def as_json(self) -> dict[str, Any]:
+        found: dict[str, Any] = _MEASURED.dump_python(self, mode="json")
+        return found
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Measured:
+        """Raises ConfigError naming the key."""
+        try:
+            return _MEASURED.validate_python(found)
+        except ValidationError as error:
+            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise ConfigError(f"these are no measurements: {problems}", "measure again") from error
+
+
+_MEASURED = TypeAdapter(Measured)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a child shall measure. `paths` are the segments' files; `until` is a time of the monotonic clock, which
+    is the same in all processes."""
+
+    experts: tuple[Compiled, ...]
+    bundles: Mapping[str, Bundle]
+    paths: Mapping[str, Path]
+    threads: tuple[int, ...]
+    executors: int
+    repeats: int
+    activation_bytes: int
+    until: float
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """A child's answer about one architecture: medians as rows of numbers."""
+
+    latencies: Sequence[tuple[int, int, float]] = ()
+    """Threads, pictures, seconds."""
+    beside_runs: Sequence[tuple[int, int, float]] = ()
+    """Threads, executors at work, times as long."""
+    beside_loads: Sequence[tuple[int, float]] = ()
+    """Threads, times as long."""
+    waited_share: float = 0.0
+    """Of the time in which runs were alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loads:
+    """A child's answer about loads: how many were in flight, bytes of all, seconds until all were ready."""
+
+    rows: Sequence[tuple[int, int, float]] = ()
+
+
+def measured(
+    compiled: Mapping[str, Compiled],
+    bundles: Mapping[str, Bundle],
+    segment_path: Callable[[str], Path],
+    *,
+    threads: Sequence[int],
+    executors: int,
+    budget_seconds: float,
+    repeats: int = REPEATS,
+    say: Say = lambda line: None,
+    known: Measured | None = None,
+    memory_bytes: int | None = None,
+) -> Measured:
+    """Measure every architecture that `known` lacks, by each number of `threads` and up to so many executors.
+
+    Within the budget, but for one run or a child's start: less time means fewer repeats, and what had no turn at all is
+    lacking or in `failed`. What is `known` is kept as it is. A child may
+    have `memory_bytes` of address space.
+    """
+    begun = time.monotonic()
+    asked = _Asked(bundles, segment_path, tuple(threads), executors, repeats, memory_bytes or _memory_bytes())
+    known = known or Measured((), Loading(), (), 0.0, {})
+    groups = _new_groups(compiled, known, threads)
+    needs_loads = not known.loading.bytes_per_second
+    until = begun + budget_seconds
+    runs_until = until - (_LOADS_SHARE * budget_seconds if needs_loads else 0.0)
+    answers, failed = dict[str, Runs](), dict[str, str]()
+    for number, (architecture, experts) in enumerate(groups.items()):
+        say(f"running {experts[0].expert}, {number + 1} of {len(groups)} architectures")
+        now = time.monotonic()
+        share = (runs_until - now) / (len(groups) - number)
+        try:
+            answers[architecture] = asked.runs(experts, now + share)
+        except ApplianceError as error:
+            failed[architecture] = f"{experts[0].expert}: {error}"
+            say(f"{experts[0].expert} cannot be measured: {error}")
+    loading = known.loading
+    if needs_loads:
+        say("loading")
+        try:
+            loading = loads_fit(asked.loads(_spread(groups, failed), until).rows)
+        except ApplianceError as error:
+            failed[LOADS] = str(error)
+    fresh = [one for architecture, runs in answers.items() for one in _architectures(groups[architecture][0], runs)]
+    again = {(one.architecture, one.threads) for one in fresh}
+    return Measured(
+        (*(one for one in known.architectures if (one.architecture, one.threads) not in again), *fresh),
+        loading,
+        _contentions(known, list(answers.values()), threads),
+        known.seconds + time.monotonic() - begun,
+        failed,
+    )
+
+
+def plateau(samples: Sequence[Latency]) -> int:
+    """The smallest batch from which a picture's share falls no more than five hundredths with any larger one."""
+    shares = {sample.items: sample.seconds / sample.items for sample in samples}
+    return next(
+        items
+        for items in sorted(shares)
+        if all(shares[larger] >= (1 - _PLATEAU) * shares[items] for larger in shares if larger > items)
+    )
+
+
+def ladder(most: int) -> tuple[int, ...]:
+    """1, 2, 3, 4, 6, 8, 12, 16, … and the last step itself: each a third or a half above the one before."""
+    steps = {size for power in range(most.bit_length()) for size in (1 << power, 3 << power) if size <= most}
+    return tuple(sorted(steps | {most}))
+
+
+def errors(samples: Sequence[Latency], item_seconds: float, fixed_seconds: float) -> tuple[float, float]:
+    """The median and the largest of what K·n + B is off, as a share of what was measured."""
+    off = [abs(item_seconds * s.items + fixed_seconds - s.seconds) / s.seconds for s in samples]
+    return statistics.median(off), max(off)
+
+
+def loads_fit(rows: Sequence[tuple[int, int, float]]) -> Loading:
+    """Of (in flight, bytes of all, seconds): a fixed part by the line through single loads, and bandwidth beside it.
+
+    A load of no bytes, whose segments are in memory already, is one of the single ones.
+    """
+    single = [(size, seconds) for at_once, size, seconds in rows if at_once == 1]
+    if not single:
+        return Loading()
+    slope = costs.slope(single)
+    fixed = max(statistics.fmean(s for _, s in single) - slope * statistics.fmean(n for n, _ in single), 0.0)
+    fixed = min(fixed, *(seconds for size, seconds in single))
+    by_count = dict[int, list[tuple[int, float]]]()
+    for at_once, size, seconds in rows:
+        if seconds > fixed and size:
+            by_count.setdefault(at_once, []).append((size, seconds - fixed))
+    # All bytes by all seconds: small experts, whose reads hardly get going, count by what they bring.
+    together = {n: sum(size for size, _ in found) / sum(s for _, s in found) for n, found in by_count.items()}
+    return Loading(dict(sorted(together.items())), fixed)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """Asks children."""
+
+    bundles: Mapping[str, Bundle]
+    segment_path: Callable[[str], Path]
+    threads: tuple[int, ...]
+    executors: int
+    repeats: int
+    memory_bytes: int
+
+    def runs(self, experts: Sequence[Compiled], until: float) -> Runs:
+        """Raises ApplianceError when the child died, was given up, or says what failed."""
+        return TypeAdapter(Runs).validate_python(self._answer("runs", experts, until))
+
+    def loads(self, experts: Sequence[Compiled], until: float) -> Loads:
+        """Raises the same."""
+        return TypeAdapter(Loads).validate_python(self._answer("loads", experts, until))
+
+    def _answer(self, measure: str, experts: Sequence[Compiled], until: float) -> dict[str, Any]:
+        if until <= time.monotonic():
+            raise ApplianceError("there was no time to measure it", "allow more time")
+        paths = {segment.id: self.segment_path(segment.id) for one in experts for segment in one.segments}
+        bundles = {one.expert: self.bundles[one.expert] for one in experts}
+        working = int(_ACTIVATIONS_SHARE * self.memory_bytes)
+        job = Job(tuple(experts), bundles, paths, self.threads, self.executors, self.repeats, working, until)
+        # By a file: the hundreds of tensors of a large network do not fit a request.
+        with tempfile.NamedTemporaryFile(prefix="measure-", suffix=".json") as file:
+            file.write(TypeAdapter(Job).dump_json(job, by_alias=True))
+            file.flush()
+            left = max(until - time.monotonic(), 0.0) + _PATIENCE_SECONDS
+            with Child(_CHILD, memory_bytes=self.memory_bytes) as child, _given_up(child, left) as has_been:
+                try:
+                    # As processor time, which several threads take at once; the clock's is watched beside it.
+                    return child.ask({"measure": measure, "job": file.name}, seconds=left * (devices.cores() + 1))
+                except ModelError as error:
+                    if has_been.is_set():
+                        raise ModelError(f"it took longer than {left:.0f} s", "look for what hangs") from error
+                    raise
+
+
+@contextmanager
+def _given_up(child: Child, seconds: float) -> Iterator[Event]:
+    """Within, the child is killed after so many seconds, and the event says that it was."""
+    has_been = Event()
+
+    def give_up() -> None:
+        has_been.set()
+        child.kill()
+
+    timer = Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield has_been
+    finally:
+        timer.cancel()
+
+
+def _memory_bytes() -> int:
+    return int(_MEMORY_SHARE * devices.memory_bytes())
+
+
+def _new_groups(
+    compiled: Mapping[str, Compiled], known: Measured, threads: Sequence[int]
+) -> dict[str, tuple[Compiled, ...]]:
+    """Some experts by their architecture, the quickest first: what time they leave goes to the others."""
+    there = {(one.architecture, one.threads) for one in known.architectures}
+    groups = dict[str, list[Compiled]]()
+    for one in sorted(compiled.values(), key=lambda one: one.item_seconds):
+        groups.setdefault(one.architecture, []).append(one)
+    return {
+        architecture: tuple(experts[:_EXPERTS])
+        for architecture, experts in groups.items()
+        if any((architecture, count) not in there for count in threads)
+    }
+
+
+def _spread(groups: Mapping[str, Sequence[Compiled]], failed: Mapping[str, str]) -> list[Compiled]:
+    return [one for architecture, experts in groups.items() if architecture not in failed for one in experts]
+
+
+def _architectures(expert: Compiled, runs: Runs) -> Iterator[Architecture]:
+    """One for each number of threads."""
+    for threads in dict.fromkeys(threads for threads, _, _ in runs.latencies):
+        samples = tuple(Latency(items, seconds) for count, items, seconds in runs.latencies if count == threads)
+        item_seconds, fixed_seconds = costs.fit([(sample.items, sample.seconds) for sample in samples])
+        yield Architecture(
+            expert.architecture,
+            CPU,
+            threads,
+            samples,
+            item_seconds,
+            fixed_seconds,
+            *errors(samples, item_seconds, fixed_seconds),
+            plateau(samples),
+            expert.expert,
+            expert.activation_item_bytes,
+            expert.activation_fixed_bytes,
+            runs.waited_share,
+        )
+
+
+def _contentions(known: Measured, answers: Sequence[Runs], threads: Sequence[int]) -> tuple[Contention, ...]:
+    there = {one.threads: one for one in known.contention}
+    return tuple((there | {n: _contention(n, answers) for n in threads if n not in there}).values())
+
+
+def _contention(threads: int, answers: Sequence[Runs]) -> Contention:
+    by_executors = dict[int, list[float]]()
+    for runs in answers:
+        for count, executors, ratio in runs.beside_runs:
+            if count == threads:
+                by_executors.setdefault(executors, []).append(ratio)
+    beside_loads = [ratio for runs in answers for count, ratio in runs.beside_loads if count == threads]
+    return Contention(
+        threads,
+        {1: 1.0} | {n: statistics.median(ratios) for n, ratios in sorted(by_executors.items())},
+        statistics.median(beside_loads) if beside_loads else 1.0,
+    )
