@@ -25,6 +25,7 @@ from appliance.core.types import Segment
 from appliance.errors import ConfigError
 from appliance.profiler.measure import (
     LOADS,
+    Architecture,
     Latency,
     Loading,
     Measured,
@@ -201,6 +202,12 @@ def kill_the_next_child() -> None:
                 child.send_signal(signal.SIGKILL)
                 return
         time.sleep(0.001)
+
+
+def test_a_batch_takes_what_was_measured_of_its_size_and_between_sizes_what_lies_between() -> None:
+    samples = (Latency(1, 2.0), Latency(2, 3.0), Latency(4, 9.0))
+    one = Architecture("a", "cpu", 1, samples, 2.0, 0.0, 0.0, 0.0, 2)
+    assert [one.run_seconds(items) for items in (1, 2, 3, 4, 6)] == [2.0, 3.0, 6.0, 9.0, 13.0]
 
 
 # How samples are taken: a clock that goes on only while something is measured.

@@ -13,6 +13,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -85,6 +86,21 @@ class Architecture:
     activation_item_bytes: int = 0
     activation_fixed_bytes: int = 0
     waited_share: float = 0.0
+
+    def run_seconds(self, items: int) -> float:
+        """What a batch takes by the samples around it: where large ones outgrow a cache, no one line tells them all.
+
+        Beyond the last sample each picture takes K.
+        """
+        after = bisect_left(self.samples, items, key=lambda sample: sample.items)
+        if after == len(self.samples):
+            last = self.samples[-1]
+            return last.seconds + self.item_seconds * (items - last.items)
+        above, below = self.samples[after], self.samples[max(after - 1, 0)]
+        if above.items == items or after == 0:
+            return above.seconds * items / above.items
+        part = (items - below.items) / (above.items - below.items)
+        return below.seconds + part * (above.seconds - below.seconds)
 
 
 @dataclass(frozen=True, slots=True)

@@ -255,6 +255,7 @@ class _Bench:
 
     def __init__(self, job: Job) -> None:
         self._experts, self._told, self._ids = job.experts, Queue[Event](), count()
+        self._is_turned = False
         self._pictures = encoded_pictures()
         self._reference = self._decoded(0)
         self.most = min(job.bundles[one.expert].manifest.model.max_batch for one in job.experts)
@@ -280,13 +281,26 @@ class _Bench:
         return self._together(threads, 1, items, 1)
 
     def times_as_long_beside_runs(self, threads: int, executors: int, items: int, rounds: int) -> float:
-        alone = self._together(threads, 1, items, rounds)
-        return self._together(threads, executors, items, rounds) / alone
+        return self._times_as_long(
+            lambda: self._together(threads, executors, items, rounds),
+            lambda: self._together(threads, 1, items, rounds),
+        )
 
     def times_as_long_beside_loads(self, threads: int, executors: int, items: int, rounds: int, lane: _Lane) -> float:
-        quiet = self._together(threads, executors, items, rounds)
-        with lane.loading():
-            return self._together(threads, executors, items, rounds) / quiet
+        def beside() -> float:
+            with lane.loading():
+                return self._together(threads, executors, items, rounds)
+
+        return self._times_as_long(beside, lambda: self._together(threads, executors, items, rounds))
+
+    def _times_as_long(self, beside: Callable[[], float], without: Callable[[], float]) -> float:
+        """A pair, of which now one and now the other is first: a box that becomes slower favours neither."""
+        self._is_turned = not self._is_turned
+        if self._is_turned:
+            seconds = beside()
+            return seconds / without()
+        seconds = without()
+        return beside() / seconds
 
     def _together(self, threads: int, executors: int, items: int, rounds: int) -> float:
         """The median of batches while so many executors are at work: none rests before all had so many rounds."""
