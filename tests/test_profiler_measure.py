@@ -26,6 +26,7 @@ from appliance.errors import ConfigError
 from appliance.profiler.measure import (
     LOADS,
     Architecture,
+    Contention,
     Latency,
     Loading,
     Measured,
@@ -208,6 +209,14 @@ def test_a_batch_takes_what_was_measured_of_its_size_and_between_sizes_what_lies
     samples = (Latency(1, 2.0), Latency(2, 3.0), Latency(4, 9.0))
     one = Architecture("a", "cpu", 1, samples, 2.0, 0.0, 0.0, 0.0, 2)
     assert [one.run_seconds(items) for items in (1, 2, 3, 4, 6)] == [2.0, 3.0, 6.0, 9.0, 13.0]
+
+
+def test_numbers_that_were_not_measured_are_taken_from_those_beside_them() -> None:
+    contention = Contention(1, {1: 1.0, 2: 1.2, 4: 2.0}, 1.0)
+    assert [contention.times_as_long(n) for n in (1, 2, 4, 8)] == [1.0, 1.2, 2.0, 2.0]
+    assert contention.times_as_long(3) == pytest.approx(1.6)
+    loading = Loading({1: 1e9, 2: 2e9}, fixed_seconds=0.5)
+    assert [loading.seconds(10**9, at_once=n) for n in (1, 2, 3)] == [1.5, 1.0, 1.0]
 
 
 # How samples are taken: a clock that goes on only while something is measured.

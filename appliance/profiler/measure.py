@@ -92,15 +92,8 @@ class Architecture:
 
         Beyond the last sample each picture takes K.
         """
-        after = bisect_left(self.samples, items, key=lambda sample: sample.items)
-        if after == len(self.samples):
-            last = self.samples[-1]
-            return last.seconds + self.item_seconds * (items - last.items)
-        above, below = self.samples[after], self.samples[max(after - 1, 0)]
-        if above.items == items or after == 0:
-            return above.seconds * items / above.items
-        part = (items - below.items) / (above.items - below.items)
-        return below.seconds + part * (above.seconds - below.seconds)
+        beyond = max(items - self.samples[-1].items, 0)
+        return _between([(s.items, s.seconds) for s in self.samples], items) + self.item_seconds * beyond
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +107,10 @@ class Loading:
     fixed_seconds: float = 0.0
 
     def seconds(self, size: int, at_once: int = 1) -> float:
-        """Of so many bytes together."""
-        return self.fixed_seconds + size / self.bytes_per_second[at_once]
+        """Of so many bytes together, by the nearest number of loads that was measured and is not larger."""
+        rates = self.bytes_per_second
+        nearest = max((n for n in rates if n <= at_once), default=min(rates))
+        return self.fixed_seconds + size / rates[nearest]
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,12 +118,16 @@ class Contention:
     """How many times as long runs of so many threads take as one alone; the median over architectures.
 
     `beside_runs` tells it by the number of executors at work, from 1 (1.0) on. `beside_loads` comes on top while loads
-    are in flight: with all executors at work, against the same without loads.
+    are in flight: with all executors at work, against the same without loads. What could not be measured is 1.
     """
 
     threads: int
     beside_runs: Mapping[int, float]
     beside_loads: float
+
+    def times_as_long(self, executors: int) -> float:
+        """Beside runs, also for numbers of executors between those that were measured."""
+        return _between(sorted(self.beside_runs.items()), executors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,6 +261,15 @@ def ladder(most: int) -> tuple[int, ...]:
     """1, 2, 3, 4, 6, 8, 12, 16, … and the last step itself: each a third or a half above the one before."""
     steps = {size for power in range(most.bit_length()) for size in (1 << power, 3 << power) if size <= most}
     return tuple(sorted(steps | {most}))
+
+
+def _between(points: Sequence[tuple[int, float]], at: int) -> float:
+    """The value there on the lines from point to point, which ascend; outside them that of the nearest."""
+    after = bisect_left(points, at, key=lambda point: point[0])
+    if after in (0, len(points)):
+        return points[min(after, len(points) - 1)][1]
+    (left, low), (right, high) = points[after - 1 : after + 1]
+    return low + (at - left) / (right - left) * (high - low)
 
 
 def errors(samples: Sequence[Latency], item_seconds: float, fixed_seconds: float) -> tuple[float, float]:

@@ -75,7 +75,7 @@ def measured_runs(job: Job) -> Runs:
         rounds = {t: (best[t], max(math.ceil(_ROUND_SECONDS / alone[t, best[t]]), 1)) for t in best}
         beside_runs = sampled(
             lambda key: bench.times_as_long_beside_runs(*key, *rounds[key[0]]),
-            [(t, n) for n in ladder(job.executors)[1:] for t in rounds],
+            [(t, n) for n in _others(job.executors) for t in rounds],
             until=begun + _BESIDE_RUNS_SHARE * left,
             most=job.repeats,
         )
@@ -173,6 +173,11 @@ def waited_seconds() -> float:
         with suppress(OSError):  # a thread that has just ended
             total += int(path.read_text().split()[1])
     return total / 1e9
+
+
+def _others(executors: int) -> tuple[int, ...]:
+    """Numbers of executors that are more than one. All of them first: without time for the others it tells most."""
+    return (executors, *ladder(executors)[1:-1]) if executors > 1 else ()
 
 
 def _settled(found: Mapping[Key, Sequence[float]]) -> dict[Key, list[float]]:
