@@ -415,6 +415,11 @@ def _contention(threads: int, answers: Sequence[Runs]) -> Contention:
     beside_loads = [ratio for runs in answers for count, ratio in runs.beside_loads if count == threads]
     return Contention(
         threads,
-        {1: 1.0} | {n: statistics.median(ratios) for n, ratios in sorted(by_executors.items())},
-        statistics.median(beside_loads) if beside_loads else 1.0,
+        {1: 1.0} | {n: _no_gain(ratios) for n, ratios in sorted(by_executors.items())},
+        _no_gain(beside_loads),
     )
+
+
+def _no_gain(ratios: Sequence[float]) -> float:
+    """The median. Beside others nothing is quicker: what says so, or nothing at all, is noise."""
+    return max(statistics.median(ratios), 1.0) if ratios else 1.0
