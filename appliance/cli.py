@@ -260,6 +260,68 @@ def explain(
 
 
 @app.command()
+def profile(
+    config: ConfigFile = Path("appliance.toml"),
+    budget: Annotated[str, typer.Option(help="How long it may take, such as 5m or 1h.")] = "5m",
+    objective: Annotated[
+        str, typer.Option(help="What shall be best: throughput, deadlines (pictures in time), or p99 (of the waits).")
+    ] = "throughput",
+    requests: Annotated[int, typer.Option(min=1, help="How many pictures a workload has that is no journal.")] = 1000,
+    product: Annotated[str | None, typer.Option(help="Boards of this product, by its bill of materials.")] = None,
+    due: Annotated[str | None, typer.Option(help="When each board of the product is due, such as 60s.")] = None,
+    journal: Annotated[
+        Path | None, typer.Option(help="What a service recorded (paths.journal), with the answers given there.")
+    ] = None,
+    speed: Annotated[float, typer.Option(min=0.01, help="Play the journal so many times as fast.")] = 1.0,
+    gap: Annotated[str, typer.Option(help="Time from one picture to the next, such as 4ms; not of a journal.")] = "4ms",
+    checked: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of pictures that lead on to a next expert; not of a journal.")
+    ] = 0.35,
+    shape: Annotated[
+        str | None, typer.Option(help="Not the box of --config, but experts made for it: 14MB, 45MB or 170MB.")
+    ] = None,
+    experts: Annotated[int, typer.Option(min=2, help="With --shape: how many types of components.")] = 100,
+    memory: Annotated[
+        str, typer.Option(help="With --shape: share of the experts' bytes that memory may hold.")
+    ] = "25%",
+    out: Annotated[
+        Path | None, typer.Option(help="The profile's file; by default <box.name>.json beside paths.profile.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a report with plots into this file, for a browser.")] = None,
+    folder: BenchFolder = Path(".appliance"),
+    seed: Annotated[int, typer.Option(help="Of the search.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Find the best configuration of this box by measurement, and write it as profiles/<box>.json.
+
+    It measures what batches and loads take here, searches executors, threads, batches, the split of memory and the
+    policy's hold in the simulator with these costs, and serves the best of them live beside the defaults. Nothing is
+    chosen that does not beat them live. Killed or interrupted, the same command goes on where it was.
+
+    Stop the service meanwhile: it would be measured too. Then set paths.profile to the file that is printed.
+
+        appliance profile --budget 5m
+        appliance profile --journal state/journal.jsonl --speed 2 --objective p99
+    """
+    from appliance.lab.laps import Workload
+    from appliance.profiler.command import Pictures, of_box, of_made
+    from appliance.profiler.profiled import Plan
+    from appliance.report import print_profile
+
+    say = Console(stderr=True).print
+    plan = Plan(_seconds(budget, "--budget"), folder / "profiler", objective, seed)
+    if shape is None:
+        pictures = Pictures(
+            requests, checked, _seconds(gap), journal, speed, product, None if due is None else _seconds(due, "--due")
+        )
+        found = of_box(config, pictures, plan, out, html, say)
+    else:
+        asked = Workload(shape, experts, requests, _share(memory, "--memory"), _seconds(gap), checked)
+        found = of_made(asked, plan, folder, out or folder / f"profile-{experts}-{shape}.json", html, say)
+    _print(found) if as_json else print_profile(found, Console())
+
+
+@app.command()
 def demo(
     pictures: Annotated[int, typer.Option(min=1, help="How many pictures the lines publish.")] = 1200,
     lines: Annotated[int, typer.Option(min=1, max=16, help="How many lines publish at the same time.")] = 4,
@@ -585,15 +647,18 @@ def _share(text: str, option: str = "--budget") -> float:
     return share
 
 
-def _seconds(text: str) -> float:
-    """Of `4ms`, `0.04s` or `0.04`."""
-    try:
-        seconds = float(text.removesuffix("s").removesuffix("m")) / (1000 if text.endswith("ms") else 1)
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds < float("inf"):
-        raise typer.BadParameter(f"{text} is no time; write it like 4ms", param_hint="--gap")
-    return seconds
+def _seconds(text: str, option: str = "--gap") -> float:
+    """Of `4ms`, `0.04s`, `0.04`, `5m` or `1h`."""
+    for unit, factor in (("ms", 0.001), ("s", 1.0), ("m", 60.0), ("h", 3600.0), ("", 1.0)):
+        if text.endswith(unit):
+            try:
+                seconds = float(text.removesuffix(unit)) * factor
+            except ValueError:
+                break
+            if 0 <= seconds < float("inf"):
+                return seconds
+            break
+    raise typer.BadParameter(f"{text} is no time; write it like 4ms, 60s or 5m", param_hint=option)
 
 
 def _wall(text: str | None) -> float | None:

@@ -136,6 +136,10 @@ class CertificateError(BrokerError):
     reason = "certificate"
 
 
+class ProfileError(ApplianceError):
+    reason = "profile"
+
+
 class RecordsError(ApplianceError):
     reason = "records"
 

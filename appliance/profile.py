@@ -1,39 +1,156 @@
-"""profiles/*.json: what running and loading costs on a box, and how many executors it should have.
+"""profiles/*.json: how a box is configured best, and what running and loading costs there.
 
-`default.json` serves any box: its load costs are cautious, and running costs come from the brief measurement that
-compiling an architecture makes.
+`appliance profile` measures and writes one for the box it runs on. `default.json` serves any box: its load costs are
+cautious, running costs come from the brief measurement that compiling an architecture makes, and what it leaves open
+stays as the settings have it. What appliance.toml says goes before what a profile says.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from appliance.config import Config
 from appliance.core.costs import Cost
 from appliance.errors import ConfigError
 
 Seconds = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Size = Annotated[int, Field(ge=0)]
+MEMORY_TOLERANCE = 0.05
+"""The kernel keeps a little more or less for itself from one version to the next."""
 
 
-class Profile(BaseModel):
+class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schema_: Literal[1] = Field(alias="schema")
+
+class Hardware(Part):
+    """What costs depend on."""
+
+    processor: str
+    cores: Count
+    memory_bytes: Size
+    gpus: tuple[str, ...] = Field((), description="Name and driver of each.")
+    runtime: str = Field(description="Name and version.")
+
+    def differs(self, here: Hardware) -> str | None:
+        """In what another box is not this one, in words."""
+        if abs(self.memory_bytes - here.memory_bytes) > MEMORY_TOLERANCE * self.memory_bytes:
+            return f"memory_bytes was {self.memory_bytes} and is {here.memory_bytes}"
+        for name in ("processor", "cores", "gpus", "runtime"):
+            then, now = getattr(self, name), getattr(here, name)
+            if then != now:
+                return f"{name} was {then} and is {now}"
+        return None
+
+
+class Found(Part):
+    """Images per second that a search came to. `live` and `default_live` are medians of the same rounds."""
+
+    workload: str
+    objective: str
+    trials: Size
+    confirmed: Size = Field(description="Configurations that were served live.")
+    predicted: float
+    live: float
+    default_live: float
+
+
+class Origin(Part):
+    """Where a profile comes from."""
+
+    version: str
+    made_at: str
+    hardware: Hardware
+    graph_sha256: str
+    found: Found
+
+
+class Running(Part):
+    """K and B of an architecture on the CPU, with the profile's threads, and how far off they are (median)."""
+
+    item_seconds: Seconds
+    fixed_seconds: Seconds
+    fit_error: Annotated[float, Field(ge=0)]
+
+
+class Profile(Part):
+    schema_: Literal[2] = Field(alias="schema")
     name: str
-    cpu_executors: Annotated[int, Field(ge=1)] | None = Field(None, description="None: one per usable core.")
-    batch_cap: Annotated[int, Field(ge=1)] = Field(16, description="Largest batch, whatever an expert allows.")
+    cpu_executors: Count | None = Field(None, description="None: one per usable core.")
+    threads: Count = Field(1, description="Of each run on the CPU.")
+    load_slots: Count | None = Field(None, description="Loads in flight per device; None: as the settings have it.")
+    batch_cap: Count = Field(16, description="Largest batch, whatever an expert allows.")
+    weights_bytes: Size | None = Field(None, description="The split of main memory; None: as the settings have it.")
+    activation_bytes: Size | None = None
+    hold_share: Annotated[float, Field(ge=0)] | None = Field(None, description="The policy's; None: as it is.")
     load_fixed_seconds: Seconds = Field(0.002, description="Part of a load that does not depend on its bytes.")
     disk_bytes_per_second: Annotated[float, Field(gt=0)] = Field(5e8, description="Read bandwidth for weights.")
-
+    running: Mapping[str, Running] = Field({}, description="By architecture; others as compiling measured them.")
     gpu_speed: Annotated[float, Field(gt=0)] = Field(10.0, description="Times as fast as the CPU: a guess.")
+    origin: Origin | None = Field(None, description="None: it is for any box.")
 
-    def cost(self, item_seconds: float, fixed_seconds: float, weights_bytes: int) -> Cost:
-        """K and B as measured when the architecture was compiled; L from the bytes and this box's disk."""
-        load_seconds = self.load_fixed_seconds + weights_bytes / self.disk_bytes_per_second
-        return Cost(item_seconds, fixed_seconds, load_seconds)
+    def load_seconds(self, weights_bytes: int) -> float:
+        return self.load_fixed_seconds + weights_bytes / self.disk_bytes_per_second
+
+    def cpu_cost(self, architecture: str, weights_bytes: int, compiled: Cost) -> Cost:
+        """K and B as measured on this box, or else as they were when the architecture was compiled; L from the bytes
+        and the disk."""
+        known = self.running.get(architecture, compiled)
+        return Cost(known.item_seconds, known.fixed_seconds, self.load_seconds(weights_bytes))
+
+    def misfit(self, hardware: Hardware) -> str | None:
+        """Why this is no profile of a box; None if it is."""
+        return None if self.origin is None else self.origin.hardware.differs(hardware)
+
+    def is_outdated(self, graph_sha256: str) -> bool:
+        """Whether experts have come, gone or changed their networks or their order since it was made."""
+        return self.origin is not None and self.origin.graph_sha256 != graph_sha256
+
+    def applied(self, config: Config) -> Config:
+        """The settings, with what they leave open as it is best here."""
+        memory = {"weights": self.weights_bytes, "activations": self.activation_bytes}
+        executors = {"cpu": self.cpu_executors, "load_slots": self.load_slots}
+
+        def open_ones(wanted: Mapping[str, int | None], given: set[str]) -> dict[str, int]:
+            return {name: value for name, value in wanted.items() if value is not None and name not in given}
+
+        return config.model_copy(
+            update={
+                "memory": config.memory.model_copy(update=open_ones(memory, config.memory.model_fields_set)),
+                "executors": config.executors.model_copy(
+                    update=open_ones(executors, config.executors.model_fields_set)
+                ),
+            }
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The profile that a box uses. `refused` says why it is not the one that the settings name, `outdated` that the
+    experts are not those that it was made for."""
+
+    profile: Profile
+    refused: str | None = None
+    outdated: bool = False
+
+
+DEFAULT = Profile(schema=2, name="default")
+"""What `profiles/default.json` says."""
+
+
+def chosen(profile: Profile, hardware: Hardware, graph_sha256: str) -> Choice:
+    """A profile of another box is refused: its costs are not this one's, and may be far off."""
+    why = profile.misfit(hardware)
+    if why is not None:
+        return Choice(DEFAULT, refused=f"profile {profile.name} is of another box: {why}; run `appliance profile`")
+    return Choice(profile, outdated=profile.is_outdated(graph_sha256))
 
 
 def load(path: Path) -> Profile:
@@ -46,4 +163,15 @@ def load(path: Path) -> Profile:
         raise ConfigError(f"{path} is not JSON: {error}", "correct that line") from error
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise ConfigError(f"{path}: {problems}", "correct these keys") from error
+        raise ConfigError(f"{path}: {problems}", "correct these keys, or run `appliance profile`") from error
+
+
+def save(profile: Profile, path: Path) -> None:
+    """Whole or not at all. Raises ConfigError when it cannot be written."""
+    beside = path.with_name(f".{path.name}.new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(profile.model_dump_json(by_alias=True, indent=2, exclude_defaults=False) + "\n", "utf-8")
+        beside.replace(path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}", "choose another place with --out") from error

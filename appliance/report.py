@@ -515,3 +515,7 @@ def _facts() -> Table:
     table.add_column(style="bold")
     table.add_column()
     return table
+
+
+def print_profile(found: Mapping[str, Any], console: Console) -> None:
+    console.print(dict(found))

@@ -736,6 +736,7 @@ class Service:
             self._config.limits.waiting_pictures,
             Overflow(self._config.limits.overflow),
             demands(made.catalog),
+            made.profile.hold_share,
         )
         return Journal(path, opening)
 

@@ -5,6 +5,7 @@ An expert that is broken or cannot be compiled is set aside with its reason; the
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,18 +16,19 @@ from appliance import catalog as catalogs
 from appliance import profile as profiles
 from appliance.catalog import Bundle, Catalog
 from appliance.config import Config
+from appliance.core import policies
 from appliance.core.controller import Controller
 from appliance.core.costs import Cost
 from appliance.core.graph import draw
 from appliance.core.memory import Ledger
-from appliance.core.policies import POLICIES
+from appliance.core.policies import POLICIES, Policy
 from appliance.core.slab import SLACK
 from appliance.core.types import Device, Executor, Expert, Footprint, Overflow, Refusal, bytes_together
-from appliance.drivers import devices
+from appliance.drivers import devices, runtime
 from appliance.engine import cuda
 from appliance.errors import ApplianceError, ConfigError
-from appliance.profile import Profile
-from appliance.promise import weights_budget
+from appliance.profile import Choice, Hardware, Profile
+from appliance.promise import activation_bytes, weights_budget
 from appliance.store.compile import Report, compile_bundles
 from appliance.store.store import PROVIDERS, Compiled, Store
 
@@ -66,12 +68,25 @@ class Installation:
 
     config: Config
     catalog: Catalog
-    profile: Profile
+    choice: Choice
     store: Store
     compiled: Mapping[str, Compiled]
     unavailable: Mapping[str, Refusal]
     memory_bytes: int
     gpus: Gpus = Gpus()
+
+    @property
+    def profile(self) -> Profile:
+        return self.choice.profile
+
+    @property
+    def split_bytes(self) -> int:
+        """Main memory that weights and activations share, as a profile may split it anew."""
+        return weights_budget(self.config, self.memory_bytes, len(self.gpus.used)) + activation_bytes(self.config)
+
+    @property
+    def policy(self) -> Policy:
+        return policies.tuned(POLICIES[self.config.scheduler.policy], self.profile.hold_share)
 
     @property
     def experts(self) -> dict[str, Expert]:
@@ -103,8 +118,12 @@ class Installation:
                 yield device.name, self.compiled_on(device.name)[expert]
 
     def _cost(self, device: str, compiled: Compiled) -> Cost:
-        speed = 1.0 if device == CPU else self.profile.gpu_speed
-        return self.profile.cost(compiled.item_seconds / speed, compiled.fixed_seconds / speed, compiled.bytes)
+        load_seconds = self.profile.load_seconds(compiled.bytes)
+        cost = Cost(compiled.item_seconds, compiled.fixed_seconds, load_seconds)
+        if device == CPU:
+            return self.profile.cpu_cost(compiled.architecture, compiled.bytes, cost)
+        speed = self.profile.gpu_speed
+        return Cost(cost.item_seconds / speed, cost.fixed_seconds / speed, load_seconds)
 
     @property
     def devices(self) -> tuple[Device, ...]:
@@ -118,7 +137,7 @@ class Installation:
 
     @property
     def executors(self) -> tuple[Executor, ...]:
-        count = self.config.executors.cpu or self.profile.cpu_executors or devices.cores()
+        count = self.config.executors.cpu or devices.cores()
         gpus = (gpu_name(gpu) for gpu in self.gpus.used)
         return (
             *(Executor(f"{name}-0", name) for name in gpus),  # runs from several threads make a GPU's memory grow
@@ -145,7 +164,7 @@ class Installation:
             self.unavailable,
             pinned=self.config.experts.pin,
             preload=self.config.experts.preload,
-            policy=POLICIES[self.config.scheduler.policy],
+            policy=self.policy,
             priorities=self.config.priorities,
             most_waiting=self.config.limits.waiting_pictures,
             overflow=Overflow(self.config.limits.overflow),
@@ -159,12 +178,15 @@ class Installation:
         return tuple(name for name in self.config.experts.pin if name in able and name not in staying)
 
 
-def install(config: Config, report: Report = lambda expert, result: None) -> Installation:
-    """Read, check and compile. `report` hears of each expert that had to be compiled, or could not be.
+def install(
+    config: Config, report: Report = lambda expert, result: None, *, profile: Profile | None = None
+) -> Installation:
+    """Read, check and compile. `report` hears of each expert that had to be compiled, or could not be. The `profile` is
+    that which the settings name, unless another is given.
 
     Raises ConfigError, CatalogError or StoreError when nothing could serve at all.
     """
-    profile = profiles.load(config.paths.profile)
+    profile = profile or profiles.load(config.paths.profile)
     catalog = catalogs.load(config.paths.catalog)
     _check_named(config, catalog)
     catalogs.check_places(catalog, config.limits.most_placements)
@@ -175,7 +197,26 @@ def install(config: Config, report: Report = lambda expert, result: None) -> Ins
     compiled, failed = _compiled(store, sound, report)
     unavailable = {name: refusal_of(error) for name, error in (broken | failed).items()}
     gpus = _install_gpus(config, [bundle for bundle in sound if bundle.manifest.name in compiled])
-    return Installation(config, catalog, profile, store, compiled, unavailable, devices.memory_bytes(), gpus)
+    choice = profiles.chosen(profile, hardware(gpus.used), graph_sha256(catalog, compiled))
+    config = choice.profile.applied(config)
+    return Installation(config, catalog, choice, store, compiled, unavailable, devices.memory_bytes(), gpus)
+
+
+def hardware(gpus: Sequence[devices.Gpu] = ()) -> Hardware:
+    """Of this box, as a profile remembers it."""
+    return Hardware(
+        processor=devices.processor(),
+        cores=devices.cores(),
+        memory_bytes=devices.memory_bytes(),
+        gpus=tuple(f"{gpu.name}, driver {gpu.driver}" for gpu in gpus),
+        runtime=f"onnxruntime {runtime.VERSION}",
+    )
+
+
+def graph_sha256(catalog: Catalog, compiled: Mapping[str, Compiled]) -> str:
+    """Of the experts' networks and of how they follow each other; their weights do not matter."""
+    known = {name: one.architecture for name, one in sorted(compiled.items())}
+    return hashlib.sha256(f"{known}\n{draw(catalog.graph)}".encode()).hexdigest()
 
 
 def _verified(catalog: Catalog) -> tuple[list[Bundle], dict[str, ApplianceError]]:
@@ -351,6 +392,8 @@ def _what_is_there(made: Installation) -> dict[str, Any]:
         "catalog": str(made.config.paths.catalog),
         "store": str(made.store.folder),
         "profile": made.profile.name,
+        "profile_refused": made.choice.refused,
+        "profile_outdated": made.choice.outdated,
         "experts": len(made.compiled),
         "architectures": len({compiled.architecture for compiled in made.compiled.values()}),
         "versions": {name: list(versions) for name, versions in made.catalog.versions.items()},

@@ -363,7 +363,7 @@ def test_without_usage_all_components_are_equal(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "says"), [("{", "not JSON"), ('{"schema": 1}', "name"), ('{"schema": 1, "x": 1}', "x")]
+    ("text", "says"), [("{", "not JSON"), ('{"schema": 2}', "name"), ('{"schema": 2, "x": 1}', "x")]
 )
 def test_a_faulty_profile_is_named(tmp_path: Path, text: str, says: str) -> None:
     path = tmp_path / "box.json"

@@ -214,6 +214,11 @@ PAPER = (SAMBA, SAMBA_FIFO, SAMBA_PARALLEL, NONE, EM, EM_RA, COSERVE)
 POLICIES = {policy.name: policy for policy in (*PAPER, APPLIANCE)}
 
 
+def tuned(policy: Policy, hold_share: float | None) -> Policy:
+    """The policy as a box is set; None leaves it as it is. Where a load occupies its executor, none is held."""
+    return policy if hold_share is None or policy.in_order else replace(policy, hold_share=hold_share)
+
+
 def oracle(uses: Mapping[str, Sequence[float]]) -> Policy:
     """Ours, but who is needed again last leaves first (Belady's MIN), as told by each expert's uses, in seconds."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +54,11 @@ def instruction_set() -> str:
     return f"{platform.machine()}-{vector_set(_cpu_flags(Path('/proc/cpuinfo').read_text()))}"
 
 
+def processor() -> str:
+    """What it calls itself; its instruction set where it has no name, as on ARM."""
+    return _said_of_cpu(Path("/proc/cpuinfo").read_text(), ("model name",)) or instruction_set()
+
+
 def vector_set(flags: frozenset[str]) -> str:
     """The best of the vector extensions that ONNX Runtime's kernels tell apart, of a processor with these flags."""
     return next((name for name, needed in _VECTOR_SETS if flags.issuperset(needed)), "plain")
@@ -95,11 +100,15 @@ def gpus() -> list[Gpu]:
 
 
 def _cpu_flags(cpuinfo: str) -> frozenset[str]:
+    return frozenset(_said_of_cpu(cpuinfo, ("flags", "Features")).split())
+
+
+def _said_of_cpu(cpuinfo: str, keys: Collection[str]) -> str:
     for line in cpuinfo.splitlines():
         key, _, value = line.partition(":")
-        if key.strip() in ("flags", "Features"):
-            return frozenset(value.split())
-    return frozenset()
+        if key.strip() in keys:
+            return value.strip()
+    return ""
 
 
 def _groups(cgroups: Path, own: Path, controller: str) -> Iterator[Path]:

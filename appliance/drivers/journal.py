@@ -59,6 +59,7 @@ class Opening:
     most_waiting: int | None = None
     overflow: Overflow = Overflow.BLOCK
     products: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    hold_share: float | None = None
 
 
 class Journal:

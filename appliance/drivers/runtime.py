@@ -50,6 +50,7 @@ _LEVELS = {
     "basic": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
     "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
+VERSION: str = onnxruntime.__version__
 _setting_up = Lock()
 _is_set_up = False
 

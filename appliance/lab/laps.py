@@ -64,10 +64,11 @@ class Lap:
     peak_bytes: int
     stays: tuple[Stay, ...]
     how: str
+    late: int = 0
 
     @property
     def images_per_second(self) -> float:
-        return len(self.waits_seconds) / self.seconds
+        return (len(self.waits_seconds) - self.late) / self.seconds
 
     def wait_seconds(self, share: float) -> float:
         return quantile(self.waits_seconds, share)

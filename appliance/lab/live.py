@@ -7,16 +7,19 @@ begins with as many experts in memory as its budget holds.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from math import inf
+from pathlib import Path
 from queue import Empty, Queue
 
 import psutil
 
+from appliance.catalog import Bundle
 from appliance.core import policies
 from appliance.core.controller import Controller
 from appliance.core.costs import Cost
+from appliance.core.graph import ExpertGraph
 from appliance.core.policies import Policy
 from appliance.core.types import (
     Acknowledge,
@@ -29,14 +32,17 @@ from appliance.core.types import (
     Finished,
     Load,
     Loaded,
+    Outcome,
     Publish,
     Quarantine,
     Refusal,
     Reinstate,
+    Request,
     Tick,
     Verdict,
 )
 from appliance.drivers.devices import cores
+from appliance.drivers.images import Views
 from appliance.drivers.runtime import CpuPlace
 from appliance.engine.cancellation import Cancellation
 from appliance.engine.engine import Engine, Engines
@@ -47,6 +53,7 @@ from appliance.lab.contenders import Pool, Setup, contender, pools
 from appliance.lab.fleet import MAX_BATCH, Fleet
 from appliance.lab.laps import Lap, Pictures, Stays, album
 from appliance.lab.paper import Trace
+from appliance.lab.simulate import Answer
 from appliance.startup import CPU, footprint
 from appliance.store.store import Compiled
 
@@ -55,31 +62,71 @@ _KEEP_FREE = 0.2
 """Of the memory that is available, at least."""
 
 
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What a policy serves, whatever it is given to do it with: experts, how they follow each other, and pictures.
+
+    `answer` says what an expert finds in a request's picture. `threads` are those of each run.
+    """
+
+    graph: ExpertGraph
+    bundles: Mapping[str, Bundle]
+    segment_path: Callable[[str], Path]
+    requests: Sequence[Request]
+    answer: Answer
+    pictures: Pictures
+    batch_cap: int | None = None
+    threads: int = 1
+
+
 def lap(name: str, made: Fleet, trace: Trace, pictures: Pictures, budget_bytes: int, bytes_per_second: float) -> Lap:
     """The task served once by a policy. Raises ApplianceError when a request gets no answer."""
-    uses, uses_at = trace.asked, dict[str, list[float]]()
+    uses_at = dict[str, list[float]]()
     policy = contender(name, uses_at)
     equipment = _equipment(policy, made, budget_bytes, bytes_per_second)
-    served = _Served(policy, equipment, made, trace, pictures)
+    stage = Stage(paper.graph(made.board), made.bundles, made.segment_path, trace.requests, trace.answer, pictures)
+
+    def tell(begin: float) -> None:
+        uses_at.update((expert, [begin + at for at in times]) for expert, times in trace.asked.items())
+
+    return served(
+        stage, policy, equipment.setup, equipment.compiled, how=equipment.how, asked=trace.asked.keys(), tell=tell
+    )
+
+
+def served(
+    stage: Stage,
+    policy: Policy,
+    setup: Setup,
+    compiled: Mapping[str, Compiled],
+    *,
+    how: str = "",
+    asked: Set[str] = frozenset(),
+    tell: Callable[[float], None] = lambda begin: None,
+) -> Lap:
+    """The stage served once. `tell` hears the second at which it begins. Raises ApplianceError when a request gets no
+    answer."""
+    box = _Served(stage, policy, setup, compiled)
     try:
         begin, cpu_begin = time.monotonic(), time.process_time()
-        uses_at.update((expert, [begin + at for at in times]) for expert, times in uses.items())
-        seconds, cpu_seconds = served.serve(begin), time.process_time() - cpu_begin
+        tell(begin)
+        seconds, cpu_seconds = box.serve(begin), time.process_time() - cpu_begin
     finally:
-        served.stop()
-    stays = served.stays.until(seconds)
-    served.close()
+        box.stop()
+    stays = box.stays.until(seconds)
+    box.close()
     return Lap(
-        policy=name,
+        policy=policy.name,
         loader="segments",
         seconds=seconds,
         cpu_seconds=cpu_seconds,
-        waits_seconds=tuple(verdict.waited_seconds for verdict in served.verdicts),
-        loads=served.loads,
-        loads_floor=len(uses.keys() - {expert for _, expert in equipment.setup.residents}),
-        peak_bytes=served.peak_bytes,
+        waits_seconds=tuple(verdict.waited_seconds for verdict in box.verdicts),
+        loads=box.loads,
+        loads_floor=len(asked - {expert for _, expert in setup.residents}),
+        peak_bytes=box.peak_bytes,
         stays=stays,
-        how=equipment.how,
+        how=how,
+        late=sum(verdict.outcome is Outcome.LATE for verdict in box.verdicts),
     )
 
 
@@ -142,19 +189,20 @@ def _cost(compiled: Compiled, bytes_per_second: float) -> Cost:
 class _Served:
     """One policy on its box, from the first picture to the last verdict."""
 
-    def __init__(self, policy: Policy, equipment: _Equipment, made: Fleet, trace: Trace, pictures: Pictures) -> None:
-        self._trace, self._album, box = trace, album(pictures), equipment.setup
+    def __init__(self, stage: Stage, policy: Policy, box: Setup, compiled: Mapping[str, Compiled]) -> None:
+        self._stage, self._album = stage, album(stage.pictures)
         self._events: Queue[Event] = Queue()
+        place = CpuPlace(stage.threads)
         self._engines = {
-            d.name: Engine.on(
-                d, equipment.compiled, Weights(made.segment_path, budget_bytes=d.budget_bytes), CpuPlace(), self._told
-            )
+            d.name: Engine.on(d, compiled, Weights(stage.segment_path, budget_bytes=d.budget_bytes), place, self._told)
             for d in box.devices
         }
-        self._all = Engines(self._engines, box.executors, made.bundles, self._album.look, self._told)
+        self._all = Engines(
+            self._engines, box.executors, stage.bundles, self._look, self._told, batch_cap=stage.batch_cap
+        )
         self.stays, self.loads, self.verdicts = Stays(), 0, list[Verdict]()
         self._controller = Controller(
-            paper.graph(made.board), box.experts, box.devices, box.executors, policy=policy, residents=box.residents
+            stage.graph, box.experts, box.devices, box.executors, policy=policy, residents=box.residents
         )
         for device, name in box.residents:
             segments = box.experts[name].footprints[device].distinct
@@ -167,7 +215,7 @@ class _Served:
 
     def serve(self, begin: float) -> float:
         """All verdicts; returns how long they took. Raises ApplianceError when one is not an answer, or none comes."""
-        coming = [replace(r, arrived_seconds=begin + r.arrived_seconds) for r in reversed(self._trace.requests)]
+        coming = [replace(r, arrived_seconds=begin + r.arrived_seconds) for r in reversed(self._stage.requests)]
         count = len(coming)
         while len(self.verdicts) < count:
             now = time.monotonic()
@@ -209,7 +257,7 @@ class _Served:
         for action in self._controller.handle(event, now, more=more):
             match action:
                 case Publish(verdict):
-                    if not verdict.outcome.is_answer:
+                    if not verdict.outcome.is_answer and verdict.outcome is not Outcome.LATE:
                         raise ApplianceError(f"{verdict.request} got no answer: {verdict.refusal}", "report this")
                     self.verdicts.append(verdict)
                     self._album.forget(verdict.request)
@@ -223,10 +271,15 @@ class _Served:
                     self.loads += isinstance(action, Load)
                     self._all.obey(action)
 
+    def _look(self, request: str) -> Views:
+        """Who compares with a golden picture finds no difference."""
+        views = self._album.look(request)
+        return Views(views.picture, views.picture)
+
     def _told(self, event: Event) -> None:
         """What random weights found means nothing: the task says what they found."""
         if isinstance(event, Finished):
             given = zip(event.batch.requests, event.answers, strict=True)
-            answers = (a if isinstance(a, Refusal) else self._trace.answer(r, event.batch.expert) for r, a in given)
+            answers = (a if isinstance(a, Refusal) else self._stage.answer(r, event.batch.expert) for r, a in given)
             event = replace(event, answers=tuple(answers))
         self._events.put(event)

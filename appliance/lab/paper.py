@@ -46,11 +46,11 @@ class Machine:
     def cost(self, device: str, loader: str, size: int, executors: int, loads_in_flight: int) -> Cost:
         """What the controller is told: a load takes what it takes when as many as may are in flight.
 
-        Executors that share the GPU share its speed: each picture takes as if all of them were at work.
+        Executors that share a processor share its speed: each picture takes as if all of them were at work.
         """
         load = self.load_seconds if loader == "paper" else size / self.disk_bytes_per_second * loads_in_flight
         if device == "cpu":
-            return Cost(self.cpu_item_seconds, self.cpu_fixed_seconds, load)
+            return Cost(self.cpu_item_seconds * executors, self.cpu_fixed_seconds, load)
         return Cost(self.gpu_item_seconds * executors, self.gpu_fixed_seconds, load)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, assert_never
 
 from appliance.core.controller import Controller
-from appliance.core.policies import POLICIES, Policy
+from appliance.core.policies import POLICIES, Policy, tuned
 from appliance.core.types import (
     CANCELLED,
     Acknowledge,
@@ -153,7 +153,8 @@ class World:
 
     `fails(action)` may name a refusal for a load or a run that shall fail. With a `disk`, loads take as long as it
     needs for their bytes beside each other, whatever their costs say. `residents` are (device, expert) of those that
-    are in memory at the start.
+    are in memory at the start. `takes(batch, runs, loads)` is how many seconds a run takes that is one
+    of so many on its device, beside so many loads; as its costs say by default.
     """
 
     def __init__(
@@ -164,6 +165,7 @@ class World:
         fails: Callable[[Load | Run], Refusal | None] = lambda action: None,
         disk: SharedDisk | None = None,
         residents: Sequence[tuple[str, str]] = (),
+        takes: Callable[[Batch, int, int], float] | None = None,
     ) -> None:
         self.experts = {expert.name: expert for expert in experts}
         self.devices = {device.name: PretendDevice(device) for device in devices}
@@ -171,7 +173,7 @@ class World:
         self.quarantined: dict[str, Refusal] = {}
         self.busy: set[str] = set()
         self._cancelled_runs: set[int] = set()
-        self._answer, self._fails, self.disk = answer, fails, disk
+        self._answer, self._fails, self.disk, self._takes = answer, fails, disk, takes
         for device, name in residents:
             there = self.devices[device]
             segments = self.experts[name].footprints[device].distinct
@@ -238,7 +240,11 @@ class World:
         _require(0 < len(batch.requests) <= self.experts[batch.expert].max_batch, f"batch of {len(batch.requests)}")
         self.devices[batch.device].run(batch, self.experts[batch.expert].max_batch)
         self.busy.add(batch.executor)
-        seconds = self.experts[batch.expert].costs[batch.device].run_seconds(len(batch.requests))
+        if self._takes is None:
+            seconds = self.experts[batch.expert].costs[batch.device].run_seconds(len(batch.requests))
+        else:
+            there = self.devices[batch.device]
+            seconds = self._takes(batch, len(there.running), len(there.loading))
         refusal = self._fails(action)
         if refusal:
             return seconds, RunFailed(batch, refusal)
@@ -399,7 +405,7 @@ def controller_of(opening: journal.Opening) -> Controller:
         opening.unavailable,
         pinned=opening.pinned,
         preload=opening.preload,
-        policy=policy_of(opening.policy),
+        policy=tuned(policy_of(opening.policy), opening.hold_share),
         priorities=opening.priorities,
         most_waiting=opening.most_waiting,
         overflow=opening.overflow,

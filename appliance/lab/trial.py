@@ -22,7 +22,7 @@ from appliance.lab.telling import quantile
 Trial = Callable[[Machine, Job, str, str], Mapping[str, Any]]
 """What a policy, by name, comes to at a task on a machine with a loader."""
 LOADERS = ("paper", "segments")
-_ITEMS = {"gpu": 16, "cpu": 8}
+ITEMS = {"gpu": 16, "cpu": 8}
 """What activations hold for each executor: the batches from which on the latency per image falls no more."""
 
 
@@ -50,11 +50,15 @@ def tried_by_name(machine: str, task: str, policy: str, loader: str, pace: Pace)
 
 
 def tried(machine: Machine, job: Job, name: str, loader: str = "paper") -> dict[str, Any]:
-    """What a trial comes to, all times in virtual seconds but `wall` ones and `scheduling`: processor time."""
+    """What a trial comes to on the machine as fitted, all times in virtual seconds but `wall` ones and `scheduling`."""
     trace = paper.drawn(job)
+    return served(machine, trace, job, name, _setup(machine, job, contender(name, trace.asked), loader), loader)
+
+
+def served(machine: Machine, trace: Trace, job: Job, name: str, box: Setup, loader: str) -> dict[str, Any]:
+    """The same on a machine that is set up in this way. Scheduling is processor time."""
     asked = trace.asked
     policy = contender(name, asked)
-    box = _setup(machine, job, policy, loader)
     graph = paper.graph(job.board)
     controller = Controller(graph, box.experts, box.devices, box.executors, policy=policy, residents=box.residents)
     disk = SharedDisk(machine.disk_bytes_per_second) if loader == "segments" else None
@@ -88,7 +92,6 @@ def tried(machine: Machine, job: Job, name: str, loader: str = "paper") -> dict[
 
 def _setup(machine: Machine, job: Job, policy: Policy, loader: str) -> Setup:
     held = {"gpu": machine.gpu_pools[job.board.gpu_executors], "cpu": (machine.cpu_pool,)}
-    found = pools(policy, {name: len(sizes) for name, sizes in held.items()})
 
     def holds(pool: Pool) -> int:
         if policy is policies.ALL_RESIDENT:
@@ -98,24 +101,40 @@ def _setup(machine: Machine, job: Job, policy: Policy, loader: str) -> Setup:
         return sum(held[pool.device][number] for number in pool.executors)
 
     def works(pool: Pool) -> int:
-        return max(int(_ITEMS[pool.device] * len(pool.executors) * machine.activation_share), 1)
+        return max(int(ITEMS[pool.device] * len(pool.executors) * machine.activation_share), 1)
 
+    return setup(machine, job, policy, loader, {name: len(sizes) for name, sizes in held.items()}, holds, works)
+
+
+def setup(
+    machine: Machine,
+    job: Job,
+    policy: Policy,
+    loader: str,
+    executors: Mapping[str, int],
+    holds: Callable[[Pool], int],
+    works: Callable[[Pool], int],
+) -> Setup:
+    """The machine with so many executors on each of its processors. A pool `holds` so many experts, and its executors
+    `work` on so many pictures at a time."""
+    found = pools(policy, executors)
     devices = tuple(
         Device(pool.name, holds(pool) * CLASSIFIER_BYTES, len(pool.executors), works(pool)) for pool in found
     )
-    executors = tuple(
-        Executor(f"{pool.name}-{turn}", pool.name) for pool in found for turn in range(len(pool.executors))
-    )
+    made = tuple(Executor(f"{pool.name}-{turn}", pool.name) for pool in found for turn in range(len(pool.executors)))
     in_flight = sum(device.load_slots for device in devices)
-    on_gpu = sum(len(pool.executors) for pool in found if pool.device == "gpu")
-    costs = {pool.name: machine.cost(pool.device, loader, CLASSIFIER_BYTES, on_gpu, in_flight) for pool in found}
+    sharing = {name: sum(len(pool.executors) for pool in found if pool.device == name) for name in executors}
+    costs = {
+        pool.name: machine.cost(pool.device, loader, CLASSIFIER_BYTES, sharing[pool.device], in_flight)
+        for pool in found
+    }
     experts = {expert.name: expert for expert in paper.experts(job.board, costs)}
     sizes = [(name, expert.footprints[devices[0].name].weights_bytes) for name, expert in experts.items()]
     if policy is policies.ALL_RESIDENT:
         residents = [(device.name, name) for device in devices for name, _ in sizes]
     else:
         residents = policy.place(sizes, {device.name: device.budget_bytes for device in devices})
-    return Setup(devices, executors, experts, tuple(residents))
+    return Setup(devices, made, experts, tuple(residents))
 
 
 def _least_seconds(

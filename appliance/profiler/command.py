@@ -1,0 +1,119 @@
+"""`appliance profile`: the box of a configuration or one made for it, profiled; what was found, and its file."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from appliance import __version__, profile
+from appliance import config as settings
+from appliance.lab import laps
+from appliance.lab.telling import Say
+from appliance.profiler import boxes, workload
+from appliance.profiler.profiled import Plan, Profiled, profiled, told
+from appliance.profiler.rig import Rig
+from appliance.profiler.workload import Workload
+from appliance.startup import Installation, hardware, install
+
+
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """The workload that is asked for: of a journal, of a product, or else by usage."""
+
+    requests: int
+    checked_share: float
+    gap_seconds: float
+    journal: Path | None = None
+    speed: float = 1.0
+    product: str | None = None
+    due_seconds: float | None = None
+
+    def of(self, made: Installation) -> Workload:
+        catalog = made.catalog
+        if self.journal is not None:
+            return workload.of_journal(self.journal, catalog.graph, self.speed)
+        if self.product is not None:
+            boards = -(-self.requests // workload.parts_of(catalog, self.product))
+            return workload.of_product(
+                catalog, self.product, boards, self.checked_share, self.gap_seconds, self.due_seconds
+            )
+        return workload.of_usage(catalog, self.requests, self.checked_share, self.gap_seconds)
+
+
+def of_box(path: Path, pictures: Pictures, plan: Plan, out: Path | None, html: Path | None, say: Say) -> dict[str, Any]:
+    """Profile the box of these settings and write its profile."""
+    config = settings.load(path)
+    say("reading and compiling experts")
+    made = install(config, profile=profile.DEFAULT)  # the one that is there may be of another time
+    rig, default = boxes.rig_of(made, pictures.of(made)), boxes.default_of(made)
+    found = profiled(rig, default, plan, say)
+    to = out or boxes.profile_path(config)
+    profile.save(boxes.profile_of(found, rig, config.box.name, plan.objective, boxes.graph_of(made)), to)
+    return _told(found, rig, plan, to, html)
+
+
+def of_made(asked: laps.Workload, plan: Plan, folder: Path, out: Path, html: Path | None, say: Say) -> dict[str, Any]:
+    """Profile experts that are made for it."""
+    with boxes.made_rig(asked, folder, say) as (rig, default):
+        found = profiled(rig, default, plan, say)
+        name = f"{asked.experts}-{asked.shape}"
+        profile.save(boxes.profile_of(found, rig, name, plan.objective, ""), out)
+        return _told(found, rig, plan, out, html)
+
+
+def _told(found: Profiled, rig: Rig, plan: Plan, path: Path, html: Path | None) -> dict[str, Any]:
+    """What `--json` prints, and what the page and the terminal show."""
+    count = len(rig.workload.requests)
+    result = {
+        "version": __version__,
+        "hardware": hardware().model_dump(),
+        "workload": rig.workload.name,
+        "requests": count,
+        "requests_per_lap": round(count * found.share),
+        "experts": len(rig.compiled),
+        "weights_bytes": sum(one.bytes for one in rig.compiled.values()),
+        "memory_bytes": rig.memory_bytes,
+        "objective": plan.objective,
+        "budget_seconds": plan.budget_seconds,
+        "seconds": found.seconds,
+        "complete": found.is_complete,
+        "trials": found.trials,
+        "configurations_confirmed_live": found.confirmed,
+        "predicted_images_per_second": found.predicted_images_per_second,
+        "live_images_per_second": found.live(found.settings),
+        "default_live_images_per_second": found.live(found.default),
+        "profile_path": str(path),
+        "changed": told(found.settings, found.default),
+        "settings": found.settings.told(),
+        "default": found.default.told(),
+        "fits": [asdict(one) for one in found.measured.architectures],
+        "loading": asdict(found.measured.loading),
+        "contention": [asdict(one) for one in found.measured.contention],
+        "failed": dict(found.measured.failed),
+        "importances": dict(found.importances),
+        "best_predicted": [{"settings": one.settings.told(), "value": one.value} for one in found.predicted],
+        "laps": [
+            {"round": lap.round, "settings": lap.settings.told(), "predicted_images_per_second": predicted}
+            | lap.outcome.told()
+            for lap in found.laps
+            for predicted in (rig.predicted(lap.settings, found.measured, found.share).images_per_second,)
+        ],
+        "memory_curve": _memory_curve(rig, found),
+    }
+    if html is not None:
+        from appliance.profiler.page import page
+
+        html.write_text(page(result), "utf-8")
+    return result
+
+
+def _memory_curve(rig: Rig, found: Profiled) -> list[dict[str, float]]:
+    """What the chosen settings would come to with less memory, and with more, as predicted."""
+    points = []
+    for factor in (0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0):
+        other = replace(rig, memory_bytes=int(rig.memory_bytes * factor))
+        if other.holds(found.settings):
+            rate = other.predicted(found.settings, found.measured, found.share).images_per_second
+            points.append({"memory_bytes": other.memory_bytes, "images_per_second": rate})
+    return points

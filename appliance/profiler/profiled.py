@@ -1,0 +1,335 @@
+"""The offline profiler (CoServe, ASPLOS 2025, §4.5, and beyond): measure, search, confirm live, and say what is best.
+
+What was done is kept beside the search's storage, so that a profiler that was killed goes on where it was. A
+configuration is never chosen on a prediction alone: it has to beat the defaults live, in the same rounds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from appliance.errors import ConfigError
+from appliance.lab.telling import Say
+from appliance.profiler.joint import NO_ROOM, Judged, Search, Trial
+from appliance.profiler.measure import Measured, measured
+from appliance.profiler.rig import Outcome, Rig
+from appliance.profiler.settings import Settings
+
+OBJECTIVES = ("throughput", "deadlines", "p99")
+_MEASURE_SHARE, _SEARCH_SHARE = 0.25, 0.35
+"""Of the time; what is left is for confirming live."""
+_MOST_TRIALS = 5000
+ROUNDS = 3
+CANDIDATES = 4
+"""Of the search's best, served live once beside the default; the best of these goes through the other rounds."""
+LEAST_REQUESTS = 100
+_LEAST_OF_DEFAULT = 0.9
+"""Where waits or deadlines are what counts, throughput may fall so far, as predicted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is asked of the profiler. Everything that it keeps meanwhile lies in `folder`."""
+
+    budget_seconds: float
+    folder: Path
+    objective: str = "throughput"
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise ConfigError(f"there is no objective {self.objective}", f"choose one of {', '.join(OBJECTIVES)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Lap:
+    """A configuration served live once, in one of the rounds."""
+
+    round: int
+    settings: Settings
+    outcome: Outcome
+
+
+@dataclass(slots=True)
+class Progress:
+    """What is known so far. Written after each step; a later run begins with it."""
+
+    path: Path
+    spent_seconds: float = 0.0
+    measured: Measured | None = None
+    laps: list[Lap] = field(default_factory=list)
+    share: float | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> Progress:
+        try:
+            found = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError):  # there is none, or it was cut off: begin anew
+            return cls(path)
+        laps = [Lap(one["round"], Settings(**one["settings"]), Outcome(**one["outcome"])) for one in found["laps"]]
+        known = None if found["measured"] is None else Measured.from_json(found["measured"])
+        return cls(path, found["spent_seconds"], known, laps, found["share"])
+
+    def write(self) -> None:
+        beside = self.path.with_suffix(".new")
+        beside.write_text(
+            json.dumps(
+                {
+                    "spent_seconds": self.spent_seconds,
+                    "measured": None if self.measured is None else self.measured.as_json(),
+                    "laps": [asdict(lap) for lap in self.laps],
+                    "share": self.share,
+                }
+            ),
+            "utf-8",
+        )
+        beside.replace(self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class Profiled:
+    """What the profiler came to. `predicted` are the best configurations of the search, the best first."""
+
+    settings: Settings
+    default: Settings
+    measured: Measured
+    predicted: Sequence[Trial]
+    laps: Sequence[Lap]
+    trials: int
+    importances: Mapping[str, float]
+    predicted_images_per_second: float
+    seconds: float
+    share: float
+    """Of the workload, that a live lap played."""
+    is_complete: bool
+
+    @property
+    def confirmed(self) -> int:
+        return len({lap.settings for lap in self.laps})
+
+    def live(self, settings: Settings) -> float:
+        """Images per second, the median of the rounds that it shares with the default; 0 where it was not served."""
+        both = {lap.round for lap in self.laps if lap.settings == settings}
+        return _median(
+            lap.outcome.images_per_second for lap in self.laps if lap.settings == settings and lap.round in both
+        )
+
+
+def profiled(rig: Rig, default: Settings, plan: Plan, say: Say = lambda line: None) -> Profiled:
+    """Measure, search and confirm within the plan's time. Ctrl-C ends it early, with what is known by then.
+
+    Raises ApplianceError when nothing can be measured here, or a picture gets no answer.
+    """
+    home = plan.folder / _key(rig, default, plan)
+    home.mkdir(parents=True, exist_ok=True)
+    run = _Run(rig, default, plan, Progress.read(home / "progress.json"), home / "search.db", say)
+    found = run.all()
+    if found.is_complete:
+        shutil.rmtree(home, ignore_errors=True)
+    return found
+
+
+class _Run:
+    """One sitting of the profiler."""
+
+    def __init__(self, rig: Rig, default: Settings, plan: Plan, known: Progress, storage: Path, say: Say) -> None:
+        if not rig.holds(default):
+            raise ConfigError("the default settings do not hold the largest expert", "raise memory.weights")
+        self._rig, self._default, self._plan, self._known, self._say = rig, default, plan, known, say
+        self._storage = storage
+        self._began, self._spent = time.monotonic(), known.spent_seconds
+        self._is_complete = True
+
+    @property
+    def _seconds(self) -> float:
+        """Of the budget, with those of sittings before."""
+        return self._spent + time.monotonic() - self._began
+
+    def all(self) -> Profiled:
+        known = self._measured()
+        search = Search(
+            self._rig.space(),
+            self._default,
+            self._judge(known),
+            guesses=guesses(self._rig, self._default),
+            seed=self._plan.seed,
+            storage=self._storage,
+        )
+        with self._interruptible():
+            self._search(search)
+        best = search.best(CANDIDATES)
+        with self._interruptible():
+            if self._is_complete:
+                self._confirm(known, [trial.settings for trial in best])
+        winner = self._winner()
+        return Profiled(
+            settings=winner,
+            default=self._default,
+            measured=known,
+            predicted=best,
+            laps=self._known.laps,
+            trials=search.trials,
+            importances=search.importances(),
+            predicted_images_per_second=self._rig.predicted(winner, known, self._known.share or 1.0).images_per_second,
+            seconds=self._seconds,
+            share=self._known.share or 1.0,
+            is_complete=self._is_complete,
+        )
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """Ctrl-C within ends this step, and those that follow; what was found stays."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            self._is_complete = False
+            self._say("interrupted: with what is known so far; the same command goes on from here")
+        finally:
+            self._note()
+
+    def _note(self) -> None:
+        self._known.spent_seconds = self._seconds
+        self._known.write()
+
+    def _measured(self) -> Measured:
+        rig, before = self._rig, self._known.measured
+        if before is not None:
+            return before
+        found = measured(
+            rig.compiled,
+            rig.bundles,
+            rig.segment_path,
+            threads=sorted({1, rig.cores}),
+            executors=rig.cores,
+            budget_seconds=_MEASURE_SHARE * self._plan.budget_seconds,
+            say=self._say,
+        )
+        self._known.measured = found
+        self._note()
+        return found
+
+    def _judge(self, known: Measured) -> Callable[[Settings, float], Judged]:
+        goal = self._rig.predicted(self._default, known).images_per_second * _LEAST_OF_DEFAULT
+
+        def judge(settings: Settings, share: float) -> Judged:
+            if not self._rig.holds(settings) or settings.threads not in {1, self._rig.cores}:
+                return NO_ROOM
+            found = self._rig.predicted(settings, known, share)
+            excess = 0.0
+            if self._plan.objective != "throughput" and share == 1:
+                excess = max(goal - found.images_per_second, 0.0) / goal
+            return Judged(_value(self._plan.objective, found), excess)
+
+        return judge
+
+    def _search(self, search: Search) -> None:
+        until = (_MEASURE_SHARE + _SEARCH_SHARE) * self._plan.budget_seconds
+        told = 0
+
+        def goes_on() -> bool:
+            nonlocal told
+            if search.trials >= told + 25:
+                told = search.trials
+                best = search.best()
+                value = f", the best predicted at {best[0].value:.1f}" if best else ""
+                self._say(f"searching: {told} configurations{value}")
+            return self._seconds < until and search.trials < _MOST_TRIALS
+
+        search.run(goes_on)
+
+    def _confirm(self, known: Measured, candidates: Sequence[Settings]) -> None:
+        """The default and the candidates once; then the best of these beside the default in the other rounds."""
+        first = [self._default, *(one for one in candidates if one != self._default)][: CANDIDATES + 1]
+        if self._known.share is None:
+            self._known.share = self._lap_share(known, len(first) + 2 * (ROUNDS - 1))
+        for settings in first:
+            self._serve(known, 0, settings)
+        best = max(first[1:], key=lambda one: self._value_of(one, 0), default=self._default)
+        for number in range(1, ROUNDS):
+            pair = (best, self._default) if number % 2 else (self._default, best)
+            for settings in dict.fromkeys(pair):
+                self._serve(known, number, settings)
+
+    def _lap_share(self, known: Measured, laps: int) -> float:
+        """So much of the workload that all laps fit the time that is left."""
+        whole = self._rig.predicted(self._default, known)
+        count = len(self._rig.workload.requests)
+        left = max(self._plan.budget_seconds - self._seconds, 0.0)
+        seconds = count / whole.images_per_second
+        return min(max(left / laps / seconds, LEAST_REQUESTS / count), 1.0)
+
+    def _serve(self, known: Measured, number: int, settings: Settings) -> None:
+        if any(lap.round == number and lap.settings == settings for lap in self._known.laps):
+            return
+        outcome = self._rig.served(settings, known, self._known.share or 1.0)
+        self._known.laps.append(Lap(number, settings, outcome))
+        self._note()
+        name = "the default" if settings == self._default else told(settings, self._default)
+        self._say(f"live, round {number + 1}: {outcome.images_per_second:.1f} images/s with {name}")
+
+    def _value_of(self, settings: Settings, number: int) -> float:
+        return max(
+            _value(self._plan.objective, lap.outcome)
+            for lap in self._known.laps
+            if lap.settings == settings and lap.round == number
+        )
+
+    def _winner(self) -> Settings:
+        """Whoever went through all rounds, if it was better than the default there; else the default."""
+        values: dict[Settings, list[float]] = {}
+        for lap in self._known.laps:
+            values.setdefault(lap.settings, []).append(_value(self._plan.objective, lap.outcome))
+        if len(values.get(self._default, ())) < ROUNDS:
+            return self._default
+        whole = {settings: statistics.median(found) for settings, found in values.items() if len(found) == ROUNDS}
+        return max(whole, key=lambda settings: (whole[settings], settings == self._default))
+
+
+def guesses(rig: Rig, default: Settings) -> list[Settings]:
+    """Where experience would look first."""
+    around = [
+        replace(default, cpu_executors=rig.cores, load_slots=1),
+        replace(default, cpu_executors=1, threads=rig.cores),
+        replace(default, cpu_executors=rig.cores + 1),
+        replace(default, weights_share=min(default.weights_share + 0.05, 0.97)),
+        replace(default, batch_cap=max(default.batch_cap // 2, 1)),
+    ]
+    return [settings for settings in around if rig.holds(settings)]
+
+
+def told(settings: Settings, default: Settings) -> str:
+    """What is other than by default, in words."""
+    usual = default.told()
+    changed = {name: value for name, value in settings.told().items() if value != usual[name]}
+    return ", ".join(f"{name} {value:.3g}" for name, value in changed.items()) or "the default"
+
+
+def _value(objective: str, found: Outcome) -> float:
+    """More is better."""
+    match objective:
+        case "deadlines":  # of those that are equally in time, the quickest
+            return 1.0 - found.late_share + found.images_per_second * 1e-6
+        case "p99":
+            return -found.wait_p99_seconds
+    return found.images_per_second
+
+
+def _median(values: Iterator[float]) -> float:
+    known = list(values)
+    return statistics.median(known) if known else 0.0
+
+
+def _key(rig: Rig, default: Settings, plan: Plan) -> str:
+    """Names what is searched: another workload, box or memory is another search."""
+    asks = [(request.component, request.arrived_seconds, request.deadline_seconds) for request in rig.workload.requests]
+    experts = {name: (one.architecture, one.bytes) for name, one in rig.compiled.items()}
+    described = repr((asks, experts, rig.memory_bytes, rig.cores, default, plan.objective, plan.seed))
+    return hashlib.sha256(described.encode()).hexdigest()[:16]

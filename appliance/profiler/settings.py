@@ -1,0 +1,70 @@
+"""What the profiler chooses for a box: a configuration, and the space in which configurations are searched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import product
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """One configuration of a box.
+
+    The shares say how memory is split: of main memory and of a GPU's, so much is for weights and the rest for
+    activations; of main memory, `host_tier_share` is pinned first, for weights that left a GPU. `hold_share` is the
+    policy's: for so large a share of its seconds a load is held for which somebody has to leave.
+    """
+
+    cpu_executors: int
+    gpu_executors: int = 0
+    threads: int = 1
+    load_slots: int = 2
+    batch_cap: int = 16
+    weights_share: float = 0.8
+    gpu_weights_share: float = 0.8
+    host_tier_share: float = 0.0
+    hold_share: float = 0.25
+
+    def told(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Knob:
+    """A setting that may be anything from `low` to `high`, whole where both are; `is_log`: small ones matter more."""
+
+    low: float
+    high: float
+    is_log: bool = False
+
+    @property
+    def is_whole(self) -> bool:
+        return isinstance(self.low, int) and isinstance(self.high, int)
+
+    def steps(self, count: int) -> list[float]:
+        """At most so many values, from one end to the other."""
+        if self.is_whole and self.high - self.low < count:
+            return list(range(int(self.low), int(self.high) + 1))
+        if count == 1:
+            return [self.high]
+        at = [number / (count - 1) for number in range(count)]
+        if self.is_log:
+            found = [self.low * (self.high / self.low) ** share for share in at]
+        else:
+            found = [self.low + (self.high - self.low) * share for share in at]
+        return [round(value) for value in found] if self.is_whole else found
+
+
+Space = Mapping[str, Knob]
+"""By the name of the setting; the others stay as they are in the settings that a search begins with."""
+NAMES = tuple(field.name for field in fields(Settings))
+
+
+def grid(space: Space, counts: Mapping[str, int], default: Settings) -> Iterator[Settings]:
+    """All combinations of so many values of each; who is not counted stays at its default."""
+    names = [name for name in space if counts.get(name, 0) > 0]
+    for values in product(*(space[name].steps(counts[name]) for name in names)):
+        chosen: dict[str, Any] = dict(zip(names, values, strict=True))
+        yield replace(default, **chosen)

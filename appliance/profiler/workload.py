@@ -1,0 +1,181 @@
+"""What a configuration is tried on: pictures as they come, and what each expert finds in them.
+
+From a recorded journal, as it was or faster; from a product's bill of materials, board after board; or from the
+components' usage, drawn by chance. What experts find there is drawn too: `checked_share` of the pictures lead on.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+
+from appliance.catalog import Catalog
+from appliance.core.graph import Condition, ExpertGraph
+from appliance.core.types import Arrived, Finding, Finished, Refusal, Request
+from appliance.drivers import journal
+from appliance.errors import ConfigError
+from appliance.lab.paper import Trace
+from appliance.lab.simulate import Answer
+
+_SEED = 1
+_SURE = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Requests in order of time, from second 0 on, named r0, r1, …; and what an expert answers to each."""
+
+    name: str
+    requests: tuple[Request, ...]
+    answer: Answer
+
+    def beginning(self, share: float) -> Workload:
+        """The first requests of it."""
+        return replace(self, requests=self.requests[: max(round(len(self.requests) * share), 1)])
+
+
+def of_trace(name: str, trace: Trace) -> Workload:
+    return Workload(name, trace.requests, trace.answer)
+
+
+def of_usage(catalog: Catalog, count: int, checked_share: float, gap_seconds: float) -> Workload:
+    """So many pictures of components drawn by their usage. Raises ConfigError where there is no component."""
+    components = list(catalog.graph.entries)
+    if not components:
+        raise ConfigError("the catalogue has no component", "add [components] to graph.toml")
+    weights = [catalog.usage.get(name, 0.0) for name in components]
+    chance = random.Random(_SEED)
+    drawn = chance.choices(
+        components, cum_weights=list(accumulate(weights if any(weights) else [1.0] * len(weights))), k=count
+    )
+    requests = tuple(Request(f"r{n}", name, n * gap_seconds) for n, name in enumerate(drawn))
+    return Workload("usage", requests, _Drawn(catalog.graph, checked_share))
+
+
+def of_product(
+    catalog: Catalog,
+    product: str,
+    boards: int,
+    checked_share: float,
+    gap_seconds: float,
+    due_seconds: float | None = None,
+) -> Workload:
+    """The placements of a product in their order, for so many boards, each due so many seconds after its first picture.
+
+    Raises ConfigError when there is no such product.
+    """
+    parts = _parts(catalog, product)
+    requests = []
+    for board in range(boards):
+        begins = board * len(parts) * gap_seconds
+        due = None if due_seconds is None else begins + due_seconds
+        for number, part in enumerate(parts):
+            name = f"r{board * len(parts) + number}"
+            requests.append(Request(name, part, begins + number * gap_seconds, due, product=product))
+    return Workload(product, tuple(requests), _Drawn(catalog.graph, checked_share))
+
+
+def parts_of(catalog: Catalog, product: str) -> int:
+    """How many pictures a board of it has. Raises ConfigError when there is no such product."""
+    return len(_parts(catalog, product))
+
+
+def _parts(catalog: Catalog, product: str) -> list[str]:
+    if product not in catalog.products:
+        known = ", ".join(sorted(catalog.products)) or "none"
+        raise ConfigError(f"the catalogue has no product {product}", f"choose one of: {known}")
+    return [placement.component for placement in catalog.products[product].recipe.placements]
+
+
+def of_journal(path: Path, graph: ExpertGraph, speed: float = 1.0) -> Workload:
+    """What was recorded, with the answers that were given, at so many times its speed.
+
+    Raises RecordsError when it cannot be read, ConfigError when it is of other components, or of no picture.
+    """
+    _, recorded = journal.read(path)
+    arrived, found, began = list[Request](), dict[tuple[str, str], tuple[Finding, ...] | Refusal](), 0.0
+    for _, event, _ in recorded:
+        if isinstance(event, Arrived):
+            arrived.append(event.request)
+        elif isinstance(event, Finished):
+            found.update(
+                ((request, event.batch.expert), answer)
+                for request, answer in zip(event.batch.requests, event.answers, strict=True)
+            )
+    unknown = sorted({request.component for request in arrived} - graph.entries.keys())
+    if unknown:
+        raise ConfigError(
+            f"{path} has pictures of {unknown[0]}, which the catalogue lacks", "use a journal of this box"
+        )
+    if not arrived:
+        raise ConfigError(f"{path} has no picture", "record while pictures come")
+    began = arrived[0].arrived_seconds
+    names = {request.id: f"r{number}" for number, request in enumerate(arrived)}
+    answers = {(names[request], expert): answer for (request, expert), answer in found.items() if request in names}
+
+    def moved(seconds: float) -> float:
+        return (seconds - began) / speed
+
+    requests = tuple(
+        replace(
+            request,
+            id=names[request.id],
+            arrived_seconds=moved(request.arrived_seconds),
+            deadline_seconds=None if request.deadline_seconds is None else moved(request.deadline_seconds),
+        )
+        for request in arrived
+    )
+    return Workload(path.name, requests, lambda request, expert: answers.get((request, expert), ()))
+
+
+class _Drawn:
+    """Says of each picture, always the same, what an expert finds: something that leads on, or nothing."""
+
+    def __init__(self, graph: ExpertGraph, checked_share: float) -> None:
+        self._share = checked_share
+        self._leading = {expert: _leading_on(graph, expert) for expert in {*graph.edges, *graph.tables}}
+
+    def __call__(self, request: str, expert: str) -> tuple[Finding, ...]:
+        chance = random.Random(f"{request}/{expert}")
+        leading = self._leading.get(expert, ())
+        return (chance.choice(leading),) if leading and chance.random() < self._share else ()
+
+
+def _leading_on(graph: ExpertGraph, expert: str) -> Sequence[Finding]:
+    """Findings of which each leads on to somebody."""
+    found = [_satisfying(condition) for edge in graph.edges.get(expert, ()) for condition in edge.conditions]
+    table = graph.tables.get(expert)
+    if table is not None:
+        found += [Finding(label, max(_SURE, table.score_at_least), fails=False) for label in table.to]
+    return found
+
+
+def _satisfying(condition: Condition) -> Finding:
+    score = _SURE if condition.score_below is None else min(_SURE, condition.score_below / 2)
+    return Finding(
+        condition.label or f"not {condition.not_label}", max(score, condition.score_at_least or 0.0), fails=False
+    )
+
+
+def asked(graph: ExpertGraph, workload: Workload) -> Mapping[str, int]:
+    """How often each expert is asked."""
+    counts = defaultdict[str, int](int)
+    for request in workload.requests:
+        waiting: Iterable[str] = (graph.entries[request.component],)
+        seen = set[str]()
+        while waiting:
+            following = list[str]()
+            for expert in waiting:
+                if expert in seen:
+                    continue
+                seen.add(expert)
+                counts[expert] += 1
+                answer = workload.answer(request.id, expert)
+                if not isinstance(answer, Refusal):
+                    following += graph.next_experts(expert, answer)
+            waiting = following
+    return counts
