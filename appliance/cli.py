@@ -580,6 +580,35 @@ def door(
     _print(found) if as_json else print_door(found, Console())
 
 
+@bench.command(name="profile")
+def bench_profile(
+    shape: Annotated[str, typer.Option(help="14MB, 45MB or 170MB; detectors are as large or less.")] = "45MB",
+    experts: Annotated[int, typer.Option(min=2, help="How many types of components, each with its classifier.")] = 100,
+    requests: Annotated[int, typer.Option(min=1, help="How many pictures, drawn by Zipf's law.")] = 2500,
+    memory: Annotated[str, typer.Option(help="Share of the experts' bytes that memory may hold.")] = "25%",
+    budget: Annotated[str, typer.Option(help="How long the profiler may take; the grid comes on top.")] = "3m",
+    seed: Annotated[int, typer.Option(help="Of the search.")] = 1,
+    folder: BenchFolder = Path(".appliance"),
+    as_json: AsJson = False,
+) -> None:
+    """What `appliance profile` finds, beside the best of 24 configurations that are all served live; and its
+    predictions, beside what comes of them.
+
+        appliance bench profile --budget 3m --requests 2500
+    """
+    from appliance.lab.laps import Workload
+    from appliance.profiler.boxes import made_rig
+    from appliance.profiler.gridded import against_grid
+    from appliance.profiler.profiled import Plan
+    from appliance.report import print_gridded
+
+    say = Console(stderr=True).print
+    asked = Workload(shape, experts, requests, _share(memory, "--memory"))
+    with made_rig(asked, folder, say) as (rig, default):
+        found = against_grid(rig, default, Plan(_seconds(budget, "--budget"), folder / "profiler", seed=seed), say)
+    _print(found) if as_json else print_gridded(found, Console())
+
+
 @bench.command()
 def faults(
     minutes: Annotated[float, typer.Option(min=0.05, help="How long, shared by the brokers.")] = 2.0,

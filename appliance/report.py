@@ -517,5 +517,24 @@ def _facts() -> Table:
     return table
 
 
+def print_gridded(found: Mapping[str, Any], console: Console) -> None:
+    table = _facts()
+    table.add_row("found", f"{found['found_images_per_second']:.1f} images/s: {found['found']}")
+    table.add_row(
+        "best of the grid", f"{found['best_of_grid_images_per_second']:.1f} images/s: {found['best_of_grid']}"
+    )
+    table.add_row("default", f"{found['default_images_per_second']:.1f} images/s")
+    table.add_row("search, grid", f"{found['search_seconds']:.0f} s, {found['grid_seconds']:.0f} s")
+    console.print(table)
+    rows = Table("configuration", "predicted", "live", "off")
+    for row in found["predictions"]:
+        rows.add_row(row["changed"], f"{row['predicted']:.1f}", f"{row['live']:.1f}", f"{row['off']:+.1%}")
+    console.print(rows)
+    for target in found["targets"]:
+        colour = "green" if target["met"] else "red"
+        says = f"{target['name']}: {target['value']:.3f} ({target['relation']} {target['bound']})"
+        console.print(f"[{colour}]{says}[/{colour}]")
+
+
 def print_profile(found: Mapping[str, Any], console: Console) -> None:
     console.print(dict(found))

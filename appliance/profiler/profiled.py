@@ -11,6 +11,7 @@ import json
 import shutil
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -25,11 +26,16 @@ from appliance.profiler.settings import Settings
 
 OBJECTIVES = ("throughput", "deadlines", "p99")
 _MEASURE_SHARE, _SEARCH_SHARE = 0.25, 0.35
-"""Of the time; what is left is for confirming live."""
+"""Of the time, at most; what is left is for confirming live."""
+_ARCHITECTURE_SECONDS = 20.0
+"""For measuring each, at most: more repeats tell nothing new."""
+_VAIN_TRIALS = 200
+"""After so many that brought nothing better the search ends."""
 _MOST_TRIALS = 5000
-ROUNDS = 3
+ROUNDS = 2
+"""So often at least whoever wins has been served beside the default."""
 CANDIDATES = 4
-"""Of the search's best, served live once beside the default; the best of these goes through the other rounds."""
+"""Of the search's best, at most, that are served live; two at least."""
 LEAST_REQUESTS = 100
 _LEAST_OF_DEFAULT = 0.9
 """Where waits or deadlines are what counts, throughput may fall so far, as predicted."""
@@ -116,11 +122,9 @@ class Profiled:
         return len({lap.settings for lap in self.laps})
 
     def live(self, settings: Settings) -> float:
-        """Images per second, the median of the rounds that it shares with the default; 0 where it was not served."""
-        both = {lap.round for lap in self.laps if lap.settings == settings}
-        return _median(
-            lap.outcome.images_per_second for lap in self.laps if lap.settings == settings and lap.round in both
-        )
+        """Images per second, the median of its laps; 0 where it was not served."""
+        known = [lap.outcome.images_per_second for lap in self.laps if lap.settings == settings]
+        return statistics.median(known) if known else 0.0
 
 
 def profiled(rig: Rig, default: Settings, plan: Plan, say: Say = lambda line: None) -> Profiled:
@@ -147,6 +151,7 @@ class _Run:
         self._storage = storage
         self._began, self._spent = time.monotonic(), known.spent_seconds
         self._is_complete = True
+        self._lap_seconds = 0.0
 
     @property
     def _seconds(self) -> float:
@@ -203,13 +208,14 @@ class _Run:
         rig, before = self._rig, self._known.measured
         if before is not None:
             return before
+        architectures = len({one.architecture for one in rig.compiled.values()})
         found = measured(
             rig.compiled,
             rig.bundles,
             rig.segment_path,
             threads=sorted({1, rig.cores}),
             executors=rig.cores,
-            budget_seconds=_MEASURE_SHARE * self._plan.budget_seconds,
+            budget_seconds=min(_MEASURE_SHARE * self._plan.budget_seconds, _ARCHITECTURE_SECONDS * architectures),
             say=self._say,
         )
         self._known.measured = found
@@ -231,35 +237,55 @@ class _Run:
         return judge
 
     def _search(self, search: Search) -> None:
-        until = (_MEASURE_SHARE + _SEARCH_SHARE) * self._plan.budget_seconds
-        told = 0
+        until = self._seconds + _SEARCH_SHARE * self._plan.budget_seconds
+        told, best, best_at = 0, 0.0, 0
 
         def goes_on() -> bool:
-            nonlocal told
+            nonlocal told, best, best_at
+            if (found := search.best()) and found[0].value != best:
+                best, best_at = found[0].value, search.trials
             if search.trials >= told + 25:
                 told = search.trials
-                best = search.best()
-                value = f", the best predicted at {best[0].value:.1f}" if best else ""
-                self._say(f"searching: {told} configurations{value}")
-            return self._seconds < until and search.trials < _MOST_TRIALS
+                self._say(f"searching: {told} configurations, the best predicted at {best:.1f}")
+            return self._seconds < until and search.trials < min(best_at + _VAIN_TRIALS, _MOST_TRIALS)
 
         search.run(goes_on)
 
     def _confirm(self, known: Measured, candidates: Sequence[Settings]) -> None:
-        """The default and the candidates once; then the best of these beside the default in the other rounds."""
-        first = [self._default, *(one for one in candidates if one != self._default)][: CANDIDATES + 1]
+        """The default beside two candidates, and beside the better of them once more; then, as long as there is time,
+        the other candidates, and the best of all again."""
+        others = [one for one in candidates if one != self._default]
+        if not others:
+            return
         if self._known.share is None:
-            self._known.share = self._lap_share(known, len(first) + 2 * (ROUNDS - 1))
-        for settings in first:
+            self._known.share = self._lap_share(known, 1 + len(others[:2]) + 2 * (ROUNDS - 1))
+        for settings in (self._default, *others[:2]):
             self._serve(known, 0, settings)
-        best = max(first[1:], key=lambda one: self._value_of(one, 0), default=self._default)
-        for number in range(1, ROUNDS):
-            pair = (best, self._default) if number % 2 else (self._default, best)
-            for settings in dict.fromkeys(pair):
-                self._serve(known, number, settings)
+        self._pair(known, 1)
+        for settings in others[2:]:
+            if self._has_time(1):
+                self._serve(known, 0, settings)
+        for number in range(2, 2 + CANDIDATES):
+            if self._has_time(2):
+                self._pair(known, number)
+
+    def _pair(self, known: Measured, number: int) -> None:
+        """The best so far and the default, first one and then the other first."""
+        best = max((lap.settings for lap in self._known.laps if lap.settings != self._default), key=self._so_far)
+        for settings in (best, self._default) if number % 2 else (self._default, best):
+            self._serve(known, number, settings)
+
+    def _so_far(self, settings: Settings) -> float:
+        return statistics.median(
+            _value(self._plan.objective, lap.outcome) for lap in self._known.laps if lap.settings == settings
+        )
+
+    def _has_time(self, laps: int) -> bool:
+        """For as many laps more, if they take as long as those before."""
+        return self._seconds + laps * self._lap_seconds <= self._plan.budget_seconds
 
     def _lap_share(self, known: Measured, laps: int) -> float:
-        """So much of the workload that all laps fit the time that is left."""
+        """So much of the workload that so many laps fit the time that is left."""
         whole = self._rig.predicted(self._default, known)
         count = len(self._rig.workload.requests)
         left = max(self._plan.budget_seconds - self._seconds, 0.0)
@@ -269,28 +295,21 @@ class _Run:
     def _serve(self, known: Measured, number: int, settings: Settings) -> None:
         if any(lap.round == number and lap.settings == settings for lap in self._known.laps):
             return
+        began = self._seconds
         outcome = self._rig.served(settings, known, self._known.share or 1.0)
+        self._lap_seconds = self._seconds - began
         self._known.laps.append(Lap(number, settings, outcome))
         self._note()
         name = "the default" if settings == self._default else told(settings, self._default)
         self._say(f"live, round {number + 1}: {outcome.images_per_second:.1f} images/s with {name}")
 
-    def _value_of(self, settings: Settings, number: int) -> float:
-        return max(
-            _value(self._plan.objective, lap.outcome)
-            for lap in self._known.laps
-            if lap.settings == settings and lap.round == number
-        )
-
     def _winner(self) -> Settings:
-        """Whoever went through all rounds, if it was better than the default there; else the default."""
-        values: dict[Settings, list[float]] = {}
-        for lap in self._known.laps:
-            values.setdefault(lap.settings, []).append(_value(self._plan.objective, lap.outcome))
-        if len(values.get(self._default, ())) < ROUNDS:
+        """Whoever was served as often as need be and was better than the default; else the default."""
+        counts = Counter(lap.settings for lap in self._known.laps)
+        if counts[self._default] < ROUNDS:
             return self._default
-        whole = {settings: statistics.median(found) for settings, found in values.items() if len(found) == ROUNDS}
-        return max(whole, key=lambda settings: (whole[settings], settings == self._default))
+        able = [settings for settings, count in counts.items() if count >= ROUNDS]
+        return max(able, key=lambda settings: (self._so_far(settings), settings == self._default))
 
 
 def guesses(rig: Rig, default: Settings) -> list[Settings]:
@@ -320,11 +339,6 @@ def _value(objective: str, found: Outcome) -> float:
         case "p99":
             return -found.wait_p99_seconds
     return found.images_per_second
-
-
-def _median(values: Iterator[float]) -> float:
-    known = list(values)
-    return statistics.median(known) if known else 0.0
 
 
 def _key(rig: Rig, default: Settings, plan: Plan) -> str:
