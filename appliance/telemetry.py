@@ -66,6 +66,7 @@ class Telemetry:
         self._moves: deque[dict[str, object]] = deque(maxlen=RECENT_MOVES)
         self._outcomes: Counter[str] = Counter()
         self._reasons: Counter[str] = Counter()
+        self._cores, self._memory_bytes = devices.cores(), devices.memory_bytes()
         self._memory = devices.MemoryWatch()
         self._drift = Drift()
         self._next_trim = 0.0
@@ -116,8 +117,8 @@ class Telemetry:
                 "picture_bytes": int(config.limits.picture_bytes),
                 "picture_pixels": config.limits.picture_pixels,
                 "executors": [executor.name for executor in self._installation.executors],
-                "cores": devices.cores(),
-                "memory_bytes": devices.memory_bytes(),
+                "cores": self._cores,
+                "memory_bytes": self._memory_bytes,
                 "gpus": [gpu.name for gpu in self._installation.gpus.used],
                 "gpu_trouble": dict(self._installation.gpus.trouble),
                 "gpu_unavailable": {name: r.reason for name, r in self._installation.gpus.unavailable.items()},
