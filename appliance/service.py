@@ -199,7 +199,7 @@ class Service:
         self._told = records.newest_arrival()
         """Up to this one it is known when pictures were accepted."""
         self._has_drained = False
-        self._drain_wanted = threading.Event()
+        self._drain_wanted, self._has_connected = threading.Event(), threading.Event()
         self._underway = Underway()
         self._gate = suspects.Gate()
         self._marks = {name: bundle.mark for name, bundle in installation.catalog.bundles.items()}
@@ -339,6 +339,9 @@ class Service:
     def _turn(self) -> None:
         """Wait for the next event, decide, obey; then look whether the spool has more."""
         event = self._next_event()
+        if self._has_connected.is_set():
+            self._has_connected.clear()
+            self._greet()
         if event is not None:
             self._decide(event)
         if self._boards.is_over(time.monotonic()):
@@ -669,15 +672,19 @@ class Service:
     # Telling the world.
 
     def _link_changed(self, state: DoorState) -> None:
-        """On the network thread."""
+        """On the network thread: what there is to tell only the thread that decides may read."""
         log.info("mqtt state=%s", state)
         if state is DoorState.READY:
-            self._outbox.note(Note(contract.status_topic(self._config), b"online", retain=True))
-            self._outbox.note(Note(contract.box_topic(self._config, "info"), self.telemetry.info(), retain=True))
-            self._alarms.tell_all()
-            self._outbox.ready()
-            self._say.ready()
-        self._say.status(self.telemetry.status())
+            self._has_connected.set()
+        self._inbox.wake()
+
+    def _greet(self) -> None:
+        """The link is up, perhaps to a broker that knows nothing of the box. Verdicts wait for nothing else."""
+        self._outbox.ready()
+        self._outbox.note(Note(contract.status_topic(self._config), b"online", retain=True))
+        self._outbox.note(Note(contract.box_topic(self._config, "info"), self.telemetry.info(), retain=True))
+        self._alarms.tell_all()
+        self._say.ready()
 
     # Health.
 
