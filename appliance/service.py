@@ -206,6 +206,7 @@ class Service:
         crashes = records.crashes()
         self._suspected = {name for name, mark in self._marks.items() if mark in crashes}
         """Experts that were at work when a former process crashed, until they have worked."""
+        self._early: deque[Spooled] = deque()  # suspects, and who may clear them, not begun yet
         self._fed_early = set[int]()
         self._newest = freshness.Newest(lambda place: records.newest_capture(*place))
         self._clocks = freshness.Clocks()
@@ -454,6 +455,8 @@ class Service:
     def _feed(self) -> None:
         """Pictures from the spool to the controller in order of acceptance, as many as there is room for. It decides
         when it knows all that are read at once."""
+        if not self._feed_early():
+            return
         while (room := self._controller.room(FED_AT_ONCE)) > 0 and self._has_read(room):
             begun = 0
             while self._read and self._controller.room(1) > 0:
@@ -492,9 +495,20 @@ class Service:
         known = {one.arrival: one for one in self._records.waiting(0, FED_AT_ONCE)} | suspected
         attempts = {arrival: one.attempts for arrival, one in suspected.items()}
         fresh = (arrival for arrival in known if arrival not in suspected)
-        for arrival in suspects.running_order(attempts, fresh, lambda arrival: _kind(known[arrival])):
-            self._fed_early.add(arrival)
-            self._begin(known[arrival], alone=True)
+        order = suspects.running_order(attempts, fresh, lambda arrival: _kind(known[arrival]))
+        self._early.extend(known[arrival] for arrival in order)
+        self._feed_early()
+
+    def _feed_early(self) -> bool:
+        """Begins whom there is room for, and tells whether nobody is left: until then it is nobody else's turn."""
+        begun = len(self._early)
+        while self._early and self._boards.has_room(self._early[0].picture):
+            one = self._early.popleft()
+            self._fed_early.add(one.arrival)
+            self._begin(one, alone=True)
+        if len(self._early) < begun:
+            self._decide(Tick())
+        return not self._early
 
     def _begin(self, spooled: Spooled, *, alone: bool = False) -> None:
         """Hand a picture to the controller. One that the catalogue no longer knows, or that is poison, ends here."""
