@@ -278,6 +278,7 @@ class Service:
             engines=self._engines,
             album=self._album,
             intake=self._intake,
+            outbox=self._outbox,
             door=self._door,
             alarms=self._alarms,
             dead_letters=self._dead_letters,

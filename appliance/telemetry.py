@@ -23,6 +23,7 @@ from appliance.drivers.album import Album
 from appliance.drivers.deadletters import DeadLetters
 from appliance.drivers.intake import Intake
 from appliance.drivers.mqtt import Door, DoorState
+from appliance.drivers.outbox import Outbox
 from appliance.drivers.records import Records
 from appliance.engine.engine import Engines, Order
 from appliance.errors import MessageError
@@ -50,6 +51,7 @@ class Telemetry:
         engines: Engines,
         album: Album,
         intake: Intake,
+        outbox: Outbox,
         door: Door,
         alarms: Alarms,
         dead_letters: DeadLetters,
@@ -61,7 +63,8 @@ class Telemetry:
     ) -> None:
         self._config, self._installation, self._controller = installation.config, installation, controller
         self._records, self._engines, self._album, self._intake = records, engines, album, intake
-        self._door, self._alarms, self._dead_letters, self._underway = door, alarms, dead_letters, underway
+        self._outbox, self._door, self._alarms = outbox, door, alarms
+        self._dead_letters, self._underway = dead_letters, underway
         self._boards, self._clocks, self._waiting, self._say = boards, clocks, waiting, say
         self._moves: deque[dict[str, object]] = deque(maxlen=RECENT_MOVES)
         self._outcomes: Counter[str] = Counter()
@@ -133,6 +136,7 @@ class Telemetry:
         self._look_for_thrash()
         self._look_at_clocks()
         self._look_at_outbox()
+        self._look_for_refusals()
         self._say.status(self.status())
         if self._door.state is not DoorState.READY:
             return
@@ -252,6 +256,13 @@ class Telemetry:
         elif unpublished >= limit and Alarm.OUTBOX not in self._alarms.raised:
             remedy = "see whether the broker is up and lets the box publish its results"
             self._alarms.set(Alarm.OUTBOX, {"unpublished": unpublished, "remedy": remedy})
+
+    def _look_for_refusals(self) -> None:
+        """One topic stands for all: where boards are refused, each has a topic of its own."""
+        topic, why = next(iter(self._outbox.refused_results.items()), (None, ""))
+        rights = " and ".join(self._config.topic(kind, "#") for kind in ("result", "board"))
+        remedy = f"let the box write to {rights} (the broker's access list); it tries again with its next connection"
+        self._alarms.set(Alarm.REFUSED_TOPIC, {"topic": topic, "why": why, "remedy": remedy} if topic else None)
 
     def _balances(self) -> dict[str, Balance]:
         passing = Passing(
