@@ -74,6 +74,7 @@ def serve(config: Config, *, stopping: threading.Event | None = None) -> None:
     say = systemd.Supervisor(settings.notify_socket(), settings.watchdog_seconds())
     say.status("reading and compiling experts")
     with ExitStack() as stack:
+        stack.callback(say.close)
         records = stack.enter_context(
             Records.open(
                 config.paths.state,
