@@ -12,10 +12,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from appliance import __version__
 from appliance import catalog as catalogs
 from appliance import profile as profiles
 from appliance.catalog import Bundle, Catalog
 from appliance.config import Config
+from appliance.contract import Serving
 from appliance.core import policies
 from appliance.core.controller import Controller
 from appliance.core.costs import Cost
@@ -25,6 +27,7 @@ from appliance.core.policies import POLICIES, Policy
 from appliance.core.slab import SLACK
 from appliance.core.types import Device, Executor, Expert, Footprint, Overflow, Refusal, bytes_together
 from appliance.drivers import devices, runtime
+from appliance.drivers.journal import Opening
 from appliance.engine import cuda
 from appliance.errors import ApplianceError, ConfigError
 from appliance.profile import Choice, Hardware, Profile
@@ -142,6 +145,39 @@ class Installation:
         return (
             *(Executor(f"{name}-0", name) for name in gpus),  # runs from several threads make a GPU's memory grow
             *(Executor(f"{CPU}-{number}", CPU) for number in range(count)),
+        )
+
+    @property
+    def serving(self) -> dict[tuple[str, str], Serving]:
+        """What verdicts name of whom was asked, by executor and expert."""
+        heads = {name: bundle.manifest.head for name, bundle in self.catalog.bundles.items()}
+        return {
+            (executor.name, name): Serving(
+                str(compiled.version), compiled.weights_sha256, heads[name].threshold, executor.device
+            )
+            for executor in self.executors
+            for name, compiled in self.compiled_on(executor.device).items()
+        }
+
+    @property
+    def opening(self) -> Opening:
+        """What a journal says of the controller."""
+        config = self.config
+        return Opening(
+            __version__,
+            self.catalog.graph,
+            tuple(self.experts.values()),
+            self.devices,
+            self.executors,
+            dict(self.unavailable),
+            config.experts.pin,
+            config.experts.preload,
+            config.scheduler.policy,
+            config.priorities,
+            config.limits.waiting_pictures,
+            Overflow(config.limits.overflow),
+            demands(self.catalog),
+            self.profile.hold_share,
         )
 
     def controller(self) -> Controller:

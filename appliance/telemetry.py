@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Collection
+from collections import deque
 from dataclasses import asdict
 from typing import Any
 
@@ -15,18 +14,17 @@ from appliance.boards import Boards
 from appliance.core import suspects
 from appliance.core.controller import Controller
 from appliance.core.drift import Balance
-from appliance.core.freshness import Clocks
-from appliance.core.types import Evict, Load, Verdict
+from appliance.core.types import Evict, Load
 from appliance.drivers import devices, runtime, systemd
 from appliance.drivers.alarms import Alarm, Alarms
-from appliance.drivers.album import Album
-from appliance.drivers.deadletters import DeadLetters
 from appliance.drivers.intake import Intake
 from appliance.drivers.mqtt import Door, DoorState
+from appliance.drivers.outbox import Outbox
 from appliance.drivers.records import Records
 from appliance.engine.engine import Engines, Order
 from appliance.errors import MessageError
 from appliance.health import PROCESS, Drift, Passing, Underway, process_balance, weights_balance
+from appliance.inspections import Inspections
 from appliance.promise import DECODING_BYTES_PER_PIXEL, promised_bytes
 from appliance.startup import CPU, Installation, footprint
 
@@ -39,7 +37,7 @@ RECENT_MOVES = 64
 
 
 class Telemetry:
-    """Reads what others hold, on the thread that decides; `waiting` are the attempts of each open picture so far."""
+    """Reads what others hold, on the thread that decides."""
 
     def __init__(
         self,
@@ -48,24 +46,21 @@ class Telemetry:
         *,
         records: Records,
         engines: Engines,
-        album: Album,
+        inspections: Inspections,
         intake: Intake,
+        outbox: Outbox,
         door: Door,
         alarms: Alarms,
-        dead_letters: DeadLetters,
         underway: Underway,
-        clocks: Clocks,
         boards: Boards,
-        waiting: Callable[[], Collection[int]],
         say: systemd.Supervisor,
     ) -> None:
         self._config, self._installation, self._controller = installation.config, installation, controller
-        self._records, self._engines, self._album, self._intake = records, engines, album, intake
-        self._door, self._alarms, self._dead_letters, self._underway = door, alarms, dead_letters, underway
-        self._boards, self._clocks, self._waiting, self._say = boards, clocks, waiting, say
+        self._records, self._engines, self._inspections, self._intake = records, engines, inspections, intake
+        self._outbox, self._door, self._alarms = outbox, door, alarms
+        self._underway, self._boards, self._say = underway, boards, say
         self._moves: deque[dict[str, object]] = deque(maxlen=RECENT_MOVES)
-        self._outcomes: Counter[str] = Counter()
-        self._reasons: Counter[str] = Counter()
+        self._cores, self._memory_bytes = devices.cores(), devices.memory_bytes()
         self._memory = devices.MemoryWatch()
         self._drift = Drift()
         self._next_trim = 0.0
@@ -87,11 +82,6 @@ class Telemetry:
                 self._moves.append({"move": "load", "expert": expert})
             case Evict(expert=expert):
                 self._moves.append({"move": "evict", "expert": expert})
-
-    def concluded(self, verdict: Verdict) -> None:
-        self._outcomes[verdict.outcome] += 1
-        if verdict.refusal is not None:
-            self._reasons[verdict.refusal.reason] += 1
 
     def status(self) -> str:
         unavailable = self._controller.unavailable
@@ -116,8 +106,8 @@ class Telemetry:
                 "picture_bytes": int(config.limits.picture_bytes),
                 "picture_pixels": config.limits.picture_pixels,
                 "executors": [executor.name for executor in self._installation.executors],
-                "cores": devices.cores(),
-                "memory_bytes": devices.memory_bytes(),
+                "cores": self._cores,
+                "memory_bytes": self._memory_bytes,
                 "gpus": [gpu.name for gpu in self._installation.gpus.used],
                 "gpu_trouble": dict(self._installation.gpus.trouble),
                 "gpu_unavailable": {name: r.reason for name, r in self._installation.gpus.unavailable.items()},
@@ -132,6 +122,7 @@ class Telemetry:
         self._look_for_thrash()
         self._look_at_clocks()
         self._look_at_outbox()
+        self._look_for_refusals()
         self._say.status(self.status())
         if self._door.state is not DoorState.READY:
             return
@@ -151,12 +142,12 @@ class Telemetry:
 
     def _stats(self) -> dict[str, Any]:
         ledger, counts, stored = self._controller.ledgers[CPU], self._controller.counts, self._records.counts
-        waiting = self._waiting()
+        waiting = self._inspections.attempts
         return {
             "schema_version": 1,
             "arrived": counts["arrived"],
-            "verdicts": dict(self._outcomes),
-            "verdicts_by_reason": dict(self._reasons),
+            "verdicts": dict(self._inspections.outcomes),
+            "verdicts_by_reason": dict(self._inspections.reasons),
             "loads": counts["loads"],
             "evictions": counts["evictions"],
             "evictions_by_rule": dict(self._controller.evictions),
@@ -168,7 +159,7 @@ class Telemetry:
             "unpublished": stored.unpublished,
             "suspects": sum(map(suspects.is_suspect, waiting)),
             "turned_away": self._intake.counts[contract.RATE],
-            "quarantine": self._dead_letters.numbers(),
+            "quarantine": self._inspections.dead_letters.numbers(),
             "resident": len(ledger.resident),
             "weights_bytes": self._engines.memory(CPU).mapped_bytes,
             "weights_peak_bytes": self._engines.memory(CPU).peak_bytes,
@@ -239,7 +230,7 @@ class Telemetry:
             self._alarms.set(Alarm.THRASHING, {"devices": numbers, "remedy": remedy})
 
     def _look_at_clocks(self) -> None:
-        lines = self._clocks.ahead(time.monotonic())
+        lines = self._inspections.clocks.ahead(time.monotonic())
         remedy = "set the clocks of the cameras and of the box by the same source, such as NTP"
         self._alarms.set(Alarm.CLOCK, {"lines": lines, "remedy": remedy} if lines else None)
 
@@ -252,13 +243,21 @@ class Telemetry:
             remedy = "see whether the broker is up and lets the box publish its results"
             self._alarms.set(Alarm.OUTBOX, {"unpublished": unpublished, "remedy": remedy})
 
+    def _look_for_refusals(self) -> None:
+        """One topic stands for all: where boards are refused, each has a topic of its own."""
+        topic, why = next(iter(self._outbox.refused_results.items()), (None, ""))
+        rights = " and ".join(self._config.topic(kind, "#") for kind in ("result", "board"))
+        remedy = f"let the box write to {rights} (the broker's access list); it tries again with its next connection"
+        self._alarms.set(Alarm.REFUSED_TOPIC, {"topic": topic, "why": why, "remedy": remedy} if topic else None)
+
     def _balances(self) -> dict[str, Balance]:
+        album = self._inspections.album
         passing = Passing(
             queued_bytes=self._intake.held_bytes + self._records.queued_bytes,
             largest_payload_bytes=self._intake.largest_bytes,
-            decoded_bytes=self._album.cached_bytes + DECODING_BYTES_PER_PIXEL * self._album.decoding_pixels,
+            decoded_bytes=album.cached_bytes + DECODING_BYTES_PER_PIXEL * album.decoding_pixels,
             pictures_in_work=self._underway.pictures,
-            largest_pixels=self._album.largest_pixels,
+            largest_pixels=album.largest_pixels,
         )
         ledgers = self._controller.ledgers
         process = process_balance(

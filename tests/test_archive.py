@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import queue
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -247,15 +248,41 @@ def test_a_full_disk_keeps_no_picture_and_records_the_verdict(
         assert _kept(small_disk) == []
 
 
-def test_a_store_of_the_former_release_is_taken_over(tmp_path: Path, clock: Clock) -> None:
-    with opened(tmp_path, clock) as records:
-        decided(records, clock, 2)
-    with closing(sqlite3.connect(tmp_path / "records.db")) as db:
+def make_former(folder: Path) -> None:
+    with closing(sqlite3.connect(folder / "records.db")) as db:
         db.executescript(
             "DROP TABLE kept; DROP TABLE crashes; DROP TABLE totals; DROP INDEX suspects; DROP INDEX verdicts_by_place;"
             "DROP TABLE board_parts; DROP TABLE boards;"
             "ALTER TABLE outbox DROP COLUMN resent; PRAGMA user_version = 1;"
         )
+
+
+@pytest.mark.parametrize("is_former", [False, True], ids=["of this release", "of the former release"])
+def test_a_store_on_a_full_disk_is_opened_at_the_cost_of_its_ballast(
+    small_disk: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, is_former: bool
+) -> None:
+    monkeypatch.setattr("appliance.drivers.records.writer.BALLAST_BYTES", 800_000)
+    with opened(small_disk, clock) as records:
+        decided(records, clock, 2)
+        accept(records, "a")
+    if is_former:
+        make_former(small_disk)
+    with suppress(OSError), (small_disk / "other").open("wb", buffering=0) as other:
+        while other.write(bytes(4096)):
+            pass
+    assert os.statvfs(small_disk).f_bavail == 0
+    with opened(small_disk, clock) as records:
+        assert records.trouble
+        conclude(records, "a", "fail")
+        assert records.verdict("a") is not None
+        (small_disk / "other").unlink()
+        until(lambda: records.trouble is None)
+
+
+def test_a_store_of_the_former_release_is_taken_over(tmp_path: Path, clock: Clock) -> None:
+    with opened(tmp_path, clock) as records:
+        decided(records, clock, 2)
+    make_former(tmp_path)
     with pytest.raises(RecordsError, match="another release"):
         Archive(tmp_path)
     with opened(tmp_path, clock) as records:

@@ -27,8 +27,8 @@ from tests.kit_boards import (
     write_board_catalog,
     write_product,
 )
-from tests.kit_box import COMMAND, DEADLY, DEADLY_DECODER, RESULT, STATS, Box, compiled, kept_alive
-from tests.kit_brokers import AnyBroker, Camera, Nats, broker, nats, until
+from tests.kit_box import ALARMS, COMMAND, DEADLY, DEADLY_DECODER, RESULT, STATS, Box, compiled, kept_alive
+from tests.kit_brokers import AnyBroker, Camera, Mosquitto, Nats, broker, nats, until
 from tests.kit_models import SIDE
 
 __all__ = ["broker", "nats"]  # fixtures
@@ -295,3 +295,32 @@ def test_recipes_are_replaced_while_boards_are_under_way(tmp_path: Path, catalog
         graph = own / "graph.toml"
         graph.write_text(graph.read_text() + "c-new = 'good'\n")
         assert reloaded()[:2] == (False, "restart")
+
+
+@pytest.mark.mosquitto
+def test_an_access_list_from_before_there_were_boards_is_told_by_an_alarm_until_it_allows_them(
+    tmp_path: Path, catalog: Path
+) -> None:
+    rights = tmp_path / "acl"
+    old = ("read coe/#", *(f"write coe/v1/plant/{tree}/#" for tree in ("infer", "result", "error", "box")))
+    rights.write_text("".join(f"topic {right}\n" for right in old))
+    rights.chmod(0o644)
+    broker = Mosquitto(tmp_path / "mosquitto", f"acl_file {rights}")
+    broker.start()
+
+    def told(camera: Camera, *, raised: bool) -> bytes:
+        while bool(body := camera.hear_of("/alarm/refused-topic", 30).payload) != raised:
+            pass
+        return body
+
+    with Box(tmp_path / "box", catalog, broker), Camera(broker.port, ALARMS, BOARDS) as camera:
+        camera.publish(infer("two", "SN-1", "_board"), encoded(board_pixels(2)))
+        alarm = json.loads(told(camera, raised=True))
+        assert alarm["topic"] == "coe/v1/plant/board/line1/two/SN-1"
+        assert "coe/v1/plant/board/#" in alarm["remedy"]
+        rights.write_text(rights.read_text() + "topic write coe/v1/plant/board/#\n")
+        broker.stop()
+        broker.start()
+        assert hear(camera, "board")["board"] == "SN-1"
+        assert told(camera, raised=False) == b""
+    broker.stop()

@@ -18,9 +18,10 @@ LIMITS = f"[limits]\npicture_bytes = 10000\nspool = {SPOOL_BYTES}\n"
 def test_a_burst_beyond_the_spool_waits_at_the_broker_and_is_answered(
     tmp_path: Path, catalog: Path, broker: AnyBroker
 ) -> None:
-    """250 at once, and room for a few: the spool stays inside its bound, and the link lives on."""
+    """250 at once, and room for a few: the spool stays inside its bound, and the link lives on. Slow enough for the
+    statistics of a second to come meanwhile."""
     slow = "import time; import appliance.engine.executors as e; run = e.Inspection.__call__\n"
-    slow += "e.Inspection.__call__ = lambda self, *given: (time.sleep(0.02), run(self, *given))[1]"
+    slow += "e.Inspection.__call__ = lambda self, *given: (time.sleep(0.1), run(self, *given))[1]"
     box = Box(tmp_path / "box", catalog, broker, settings=LIMITS, program=slow)
     with box, Camera(broker.port, STATS, name="watcher") as watcher, audited(box, broker.port) as line:
         publish(line, 250)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import signal
 from pathlib import Path
 
@@ -94,3 +95,22 @@ def test_a_service_that_may_open_too_few_files_ends_with_the_reason(tmp_path: Pa
     box.start()
     assert box.wait_exit() == 1
     assert "Too many open files" in box.log_text or "unable to open database file" in box.log_text
+
+
+def test_a_service_that_may_open_no_more_files_for_a_while_serves_on(
+    tmp_path: Path, catalog: Path, broker: AnyBroker
+) -> None:
+    """Its link breaks meanwhile, and what looks after the box every second finds no file to open either."""
+    box = Box(tmp_path / "box", catalog, broker)
+    with box, audited(box, broker.port) as line:
+        publish(line, 20)
+        assert line.wait(30)
+        former = resource.prlimit(box.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(box.pid, resource.RLIMIT_NOFILE, (3, former[1]))
+        broker.kill()
+        publish(line, 20, first=20)
+        broker.start()
+        until(lambda: not box.is_running or box.log_text.count("Too many open files") >= 2)
+        assert box.is_running, box.log_text
+        resource.prlimit(box.pid, resource.RLIMIT_NOFILE, former)
+        publish(line, 20, first=40)

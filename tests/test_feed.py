@@ -103,8 +103,8 @@ def test_nothing_stays_of_pictures_that_are_answered(tmp_path: Path, catalog: Pa
                 feed.service._turn()
         feed.turn_until(lambda: feed.records.counts.verdicts == 1000)
         until(lambda: feed.records.counts.spooled == 0)
-        assert feed.service._open == {}
-        assert feed.service._accepted_seconds == {}
+        assert len(feed.service._inspections) == 0
+        assert feed.service._feed._accepted_seconds == {}
 
 
 def test_a_part_that_came_in_time_counts_however_late_the_box_looks(tmp_path: Path, catalog: Path) -> None:
@@ -141,10 +141,34 @@ def test_suspects_that_go_first_hasten_no_board(tmp_path: Path, catalog: Path) -
         store.execute("UPDATE pictures SET attempts = 1 WHERE id = 'w2'")
     with fed(config) as feed:
         feed.service._boards.resume()
-        feed.service._feed_suspects()
+        feed.service._take_in(feed.service._feed.suspects())
         feed.service._decide(Tick())
         feed.turn_until(lambda: feed.records.counts.verdicts == 5)
         assert feed.boards()["board/p1"]["missing"] == []
+
+
+def test_suspected_whole_boards_come_one_by_one_where_two_have_no_room(tmp_path: Path, catalog: Path) -> None:
+    """Three were in hand at a crash. They go before the one that came first, which nobody suspects."""
+    names = ("w0", "w1", "w2", "w3")
+    with Records.open(tmp_path, spool_bytes=10**9, verdict_days=1) as records:
+        for seed, name in enumerate(names):
+            whole = encoded(board_pixels(2, seed))
+            accept(records, name, whole, line="line1", product="two", board=name, part="_board")
+    with closing(sqlite3.connect(tmp_path / "records.db")) as store, store:
+        store.execute("UPDATE pictures SET attempts = 1 WHERE id != 'w0'")
+    most = 0
+
+    def is_answered() -> bool:
+        nonlocal most
+        most = max(most, feed.service._boards.numbers()["whole"])
+        return feed.records.counts.verdicts == len(names)
+
+    with fed(configured(tmp_path, catalog, picture_pixels=int(SIDE * SIDE * 2 * 1.5))) as feed:
+        feed.service._take_in(feed.service._feed.suspects())
+        feed.turn_until(is_answered)
+    with closing(sqlite3.connect(tmp_path / "records.db")) as store:
+        order = [name for (name,) in store.execute("SELECT id FROM verdicts ORDER BY rowid")]
+    assert (most, order) == (1, ["w1", "w2", "w3", "w0"])
 
 
 def test_a_box_that_is_behind_mixes_no_two_inspections_of_a_board(tmp_path: Path, catalog: Path) -> None:

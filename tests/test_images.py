@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import io
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 from typing import Any
@@ -337,3 +339,21 @@ def test_resizing_is_pillows_bilinear() -> None:
     expected = np.asarray(Image.fromarray(picture).resize((5, 6), Image.Resampling.BILINEAR))
     np.testing.assert_array_equal(images.prepare(picture, spec()), expected.transpose(2, 0, 1).astype(np.float32))
     assert images.prepare(greys(1, 1), spec(color="grey")).shape == (1, 6, 5)
+
+
+NO_MORE_FILES = """
+import resource, sys
+from appliance.drivers import images
+payload = sys.stdin.buffer.read()
+resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+print(images.check(payload, max_bytes=10**6, max_pixels=10**6))
+print(images.decode(payload, max_bytes=10**6, max_pixels=10**6).shape)
+"""
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "MPO", "PNG", "BMP", "TIFF", "PPM"])
+def test_the_first_picture_of_a_process_that_may_open_no_more_files_is_not_called_damaged(kind: str) -> None:
+    several = {"save_all": True, "append_images": [Image.fromarray(greys())]} if kind == "MPO" else {}
+    payload = encoded(Image.fromarray(colours()), kind, **several)
+    child = subprocess.run([sys.executable, "-c", NO_MORE_FILES], input=payload, capture_output=True, timeout=60)
+    assert child.stdout.split(b"\n")[:2] == [b"JPEG" if kind == "MPO" else kind.encode(), b"(6, 5, 3)"], child.stderr

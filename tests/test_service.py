@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import resource
 import sqlite3
 import subprocess
@@ -554,6 +555,32 @@ def test_the_box_says_when_it_comes_and_goes(tmp_path: Path, catalog: Path, brok
         until(lambda: watcher.hear().payload == b"online")
         box.kill()
         assert watcher.hear(30).payload == b"offline"  # the last will
+
+
+TOLD_BY = """
+import threading
+from appliance.telemetry import Telemetry
+def noted(name, tell):
+    def told(self):
+        print(f"told {name} by={threading.current_thread().name}", flush=True)
+        return tell(self)
+    return told
+for name in ("info", "status"):
+    setattr(Telemetry, name, noted(name, getattr(Telemetry, name)))
+"""
+
+
+def test_what_the_box_is_is_read_by_the_thread_that_decides_alone(
+    tmp_path: Path, catalog: Path, broker: AnyBroker
+) -> None:
+    """Any other would meet experts that are just being set aside: it could not tell, and verdicts would wait."""
+    with Box(tmp_path / "box", catalog, broker, program=TOLD_BY) as box:
+        broker.kill()
+        until(lambda: "mqtt state=waiting" in box.log_text)
+        broker.start()
+        until(lambda: box.log_text.count("told info") >= 2, 30)
+        told = set(re.findall(r"told (\w+) by=(.+)", box.log_text))
+    assert told == {("info", "MainThread"), ("status", "MainThread")}
 
 
 def test_an_operator_loads_pins_and_evicts_and_is_told_what_became_of_it(

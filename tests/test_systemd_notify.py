@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from appliance.drivers.systemd import READY, STOPPING, WATCHDOG, notify, status
+from appliance.drivers.systemd import READY, STOPPING, WATCHDOG, Notices, Supervisor, status
 
 
 @pytest.fixture(params=["path", "abstract"])
@@ -23,9 +25,22 @@ def listener(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[s
 
 def test_systemd_hears_each_message(listener: tuple[str, socket.socket]) -> None:
     address, service_manager = listener
-    for messages in ((READY, status("serving")), (WATCHDOG,), (STOPPING,)):
-        assert notify(address, *messages)
-        assert service_manager.recv(1000).decode() == "\n".join(messages)
+    with closing(Notices(address)) as notices:
+        for messages in ((READY, status("serving")), (WATCHDOG,), (STOPPING,)):
+            assert notices.tell(*messages)
+            assert service_manager.recv(1000).decode() == "\n".join(messages)
+
+
+def test_the_watchdog_is_fed_while_no_more_files_may_be_opened(listener: tuple[str, socket.socket]) -> None:
+    address, service_manager = listener
+    former = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with closing(Supervisor(address, 1.0)) as supervisor:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, former[1]))
+        try:
+            supervisor.alive()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, former)
+    assert service_manager.recv(1000).decode() == WATCHDOG
 
 
 def test_a_status_is_one_line() -> None:
@@ -34,17 +49,19 @@ def test_a_status_is_one_line() -> None:
 
 @pytest.mark.parametrize("address", [None, ""])
 def test_without_systemd_nothing_happens(address: str | None) -> None:
-    assert not notify(address, READY)
+    assert not Notices(address).tell(READY)
 
 
 def test_a_socket_that_is_gone_is_survived(tmp_path: Path) -> None:
-    assert not notify(str(tmp_path / "gone"), READY)
-    assert not notify("/" + "x" * 200, READY)
+    for address in (str(tmp_path / "gone"), "/" + "x" * 200):
+        with closing(Notices(address)) as notices:
+            assert not notices.tell(READY)
 
 
 def test_a_service_manager_that_does_not_read_never_blocks_us(tmp_path: Path) -> None:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as service_manager:
-        service_manager.bind(str(tmp_path / "notify"))
-        heard = [notify(str(tmp_path / "notify"), WATCHDOG) for _ in range(1000)]
+    address = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as service_manager, closing(Notices(address)) as notices:
+        service_manager.bind(address)
+        heard = [notices.tell(WATCHDOG) for _ in range(1000)]
     assert heard[0]
     assert not heard[-1]

@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+from appliance.config import Config
 from appliance.errors import BrokerError
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,20 @@ class Broker:
         self._ack_wait_seconds = ack_wait_seconds
         self._username, self._password = username, password
         self._process: subprocess.Popen[bytes] | None = None
+
+    @classmethod
+    def embedded(cls, config: Config) -> Broker:
+        """That of a box with these settings."""
+        password = config.password()
+        return cls(
+            config.broker_folder,
+            config.mqtt.port,
+            host=config.mqtt.host,
+            picture_bytes=int(config.limits.picture_bytes),
+            max_ack_pending=config.receive_window,
+            username=config.mqtt.username,
+            password=password.get_secret_value() if password else None,
+        )
 
     def start(self) -> None:
         """Start and wait until MQTT answers.

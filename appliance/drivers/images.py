@@ -11,6 +11,7 @@ What a picture becomes is fixed, because verdict boxes are pixels of it and expe
 
 from __future__ import annotations
 
+import importlib
 import io
 import re
 import struct
@@ -42,6 +43,12 @@ class Views:
 
 # Pillow's own limit warns from within `open`; ours is exact, set by the operator and checked before any pixel is.
 Image.MAX_IMAGE_PIXELS = None
+
+# Whatever reads our kinds, now. Pillow 13 imports it with the first picture, for a TIFF all readers that it has: memory
+# that nobody counted, and while the process may open no more files that picture is called damaged.
+Image.preinit()
+for _reader in ("MpoImagePlugin", "TiffImagePlugin"):  # a JPEG may hold several pictures
+    importlib.import_module(f"PIL.{_reader}")
 
 _MAGIC: Mapping[bytes, str] = {
     b"\xff\xd8\xff": "JPEG",

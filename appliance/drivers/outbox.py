@@ -66,6 +66,7 @@ class Outbox:
         self._rows: deque[Publication] = deque()
         self._read_through = 0
         self._refused: OrderedDict[str, None] = OrderedDict()
+        self._refused_results: dict[str, str] = {}
         self._tries_again = False
         self._is_cautious = False
         self._retained: dict[str, Note] = {}
@@ -125,11 +126,20 @@ class Outbox:
                 self._keep(note)
             self._pump()
 
+    @property
+    def refused_results(self) -> dict[str, str]:
+        """Result topics that the broker refused and has not taken since, with what it said, the longest refused first.
+
+        With MQTT 3.1.1 brokers cannot say so: they confirm, or end the link.
+        """
+        with self._lock:
+            return dict(self._refused_results)
+
     def published(self, token: int) -> None:
         """The broker has it (on the link's thread)."""
         self._records.published(token)
         with self._lock:
-            self._in_flight.pop(token, None)
+            self._refused_results.pop(self._in_flight.pop(token, ""), None)
             self._lost.discard(token)
             self._is_cautious = False
             self.counts["published"] += 1
@@ -237,6 +247,8 @@ class Outbox:
         self._refused.move_to_end(topic)
         if len(self._refused) > REFUSED_TOPICS:
             self._refused.popitem(last=False)
+        if self._is_result(topic) and len(self._refused_results) < REFUSED_TOPICS:
+            self._refused_results.setdefault(topic, why)
 
     def _give_up(self, token: int) -> None:
         self.counts["unpublishable"] += 1

@@ -8,13 +8,16 @@ import logging
 import os
 import sqlite3
 import time
+from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from appliance.drivers.records.inhand import Former, InHand, former
 from appliance.drivers.records.schema import BALLAST, SCHEMA, SCHEMA_VERSION, UPGRADES, connect, transaction
 from appliance.errors import RecordsError
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 CRASHES_KEPT = 1000
@@ -47,12 +50,11 @@ def prepare(path: Path) -> Path | None:
     """See that there is a sound store of our version. Returns where a damaged one was moved to."""
     moved_aside = None
     try:
-        if (damage := _damage(path)) is not None:
+        if (damage := _on_a_full_disk_too(_damage, path)) is not None:
             moved_aside = _move_aside(path)
             log.error("records damaged=%s moved_aside=%s: cameras send unanswered pictures again", damage, moved_aside)
-        with closing(connect(path)) as db:
-            _create_or_refuse(db, path)
-    except sqlite3.Error as error:
+        _on_a_full_disk_too(_create_or_refuse, path)
+    except (OSError, sqlite3.Error) as error:
         raise _unwritable(path.parent, str(error)) from error
     return moved_aside
 
@@ -88,6 +90,18 @@ def _count_crash(db: sqlite3.Connection, path: Path, last: Former) -> None:
     )
 
 
+def _on_a_full_disk_too(do: Callable[[Path], T], path: Path) -> T:
+    """Opening takes room, and an upgrade more: that of the ballast, if need be. The writer makes it anew."""
+    ballast = path.with_name(BALLAST)
+    try:
+        return do(path)
+    except sqlite3.Error:
+        if not ballast.exists():
+            raise
+        ballast.unlink()
+        return do(path)
+
+
 def _damage(path: Path) -> str | None:
     """What is wrong with the file, None when nothing is. Raises sqlite3.Error when it cannot be read at all."""
     if not path.exists():
@@ -110,14 +124,15 @@ def _move_aside(path: Path) -> Path:
     return aside
 
 
-def _create_or_refuse(db: sqlite3.Connection, path: Path) -> None:
-    (version,) = db.execute("PRAGMA user_version").fetchone()
-    if version > SCHEMA_VERSION:
-        what = f"{path} was written by a newer release (schema {version}, known here: {SCHEMA_VERSION})"
-        raise RecordsError(what, "install that release again, or move the file away")
-    steps = [SCHEMA] if version == 0 else [UPGRADES[older] for older in range(version, SCHEMA_VERSION)]
-    if steps:
-        db.executescript(f"BEGIN; {' '.join(steps)} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+def _create_or_refuse(path: Path) -> None:
+    with closing(connect(path)) as db:
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        if version > SCHEMA_VERSION:
+            what = f"{path} was written by a newer release (schema {version}, known here: {SCHEMA_VERSION})"
+            raise RecordsError(what, "install that release again, or move the file away")
+        steps = [SCHEMA] if version == 0 else [UPGRADES[older] for older in range(version, SCHEMA_VERSION)]
+        if steps:
+            db.executescript(f"BEGIN; {' '.join(steps)} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
 
 
 def _unwritable(folder: Path, why: str) -> RecordsError:
