@@ -38,6 +38,9 @@ AT_ONCE = (1, 2, 4)
 """Loads in flight."""
 REPEATS = 25
 """Of each measurement at most, where the time allows it."""
+BUSY_SHARE = 0.2
+"""Runs by as many threads as there are cores wait for each other, too: 0.05 to 0.1 of their time on a quiet box. Where
+it was 0.4, medians were 1.1 to 1.2 times as long, and at 1.0 (each core wanted by two others) 2 to 5 times (2026-11)."""
 _CHILD = "appliance.profiler.measure_child"
 _PLATEAU = 0.05
 _LOADS_SHARE = 0.15
@@ -69,8 +72,8 @@ class Architecture:
     `fit_error` and `worst_error` are the median and the largest of |K·n + B - seconds| / seconds over the samples.
     `best_batch` is the plateau: no larger batch takes five hundredths less per picture. `expert` is the one whose
     weights were used, the bytes of activations are those that compiling measured, and `waited_share` is the part of
-    the time for which these runs, alone with the box, waited for a processor: more than a few hundredths say that
-    something else was at work, and that all of this is too high.
+    the time for which these runs, alone with the box, waited for a processor: above BUSY_SHARE something else was at
+    work, and all of this is too high.
     """
 
     architecture: str
@@ -363,7 +366,9 @@ def _answers(
         say(f"running {name}, {number + 1} of {len(groups)} architectures")
         now = time.monotonic()
         try:
-            answers[architecture] = asked.runs(experts, now + (until - now) / (len(groups) - number))
+            found = answers[architecture] = asked.runs(experts, now + (until - now) / (len(groups) - number))
+            if found.waited_share > BUSY_SHARE:
+                say(f"something else is at work: {name} waited {found.waited_share:.0%} of its time for a processor")
         except ApplianceError as error:
             failed[architecture] = f"{name}: {error}"
             say(f"{name} cannot be measured: {error}")
