@@ -39,8 +39,8 @@ AT_ONCE = (1, 2, 4)
 REPEATS = 25
 """Of each measurement at most, where the time allows it."""
 BUSY_SHARE = 0.2
-"""Runs by as many threads as there are cores wait for each other, too: 0.05 to 0.1 of their time on a quiet box. Where
-it was 0.4, medians were 1.1 to 1.2 times as long, and at 1.0 (each core wanted by two others) 2 to 5 times (2026-11)."""
+"""Runs by as many threads as there are cores wait for each other, too: 0.05 to 0.1 of their time on a quiet box. With
+0.8 to 1.0, when others wanted each core twice over, K came out 2 to 4 times too high (14 MB, two cores, 2026-11)."""
 _CHILD = "appliance.profiler.measure_child"
 _PLATEAU = 0.05
 _LOADS_SHARE = 0.15
