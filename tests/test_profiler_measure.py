@@ -209,6 +209,8 @@ def test_a_batch_takes_what_was_measured_of_its_size_and_between_sizes_what_lies
     samples = (Latency(1, 2.0), Latency(2, 3.0), Latency(4, 9.0))
     one = Architecture("a", "cpu", 1, samples, 2.0, 0.0, 0.0, 0.0, 2)
     assert [one.run_seconds(items) for items in (1, 2, 3, 4, 6)] == [2.0, 3.0, 6.0, 9.0, 13.0]
+    assert one.line(2) == (1.0, 1.0)
+    assert one.line(4) == costs.fit([(1, 2.0), (2, 3.0), (4, 9.0)])
 
 
 def test_numbers_that_were_not_measured_are_taken_from_those_beside_them() -> None:

@@ -38,6 +38,9 @@ AT_ONCE = (1, 2, 4)
 """Loads in flight."""
 REPEATS = 25
 """Of each measurement at most, where the time allows it."""
+BUSY_SHARE = 0.2
+"""Runs by as many threads as there are cores wait for each other, too: 0.05 to 0.1 of their time on a quiet box. With
+0.8 to 1.0, when others wanted each core twice over, K came out 2 to 4 times too high (14 MB, two cores, 2026-11)."""
 _CHILD = "appliance.profiler.measure_child"
 _PLATEAU = 0.05
 _LOADS_SHARE = 0.15
@@ -69,8 +72,8 @@ class Architecture:
     `fit_error` and `worst_error` are the median and the largest of |K·n + B - seconds| / seconds over the samples.
     `best_batch` is the plateau: no larger batch takes five hundredths less per picture. `expert` is the one whose
     weights were used, the bytes of activations are those that compiling measured, and `waited_share` is the part of
-    the time for which these runs, alone with the box, waited for a processor: more than a few hundredths say that
-    something else was at work, and that all of this is too high.
+    the time for which these runs, alone with the box, waited for a processor: above BUSY_SHARE something else was at
+    work, and all of this is too high.
     """
 
     architecture: str
@@ -86,6 +89,10 @@ class Architecture:
     activation_item_bytes: int = 0
     activation_fixed_bytes: int = 0
     waited_share: float = 0.0
+
+    def line(self, most: int) -> tuple[float, float]:
+        """K and B for batches of at most so many pictures: those that are never run need not be told by it."""
+        return costs.fit([(sample.items, sample.seconds) for sample in self.samples if sample.items <= most])
 
     def run_seconds(self, items: int) -> float:
         """What a batch takes by the samples around it: where large ones outgrow a cache, no one line tells them all.
@@ -209,28 +216,16 @@ def measured(
     """Measure every architecture that `known` lacks, by each number of `threads` and up to so many executors.
 
     Within the budget, but for one run or a child's start: less time means fewer repeats, and what had no turn at all is
-    lacking or in `failed`. What is `known` is kept as it is. A child may
-    have `memory_bytes` of address space.
+    lacking, or in `failed`. What is `known` is kept as it is. A child may have `memory_bytes` of address space.
     """
     begun = time.monotonic()
     asked = _Asked(bundles, segment_path, tuple(threads), executors, repeats, memory_bytes or _memory_bytes())
     known = known or Measured((), Loading(), (), 0.0, {})
     groups = _new_groups(compiled, known, threads)
-    needs_loads = not known.loading.bytes_per_second
+    loading, loads_share = known.loading, 0.0 if known.loading.bytes_per_second else _LOADS_SHARE
     until = begun + budget_seconds
-    runs_until = until - (_LOADS_SHARE * budget_seconds if needs_loads else 0.0)
-    answers, failed = dict[str, Runs](), dict[str, str]()
-    for number, (architecture, experts) in enumerate(groups.items()):
-        say(f"running {experts[0].expert}, {number + 1} of {len(groups)} architectures")
-        now = time.monotonic()
-        share = (runs_until - now) / (len(groups) - number)
-        try:
-            answers[architecture] = asked.runs(experts, now + share)
-        except ApplianceError as error:
-            failed[architecture] = f"{experts[0].expert}: {error}"
-            say(f"{experts[0].expert} cannot be measured: {error}")
-    loading = known.loading
-    if needs_loads:
+    answers, failed = _answers(asked, groups, until - loads_share * budget_seconds, say)
+    if loads_share:
         say("loading")
         try:
             loading = loads_fit(asked.loads(_spread(groups, failed), until).rows)
@@ -359,6 +354,25 @@ def _given_up(child: Child, seconds: float) -> Iterator[Event]:
 
 def _memory_bytes() -> int:
     return int(_MEMORY_SHARE * devices.memory_bytes())
+
+
+def _answers(
+    asked: _Asked, groups: Mapping[str, Sequence[Compiled]], until: float, say: Say
+) -> tuple[dict[str, Runs], dict[str, str]]:
+    """What each architecture's child says, and why by architecture where none does. They share the time alike."""
+    answers, failed = dict[str, Runs](), dict[str, str]()
+    for number, (architecture, experts) in enumerate(groups.items()):
+        name = experts[0].expert
+        say(f"running {name}, {number + 1} of {len(groups)} architectures")
+        now = time.monotonic()
+        try:
+            found = answers[architecture] = asked.runs(experts, now + (until - now) / (len(groups) - number))
+            if found.waited_share > BUSY_SHARE:
+                say(f"something else is at work: {name} waited {found.waited_share:.0%} of its time for a processor")
+        except ApplianceError as error:
+            failed[architecture] = f"{name}: {error}"
+            say(f"{name} cannot be measured: {error}")
+    return answers, failed
 
 
 def _new_groups(

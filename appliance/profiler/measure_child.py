@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
 from itertools import count, cycle, islice
 from pathlib import Path
@@ -39,7 +39,10 @@ Key = TypeVar("Key", bound=Hashable)
 
 _RUNS_SHARE, _BESIDE_RUNS_SHARE = 0.5, 0.75
 """Of an architecture's time: until when batches are measured alone, and until when beside other runs."""
+_BINDS_SHARE = 0.1
+"""Of the time for loads, for those that read nothing."""
 _LEAST = 7
+"""Samples without which nothing is steady."""
 _STEADY = 0.01
 """Of the median: how far it may be off, by what its samples differ, when no more are wanted."""
 _ROUND_SECONDS = 0.05
@@ -57,31 +60,21 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def measured_runs(job: Job) -> Runs:
-    """One architecture's batches: alone, beside others like them, and beside loads."""
+    """One architecture's batches: alone, beside others like them, and beside loads. Raises RunError or LoadError."""
     begun = time.monotonic()
     left = max(job.until - begun, 0.0)
-    with ExitStack() as stack:
-        bench = _Bench(job)
-        stack.callback(bench.close)
-        waited, runs_began = waited_seconds(), time.monotonic()
-        keys = [(threads, items) for items in ladder(bench.most) for threads in job.threads]
-        alone = medians(
-            sampled(lambda key: bench.seconds(*key), keys, until=begun + _RUNS_SHARE * left, most=job.repeats)
-        )
-        waited_share = (waited_seconds() - waited) / (time.monotonic() - runs_began)
-        if not alone:
-            raise RunError(f"there was no time to run {job.experts[0].expert}", "allow more time")
-        best = {t: plateau([Latency(n, s) for (threads, n), s in alone.items() if threads == t]) for t, _ in alone}
-        rounds = {t: (best[t], max(math.ceil(_ROUND_SECONDS / alone[t, best[t]]), 1)) for t in best}
+    with closing(_Bench(job)) as bench:
+        alone, waited_share = _alone(bench, job, begun + _RUNS_SHARE * left)
+        rounds = _rounds(alone)
         beside_runs = sampled(
             lambda key: bench.times_as_long_beside_runs(*key, *rounds[key[0]]),
-            [(t, n) for n in _others(job.executors) for t in rounds],
+            [(threads, executors) for executors in _others(job.executors) for threads in rounds],
             until=begun + _BESIDE_RUNS_SHARE * left,
             most=job.repeats,
         )
         with _Lane(job, _SLOTS) as lane:
             beside_loads = sampled(
-                lambda t: bench.times_as_long_beside_loads(t, job.executors, *rounds[t], lane),
+                lambda threads: bench.times_as_long_beside_loads(threads, job.executors, *rounds[threads], lane),
                 list(rounds),
                 until=begun + left,
                 most=job.repeats,
@@ -95,34 +88,37 @@ def measured_runs(job: Job) -> Runs:
 
 
 def measured_loads(job: Job) -> Loads:
-    """Loads of experts of one architecture at a time, so that their size is known; of all where each has too few."""
-    groups = list(_groups(job.experts).values())
-    fitting = {n: [group for group in groups if len(group) >= n] or [list(job.experts)] for n in AT_ONCE}
-    keys = [(n, number) for n in AT_ONCE if n <= len(job.experts) for number in range(len(fitting[n]))]
-    turns = {key: cycle(fitting[key[0]][key[1]]) for key in keys}
+    """Loads of experts of one architecture at a time; of all where each has too few. Raises LoadError."""
+    groups = _groups(job.experts)
+    sets = [experts for at_once in AT_ONCE for experts in _sets(groups, at_once)]
+    left = job.until - time.monotonic()
     with _Lane(job, max(AT_ONCE)) as lane:
-        rows = dict.fromkeys(keys, 0)
 
-        def load(key: tuple[int, int]) -> float:
-            experts = list(islice(turns[key], key[0]))
-            rows[key] = size_of(experts)
-            seconds = lane.bring(experts)
-            lane.let_go(experts)
+        def load(number: int) -> float:
+            seconds = lane.bring(sets[number])
+            lane.let_go(sets[number])
             return seconds
 
         def bind(number: int) -> float:
             """A load whose segments are in memory already."""
-            [expert] = groups[number][:1]
-            lane.bring([expert])
-            lane.let_go([expert], segments=())
-            seconds = lane.bring([expert])
-            lane.let_go([expert])
+            experts = groups[number][:1]
+            lane.bring(experts)
+            lane.let_go(experts, segments=())
+            seconds = lane.bring(experts)
+            lane.let_go(experts)
             return seconds
 
-        left = job.until - time.monotonic()
-        bound = medians(sampled(bind, range(len(groups)), until=job.until - 0.9 * left, most=min(5, job.repeats)))
-        loaded = medians(sampled(load, keys, until=job.until, most=job.repeats))
-    return Loads([*((1, 0, s) for s in bound.values()), *((n, rows[n, g], s) for (n, g), s in loaded.items())])
+        until = job.until - (1 - _BINDS_SHARE) * left
+        bound = medians(sampled(bind, range(len(groups)), until=until, most=job.repeats))
+        loaded = medians(sampled(load, range(len(sets)), until=job.until, most=job.repeats))
+    if not loaded:
+        raise LoadError("there was no time to load anything", "allow more time")
+    return Loads(
+        [
+            *((1, 0, seconds) for seconds in bound.values()),
+            *((len(sets[number]), size_of(sets[number]), seconds) for number, seconds in loaded.items()),
+        ]
+    )
 
 
 def sampled(
@@ -184,15 +180,42 @@ def _settled(found: Mapping[Key, Sequence[float]]) -> dict[Key, list[float]]:
     return {key: list(values[1:] or values) for key, values in found.items() if values}
 
 
+def _alone(bench: _Bench, job: Job, until: float) -> tuple[dict[tuple[int, int], float], float]:
+    """Seconds by threads and pictures, and the share of the time for which these runs waited for a processor."""
+    keys = [(threads, items) for items in ladder(bench.most) for threads in job.threads]
+    waited, begun = waited_seconds(), time.monotonic()
+    found = medians(sampled(lambda key: bench.seconds(*key), keys, until=until, most=job.repeats))
+    if not found:
+        raise RunError(f"there was no time to run {job.experts[0].expert}", "allow more time")
+    return found, (waited_seconds() - waited) / (time.monotonic() - begun)
+
+
+def _rounds(alone: Mapping[tuple[int, int], float]) -> dict[int, tuple[int, int]]:
+    """By threads, what is measured beside others: batches of the plateau's size, and so many one after the other."""
+    rounds = {}
+    for threads in dict.fromkeys(threads for threads, _ in alone):
+        best = plateau([Latency(items, seconds) for (of, items), seconds in alone.items() if of == threads])
+        rounds[threads] = best, math.ceil(_ROUND_SECONDS / alone[threads, best])
+    return rounds
+
+
 def _distinct(experts: Sequence[Compiled]) -> tuple[Segment, ...]:
     return tuple(dict.fromkeys(segment for one in experts for segment in one.segments))
 
 
-def _groups(experts: Sequence[Compiled]) -> dict[str, list[Compiled]]:
+def _groups(experts: Sequence[Compiled]) -> list[list[Compiled]]:
+    """By architecture."""
     groups = dict[str, list[Compiled]]()
     for one in experts:
         groups.setdefault(one.architecture, []).append(one)
-    return groups
+    return list(groups.values())
+
+
+def _sets(groups: Sequence[Sequence[Compiled]], size: int) -> list[Sequence[Compiled]]:
+    """Experts to load together: no two sets have one in common, so that all are read in turn."""
+    everybody = [one for group in groups for one in group]
+    fitting = [group for group in groups if len(group) >= size] or [everybody]
+    return [group[at : at + size] for group in fitting for at in range(0, len(group) - size + 1, size)]
 
 
 class _Lane:
