@@ -17,6 +17,7 @@ from appliance.lab.fleet import MAX_BATCH, fleet
 from appliance.lab.telling import Say
 from appliance.profile import Found, Origin, Profile, Running
 from appliance.profiler import workload
+from appliance.profiler.measure import Architecture
 from appliance.profiler.profiled import Profiled
 from appliance.profiler.rig import ACTIVATIONS_TWICE, Rig, bandwidth
 from appliance.profiler.settings import Settings
@@ -96,11 +97,7 @@ def profile_of(found: Profiled, rig: Rig, name: str, objective: str, graph: str)
         load_fixed_seconds=loading.fixed_seconds,
         disk_bytes_per_second=bandwidth(loading, 1),
         running={
-            one.architecture: Running(
-                item_seconds=one.item_seconds, fixed_seconds=one.fixed_seconds, fit_error=one.fit_error
-            )
-            for one in found.measured.architectures
-            if one.threads == best.threads
+            one.architecture: _running(one, best) for one in found.measured.architectures if one.threads == best.threads
         },
         origin=Origin(
             version=__version__,
@@ -118,6 +115,11 @@ def profile_of(found: Profiled, rig: Rig, name: str, objective: str, graph: str)
             ),
         ),
     )
+
+
+def _running(one: Architecture, best: Settings) -> Running:
+    item_seconds, fixed_seconds = one.line(best.batch_cap)
+    return Running(item_seconds=item_seconds, fixed_seconds=fixed_seconds, fit_error=one.fit_error)
 
 
 def profile_path(config: Config) -> Path:

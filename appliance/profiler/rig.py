@@ -167,7 +167,7 @@ def costs_of(compiled: Mapping[str, Compiled], measured: Measured, settings: Set
     for name, one in compiled.items():
         load_seconds = loading.seconds(one.bytes)
         if (model := known.get(one.architecture)) is not None:
-            found[name] = Cost(model.item_seconds, model.fixed_seconds, load_seconds)
+            found[name] = Cost(*model.line(settings.batch_cap), load_seconds)
         else:
             found[name] = Cost(one.item_seconds, one.fixed_seconds, load_seconds)
     return found
