@@ -276,11 +276,11 @@ def test_sigterm_ends_cleanly_and_the_next_start_goes_on(tmp_path: Path, catalog
 
 @pytest.mark.parametrize(("executors", "pictures", "poison"), [(2, 100, {40}), (4, 24, {3, 5})])
 def test_a_picture_that_ends_the_process_becomes_a_dead_letter_and_the_line_goes_on(
-    tmp_path: Path, catalog: Path, executors: int, pictures: int, poison: set[int]
+    tmp_path: Path, catalog: Path, nats: Nats, executors: int, pictures: int, poison: set[int]
 ) -> None:
     """As when the decoder or a network crashes: the others get their verdicts, whoever was in work beside it too."""
     settings = f"[executors]\ncpu = {executors}\n"
-    box = Box(tmp_path / "box", catalog, settings=settings, program=DEADLY_DECODER)
+    box = Box(tmp_path / "box", catalog, nats, settings=settings, program=DEADLY_DECODER)
     payloads = [picture(number) + (DEADLY if number in poison else b"") for number in range(pictures)]
     with box, client.Camera("127.0.0.1", box.port, line="line1", resend_seconds=2.0) as camera:
         answers: dict[str, client.Answer] = {}
