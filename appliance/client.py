@@ -211,7 +211,7 @@ class Camera:
             raise BrokerError(
                 f"no room for another picture: {len(self._waiting)} wait for their verdicts, the first since "
                 f"{oldest:.1f} s",
-                "is a box serving this site and root?",
+                "is a box serving this site and root, and may we publish as this line?",
             )
         if self._closing:
             raise BrokerError("this camera is closed", "publish inside its `with` block")
