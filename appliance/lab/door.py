@@ -261,7 +261,7 @@ def _jobs(catalog: Path, count: int) -> list[Job]:
     products = [p for p in catalogs.load(catalog).products.values() if (p.folder / "sample.txt").is_file()]
     if not products:
         raise CatalogError(f"{catalog} has no product with a sample", "use the shipped models_onnx")
-    return [Job(p.product, p.part, p.component, p.picture) for p in islice(streams(mixed(products), 4), count)]
+    return [Job(p.product, p.part, p.component, p.picture, p.board) for p in islice(streams(mixed(products), 4), count)]
 
 
 def _lap(rig: _Rig, effort: Effort) -> Lap:
@@ -298,10 +298,11 @@ def _fsyncs(state: Path, content: bytes, count: int) -> Iterator[float]:
 
 
 class _Camera:
-    """Publishes at QoS 1, WINDOW at a time, and hears every verdict. Every picture is another board's."""
+    """Publishes at QoS 1, WINDOW at a time, and hears every verdict. Parts of one board come under its serial, as from
+    a line; any other picture is a board of its own. What is published again belongs to other boards."""
 
     def __init__(self, port: int) -> None:
-        self._port, self._boards, self._unconfirmed = port, 0, 0
+        self._port, self._laps, self._unconfirmed = port, 0, 0
         self._open: set[str] = set()
         """Topics of the verdicts that are to come."""
         self._refused: bytes | None = None
@@ -343,10 +344,10 @@ class _Camera:
 
     def answered(self, site: str, jobs: Sequence[Job]) -> float:
         """Pictures per second that have their verdict."""
+        self._laps += 1
         began = time.monotonic()
-        for job in jobs:
-            self._boards += 1
-            place = f"line1/{job.product}/b{self._boards}/{job.part}"
+        for number, job in enumerate(jobs):
+            place = f"line1/{job.product}/{job.board or number}-{self._laps}/{job.part}"
             with self._changed:
                 self._open.add(f"coe/v1/{site}/result/{place}")
             self._publish(f"coe/v1/{site}/infer/{place}", job.picture)
