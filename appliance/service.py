@@ -657,7 +657,6 @@ class Service:
             topic, sha256 = asked.address.picture_topic(self._config), asked.spooled.picture.picture_sha256
             self._outbox.answer(error, topic, verdict.request, sha256, has_verdict=True)
         self._intake.room()
-        self._inbox.wake()
 
     def _subject(self, request: str) -> Subject:
         """On an executor's thread; the request is open as long as a batch holds it, unless it became late."""
