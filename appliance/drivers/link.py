@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 HEADROOM_BYTES = 65_536
 """What a packet may hold beside the picture: topic, properties, header."""
 
+READ_BYTES, READ_PACKETS = 65_536, 32
+"""What is read from the socket at once, and how many packets of it in a turn."""
+
 NEVER_EXPIRES = 0xFFFFFFFF
 """A finite session expiry ends with a jump of the broker's clock, and with it the queued pictures."""
 
@@ -101,6 +104,25 @@ class Reports:
     """A publication's token, and why it is not published; None when it is."""
 
 
+class _Client(Client):
+    """Reads ahead: paho asks the socket for the first bytes of each packet one by one, and each call is a chance for
+    another thread to take the interpreter, beside what it costs itself."""
+
+    _ahead, _at = b"", 0
+
+    @property
+    def has_read_ahead(self) -> bool:
+        return self._at < len(self._ahead)
+
+    def _sock_recv(self, bufsize: int) -> bytes:
+        if not self.has_read_ahead:
+            if bufsize >= READ_BYTES:
+                return super()._sock_recv(bufsize)
+            self._ahead, self._at = super()._sock_recv(READ_BYTES), 0
+        begin, self._at = self._at, min(self._at + bufsize, len(self._ahead))
+        return self._ahead[begin : self._at]
+
+
 class Link:
     """From `connect` on, `turn` it whenever its socket has something, until `connection` is None; then `drop` it."""
 
@@ -119,7 +141,7 @@ class Link:
         self._is_accepted = self._is_version_refused = self._is_taken_over = self._is_garbled = False
         self._ready_since: float | None = None
         self._tokens: dict[int, int | None] = {}
-        self._client = Client(
+        self._client = _Client(
             CallbackAPIVersion.VERSION2,
             client_id=client_id(config),
             clean_session=None if self._is_v5 else False,
@@ -165,13 +187,17 @@ class Link:
 
     @property
     def has_read_ahead(self) -> bool:
-        """TLS reads whole records: what it holds of them already no selector tells."""
+        """What was read already, or what TLS, which reads whole records, holds of them: no selector tells."""
         connection = self.connection()
-        return isinstance(connection, ssl.SSLSocket) and connection.pending() > 0
+        return self._client.has_read_ahead or (isinstance(connection, ssl.SSLSocket) and connection.pending() > 0)
 
     def turn(self, events: int) -> None:
         if events & selectors.EVENT_READ:
             self._note(self._client.loop_read())
+            for _ in range(READ_PACKETS):
+                if not self._client.has_read_ahead:
+                    break
+                self._note(self._client.loop_read())
         if self.wants_to_write:
             self._note(self._client.loop_write())
         self._note(self._client.loop_misc())
