@@ -44,7 +44,14 @@ from appliance.drivers.records import (
 )
 from appliance.drivers.records.ledger import Request, Result
 from appliance.drivers.records.schema import PRAGMAS, ROW_BYTES
-from appliance.drivers.records.writer import DEEP_SPOOL, GATHERED_REQUESTS, QUEUED_BYTES, Calendar, Writer
+from appliance.drivers.records.writer import (
+    BUSY_REQUESTS,
+    DEEP_SPOOL,
+    GATHERED_REQUESTS,
+    QUEUED_BYTES,
+    Calendar,
+    Writer,
+)
 from appliance.errors import NotSpooled, RecordsError
 from tests.kit_brokers import until
 
@@ -115,10 +122,8 @@ def test_a_new_picture_waits_with_all_that_is_known_of_it(records: Records) -> N
     assert records.counts == Counts(spooled=1, spooled_bytes=5, verdicts=0, unpublished=0)
 
 
-def test_while_many_pictures_wait_requests_share_a_commit(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("appliance.drivers.records.writer.GATHER_SECONDS", WAIT_SECONDS)
-    for number in range(DEEP_SPOOL):
-        accept(records, f"early{number}")
+def counted_groups(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of each commit from here on, how many requests shared it."""
     groups, commit = list[int](), Writer._commit
 
     def counted(self: Writer, group: Sequence[Request]) -> list[Result]:
@@ -126,12 +131,42 @@ def test_while_many_pictures_wait_requests_share_a_commit(records: Records, monk
         return commit(self, group)
 
     monkeypatch.setattr(Writer, "_commit", counted)
+    return groups
+
+
+def test_while_many_pictures_wait_requests_share_a_commit(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("appliance.drivers.records.writer.GATHER_SECONDS", WAIT_SECONDS)
+    for number in range(DEEP_SPOOL):
+        accept(records, f"early{number}")
+    groups = counted_groups(monkeypatch)
     answers: queue.Queue[Acceptance] = queue.Queue()
     for number in range(GATHERED_REQUESTS):
         records.accept(picture(f"late{number}"), b"x", answers.put)
     for _ in range(GATHERED_REQUESTS):
         answers.get(timeout=WAIT_SECONDS / 2)
     assert groups == [GATHERED_REQUESTS]
+
+
+def test_while_much_comes_at_once_requests_share_a_commit(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("appliance.drivers.records.writer.BUSY_SECONDS", WAIT_SECONDS)
+    groups, go_on = counted_groups(monkeypatch), threading.Event()
+
+    def hold(answer: Acceptance) -> None:
+        go_on.wait(WAIT_SECONDS)
+
+    records.accept(picture("first"), b"x", hold)
+    until(lambda: groups == [1])
+    answers: queue.Queue[Acceptance] = queue.Queue()
+    for number in range(BUSY_REQUESTS):
+        records.accept(picture(f"busy{number}"), b"x", answers.put)
+    go_on.set()
+    for _ in range(BUSY_REQUESTS):
+        answers.get(timeout=WAIT_SECONDS / 2)
+    for _ in range(GATHERED_REQUESTS):
+        records.accept(picture("again"), b"x", answers.put)
+    for _ in range(GATHERED_REQUESTS):
+        answers.get(timeout=WAIT_SECONDS / 2)
+    assert groups == [1, BUSY_REQUESTS, GATHERED_REQUESTS]
 
 
 def test_who_closes_a_store_that_gathers_does_not_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,10 +45,13 @@ QUEUED_BYTES = 32 * 1024 * 1024
 MARK_SECONDS = 0.05
 """Marks of published verdicts wait this long for company: losing one costs a repeated message, nothing else."""
 
-GATHER_SECONDS, GATHERED_REQUESTS, DEEP_SPOOL = 0.04, 16, 32
-"""Beside busy experts requests come one by one, and each commit costs processor time that the experts lack. So while
-this many pictures wait for their verdicts, commits follow each other after so long, or when so many requests have
-come. The last of a burst, and one picture alone, are held for nothing: for these somebody may be waiting."""
+GATHER_SECONDS, DEEP_SPOOL = 0.04, 16
+BUSY_SECONDS, BUSY_REQUESTS = 0.005, 6
+GATHERED_REQUESTS = 16
+"""Requests that come one by one cost a commit each, and wake-ups of whoever waits for it: processor time that busy
+experts lack. So commits follow each other only after GATHER_SECONDS while so many pictures wait for their verdicts, or
+after BUSY_SECONDS when so many requests came for the last; at once when GATHERED_REQUESTS have come. One
+picture alone is not held, nor the last of a burst for long: for these somebody may be waiting."""
 
 BALLAST_BYTES = 32 * 1024 * 1024
 """A file that is deleted when the disk is full. Deleting pictures needs room too: without it a full disk would keep
@@ -120,6 +123,7 @@ class Writer:
         self._limits, self._verdict_seconds, self._clock = limits, verdict_seconds, clock
         self._queue: queue.SimpleQueue[Request | _Close] = queue.SimpleQueue()
         self._has_gathered = threading.Event()
+        self._last_group, self._is_leaving = 0, False
         self._queued_lock = threading.Lock()
         self._queued_bytes = self._group_bytes = 0
         self._clean_at_seconds = self._crowded_at_seconds = 0.0
@@ -158,6 +162,7 @@ class Writer:
             return self._queued_bytes + self._group_bytes
 
     def close(self) -> None:
+        self._is_leaving = True
         self._queue.put(_Close())
         self._has_gathered.set()
         self._thread.join()
@@ -201,9 +206,14 @@ class Writer:
     def _gather(self) -> None:
         """Let requests come together, while that keeps nobody waiting."""
         self._has_gathered.clear()
-        left = self._committed_seconds + GATHER_SECONDS - time.monotonic()
-        if left > 0 and self.counts.spooled >= DEEP_SPOOL and self._queue.qsize() < GATHERED_REQUESTS:
+        left = self._committed_seconds + self._gather_seconds() - time.monotonic()
+        if left > 0 and self._queue.qsize() < GATHERED_REQUESTS and not self._is_leaving:
             self._has_gathered.wait(left)
+
+    def _gather_seconds(self) -> float:
+        if self.counts.spooled >= DEEP_SPOOL:
+            return GATHER_SECONDS
+        return BUSY_SECONDS if self._last_group >= BUSY_REQUESTS else 0.0
 
     def _write(self, group: list[Request]) -> list[Request]:
         """Commit a group and answer it. Returns what must be tried again: the disk refused it."""
@@ -235,7 +245,7 @@ class Writer:
             results = [ledger.enter(request) for request in group]
             if ledger.verdict_bytes:
                 add_verdict_bytes(self._db, ledger.verdict_bytes)
-        self._committed_seconds = time.monotonic()
+        self._committed_seconds, self._last_group = time.monotonic(), len(group)
         self.counts, self._kept = ledger.counts, ledger.kept
         self._verdict_bytes += ledger.verdict_bytes
         return results
