@@ -11,8 +11,8 @@ import selectors
 import socket
 import ssl
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,6 +34,9 @@ HEADROOM_BYTES = 65_536
 
 READ_BYTES, READ_PACKETS = 65_536, 32
 """What is read from the socket at once, and how many packets of it in a turn."""
+
+CORK: int | None = getattr(socket, "TCP_CORK", None)
+"""Linux has it."""
 
 NEVER_EXPIRES = 0xFFFFFFFF
 """A finite session expiry ends with a jump of the broker's clock, and with it the queued pictures."""
@@ -201,6 +204,21 @@ class Link:
         if self.wants_to_write:
             self._note(self._client.loop_write())
         self._note(self._client.loop_misc())
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is sent within leaves in as few segments as it fills, and wakes the broker once."""
+        self._hold_back(True)
+        try:
+            yield
+        finally:
+            self._hold_back(False)
+
+    def _hold_back(self, is_held: bool) -> None:
+        connection = self.connection()
+        if connection is not None and CORK is not None:
+            with suppress(OSError):  # it has ended meanwhile
+                connection.setsockopt(socket.IPPROTO_TCP, CORK, int(is_held))
 
     def acknowledge(self, packet_id: int) -> None:
         self._client.ack(packet_id, 1)
