@@ -697,6 +697,7 @@ class Service:
         """Finish what runs; what waits stays in the spool for the next start."""
         self._say.stopping()
         self._commands.stop()
+        self._records.hurry()
         self._outbox.note(Note(contract.status_topic(self._config), b"draining", retain=True))
         ends = time.monotonic() + DRAIN_SECONDS
         while self._underway.has_runs and time.monotonic() < ends:

@@ -161,10 +161,14 @@ class Writer:
         with self._queued_lock:
             return self._queued_bytes + self._group_bytes
 
-    def close(self) -> None:
+    def hurry(self) -> None:
+        """From now on no request waits for company."""
         self._is_leaving = True
-        self._queue.put(_Close())
         self._has_gathered.set()
+
+    def close(self) -> None:
+        self._queue.put(_Close())
+        self.hurry()
         self._thread.join()
         self._db.close()
 
