@@ -117,7 +117,8 @@ def print_answers(found: Mapping[str, Any], console: Console) -> None:
         table.add_row(escape(answer["file"]), *verdict_cells(answer["body"]), f"{answer['seconds'] * 1000:.0f}")
     console.print(table)
     for name in found["unanswered"]:
-        console.print(f"[red]{escape(name)} got no verdict[/red]: is a box serving this site and root, and may we publish as this line?")
+        why = "is a box serving this site and root, and may we publish as this line?"
+        console.print(f"[red]{escape(name)} got no verdict[/red]: {why}")
 
 
 def print_simulation(found: Mapping[str, Any], console: Console) -> None:

@@ -373,7 +373,6 @@ class Service:
     def _left(self) -> None:
         """On the writer's thread: a picture has its verdict on record."""
         self._intake.room()
-        self._inbox.wake()
 
     def _may_enter(self, line: str) -> bool:
         """On the writer's thread."""
@@ -405,6 +404,7 @@ class Service:
         """Finish what runs; what waits stays in the spool for the next start."""
         self._say.stopping()
         self._commands.stop()
+        self._records.hurry()
         self._outbox.note(Note(contract.status_topic(self._config), b"draining", retain=True))
         ends = time.monotonic() + DRAIN_SECONDS
         while self._orders.underway.has_runs and time.monotonic() < ends:

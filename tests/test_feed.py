@@ -109,7 +109,7 @@ def test_nothing_stays_of_pictures_that_are_answered(tmp_path: Path, catalog: Pa
 
 def test_a_part_that_came_in_time_counts_however_late_the_box_looks(tmp_path: Path, catalog: Path) -> None:
     """It is accepted before the board's time is up, and its wake-up stands behind another event until after that."""
-    with fed(configured(tmp_path, catalog, board_seconds=0.5)) as feed:
+    with fed(configured(tmp_path, catalog, board_seconds=1.0)) as feed:
         feed.service._intake.start()
         feed.deliver(infer("two", "S1", "R1"), part_of(PIXELS, 0), "p1")
         feed.turn_until(lambda: feed.records.counts.verdicts == 1)

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from math import inf
@@ -42,8 +42,16 @@ from appliance.drivers.records import (
     Unowed,
     Waiting,
 )
+from appliance.drivers.records.ledger import Request, Result
 from appliance.drivers.records.schema import PRAGMAS, ROW_BYTES
-from appliance.drivers.records.writer import QUEUED_BYTES, Calendar
+from appliance.drivers.records.writer import (
+    BUSY_REQUESTS,
+    DEEP_SPOOL,
+    GATHERED_REQUESTS,
+    QUEUED_BYTES,
+    Calendar,
+    Writer,
+)
 from appliance.errors import NotSpooled, RecordsError
 from tests.kit_brokers import until
 
@@ -112,6 +120,63 @@ def test_a_new_picture_waits_with_all_that_is_known_of_it(records: Records) -> N
     assert records.waiting() == [Spooled(1, picture("a", b"bytes", **known), 5)]
     assert records.payload("a") == b"bytes"
     assert records.counts == Counts(spooled=1, spooled_bytes=5, verdicts=0, unpublished=0)
+
+
+def counted_groups(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of each commit from here on, how many requests shared it."""
+    groups, commit = list[int](), Writer._commit
+
+    def counted(self: Writer, group: Sequence[Request]) -> list[Result]:
+        groups.append(len(group))
+        return commit(self, group)
+
+    monkeypatch.setattr(Writer, "_commit", counted)
+    return groups
+
+
+def test_while_many_pictures_wait_requests_share_a_commit(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("appliance.drivers.records.writer.GATHER_SECONDS", WAIT_SECONDS)
+    for number in range(DEEP_SPOOL):
+        accept(records, f"early{number}")
+    groups = counted_groups(monkeypatch)
+    answers: queue.Queue[Acceptance] = queue.Queue()
+    for number in range(GATHERED_REQUESTS):
+        records.accept(picture(f"late{number}"), b"x", answers.put)
+    for _ in range(GATHERED_REQUESTS):
+        answers.get(timeout=WAIT_SECONDS / 2)
+    assert groups == [GATHERED_REQUESTS]
+
+
+def test_while_much_comes_at_once_requests_share_a_commit(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("appliance.drivers.records.writer.BUSY_SECONDS", WAIT_SECONDS)
+    groups, go_on = counted_groups(monkeypatch), threading.Event()
+
+    def hold(answer: Acceptance) -> None:
+        go_on.wait(WAIT_SECONDS)
+
+    records.accept(picture("first"), b"x", hold)
+    until(lambda: groups == [1])
+    answers: queue.Queue[Acceptance] = queue.Queue()
+    for number in range(BUSY_REQUESTS):
+        records.accept(picture(f"busy{number}"), b"x", answers.put)
+    go_on.set()
+    for _ in range(BUSY_REQUESTS):
+        answers.get(timeout=WAIT_SECONDS / 2)
+    for _ in range(GATHERED_REQUESTS):
+        records.accept(picture("again"), b"x", answers.put)
+    for _ in range(GATHERED_REQUESTS):
+        answers.get(timeout=WAIT_SECONDS / 2)
+    assert groups == [1, BUSY_REQUESTS, GATHERED_REQUESTS]
+
+
+def test_who_closes_a_store_that_gathers_does_not_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("appliance.drivers.records.writer.GATHER_SECONDS", 1000.0)
+    with opened(tmp_path) as records:
+        for number in range(DEEP_SPOOL):
+            accept(records, f"early{number}")
+        records.accept(picture("late"), b"x", lambda answer: None)
+    with opened(tmp_path) as records:
+        assert records.counts.spooled == DEEP_SPOOL + 1
 
 
 def test_the_same_picture_again_waits_already(records: Records) -> None:

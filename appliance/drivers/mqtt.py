@@ -15,7 +15,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from types import TracebackType
@@ -281,6 +281,10 @@ class Door:
         return idle or not self._is_open or time.monotonic() >= (self._stop_by_seconds or 0)
 
     def _obey(self, link: Link) -> None:
+        with link.together() if len(self._orders) > 1 else nullcontext():
+            self._obey_all(link)
+
+    def _obey_all(self, link: Link) -> None:
         while True:
             try:
                 order = self._orders.popleft()

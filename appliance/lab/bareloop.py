@@ -29,6 +29,8 @@ class Job:
     part: str
     component: str
     picture: bytes
+    board: str = ""
+    """Its serial, of a part of a board."""
 
 
 class BareLoop:

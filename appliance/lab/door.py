@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from paho.mqtt.client import Client, MQTTMessage
-from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.client import Client, MQTTMessage, error_string
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 
 from appliance import __version__
 from appliance import catalog as catalogs
@@ -261,7 +261,7 @@ def _jobs(catalog: Path, count: int) -> list[Job]:
     products = [p for p in catalogs.load(catalog).products.values() if (p.folder / "sample.txt").is_file()]
     if not products:
         raise CatalogError(f"{catalog} has no product with a sample", "use the shipped models_onnx")
-    return [Job(p.product, p.part, p.component, p.picture) for p in islice(streams(mixed(products), 4), count)]
+    return [Job(p.product, p.part, p.component, p.picture, p.board) for p in islice(streams(mixed(products), 4), count)]
 
 
 def _lap(rig: _Rig, effort: Effort) -> Lap:
@@ -298,34 +298,32 @@ def _fsyncs(state: Path, content: bytes, count: int) -> Iterator[float]:
 
 
 class _Camera:
-    """Publishes at QoS 1, WINDOW at a time, and hears every verdict. Every picture is another board's."""
+    """Publishes at QoS 1, WINDOW at a time, and hears every verdict. Parts of one board come under its serial, as from
+    a line; any other picture is a board of its own. What is published again belongs to other boards."""
 
     def __init__(self, port: int) -> None:
-        self._port, self._boards, self._unconfirmed = port, 0, 0
+        self._port, self._laps, self._unconfirmed = port, 0, 0
         self._open: set[str] = set()
         """Topics of the verdicts that are to come."""
         self._refused: bytes | None = None
-        self._changed, self._ready = threading.Condition(), threading.Event()
+        self._is_ready = False
         self._client = Client(CallbackAPIVersion.VERSION2, client_id="door-camera")
         self._client.max_inflight_messages_set(0)
         self._client.on_socket_open = no_delay
         self._client.on_connect = lambda client, *_: client.subscribe(
             [(f"coe/v1/{site}/{kind}/#", 1) for site in SITES for kind in ("result", "error")]
         )
-        self._client.on_subscribe = lambda *_: self._ready.set()
-        self._client.on_publish = lambda *_: self._confirm()
+        self._client.on_subscribe = lambda *_: self._note_ready()
+        self._client.on_publish = lambda *_: self._note_confirmed()
         self._client.on_message = self._on_message
 
     def __enter__(self) -> _Camera:
-        self._client.connect("127.0.0.1", self._port)
-        self._client.loop_start()
-        if not self._ready.wait(WAIT_SECONDS):
-            raise BrokerError(f"the broker on port {self._port} does not answer", "see its log")
+        self._client.connect("127.0.0.1", self._port, keepalive=0)  # nobody turns it between two laps
+        self._await(lambda: self._is_ready)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._client.disconnect()
-        self._client.loop_stop()
 
     def confirmed(self, content: bytes, count: int, listener: Connection) -> float:
         """Pictures per second that the broker confirms and hands on to who acknowledges them."""
@@ -343,42 +341,44 @@ class _Camera:
 
     def answered(self, site: str, jobs: Sequence[Job]) -> float:
         """Pictures per second that have their verdict."""
+        self._laps += 1
         began = time.monotonic()
-        for job in jobs:
-            self._boards += 1
-            place = f"line1/{job.product}/b{self._boards}/{job.part}"
-            with self._changed:
-                self._open.add(f"coe/v1/{site}/result/{place}")
+        for number, job in enumerate(jobs):
+            place = f"line1/{job.product}/{job.board or number}-{self._laps}/{job.part}"
+            self._open.add(f"coe/v1/{site}/result/{place}")
             self._publish(f"coe/v1/{site}/infer/{place}", job.picture)
             self._await(lambda: len(self._open) < WINDOW)
         self._await(lambda: not self._open)
         return len(jobs) / (time.monotonic() - began)
 
     def _publish(self, topic: str, content: bytes) -> None:
-        with self._changed:
-            self._unconfirmed += 1
+        self._unconfirmed += 1
         self._client.publish(topic, content, qos=1)
 
     def _await(self, condition: Callable[[], bool]) -> None:
-        with self._changed:
-            if not self._changed.wait_for(lambda: condition() or self._refused, WAIT_SECONDS):
+        """Turn the link until then."""
+        ends = time.monotonic() + WAIT_SECONDS
+        while not condition() and self._refused is None:
+            code = self._client.loop(WAIT_SECONDS)
+            if code is not MQTTErrorCode.MQTT_ERR_SUCCESS:
+                raise BrokerError(
+                    f"the link to the broker on port {self._port} ended: {error_string(code)}", "see its log"
+                )
+            if time.monotonic() > ends:
                 raise BrokerError("pictures were not answered in time", "see the service's log")
         if self._refused is not None:
             raise BrokerError(f"a picture was refused: {self._refused.decode()}", "report this")
 
-    # On paho's thread.
+    def _note_ready(self) -> None:
+        self._is_ready = True
 
-    def _confirm(self) -> None:
-        with self._changed:
-            self._unconfirmed -= 1
-            self._changed.notify()
+    def _note_confirmed(self) -> None:
+        self._unconfirmed -= 1
 
     def _on_message(self, client: Client, userdata: object, message: MQTTMessage) -> None:
-        with self._changed:
-            if "/error/" in message.topic:
-                self._refused = bytes(message.payload)
-            self._open.discard(message.topic)
-            self._changed.notify()
+        if "/error/" in message.topic:
+            self._refused = bytes(message.payload)
+        self._open.discard(message.topic)
 
 
 @contextmanager

@@ -269,6 +269,10 @@ class Records:
         """Set when the disk lied or the store is damaged: nothing is written any more, and the process should end."""
         return self._writer.broken
 
+    def hurry(self) -> None:
+        """The box is leaving: from now on each verdict is recorded at once, to be published before it has left."""
+        self._writer.hurry()
+
     def close(self) -> None:
         """Write what was asked for, then end the writer and release the folder. Nobody runs a picture any more.
 

@@ -45,6 +45,14 @@ QUEUED_BYTES = 32 * 1024 * 1024
 MARK_SECONDS = 0.05
 """Marks of published verdicts wait this long for company: losing one costs a repeated message, nothing else."""
 
+GATHER_SECONDS, DEEP_SPOOL = 0.04, 16
+BUSY_SECONDS, BUSY_REQUESTS = 0.005, 6
+GATHERED_REQUESTS = 16
+"""Requests that come one by one cost a commit each, and wake-ups of whoever waits for it: processor time that busy
+experts lack. So commits follow each other only after GATHER_SECONDS while so many pictures wait for their verdicts, or
+after BUSY_SECONDS when so many requests came for the last; at once when GATHERED_REQUESTS have come. One
+picture alone is not held, nor the last of a burst for long: for these somebody may be waiting."""
+
 BALLAST_BYTES = 32 * 1024 * 1024
 """A file that is deleted when the disk is full. Deleting pictures needs room too: without it a full disk would keep
 verdicts from being recorded, and so the spool from ever emptying. It exceeds what the log holds between checkpoints."""
@@ -114,11 +122,13 @@ class Writer:
     ) -> None:
         self._limits, self._verdict_seconds, self._clock = limits, verdict_seconds, clock
         self._queue: queue.SimpleQueue[Request | _Close] = queue.SimpleQueue()
+        self._has_gathered = threading.Event()
+        self._last_group, self._is_leaving = 0, False
         self._queued_lock = threading.Lock()
         self._queued_bytes = self._group_bytes = 0
         self._clean_at_seconds = self._crowded_at_seconds = 0.0
         self._is_closing = False
-        self.turned_seconds = time.monotonic()
+        self.turned_seconds = self._committed_seconds = time.monotonic()
         self.trouble: str | None = None
         self.broken: RecordsError | None = None
         self._ballast = path.with_name(BALLAST)
@@ -142,6 +152,8 @@ class Writer:
             if is_too_much:
                 return _call(request.done, Full("more pictures come than the disk can take"))
         self._queue.put(request)
+        if self._queue.qsize() >= GATHERED_REQUESTS:
+            self._has_gathered.set()
 
     @property
     def held_bytes(self) -> int:
@@ -149,8 +161,14 @@ class Writer:
         with self._queued_lock:
             return self._queued_bytes + self._group_bytes
 
+    def hurry(self) -> None:
+        """From now on no request waits for company."""
+        self._is_leaving = True
+        self._has_gathered.set()
+
     def close(self) -> None:
         self._queue.put(_Close())
+        self.hurry()
         self._thread.join()
         self._db.close()
 
@@ -170,6 +188,7 @@ class Writer:
         """Whatever is asked for by now; if nothing is, the first to come within `wait_seconds`."""
         group: list[Request] = []
         size, only_marks = 0, True
+        self._gather()
         while len(group) < GROUP_REQUESTS and size < GROUP_BYTES:
             self.turned_seconds = time.monotonic()
             patience = wait_seconds if not group else MARK_SECONDS if only_marks else 0.0
@@ -187,6 +206,18 @@ class Writer:
             self._queued_bytes -= size
             self._group_bytes += size
         return group
+
+    def _gather(self) -> None:
+        """Let requests come together, while that keeps nobody waiting."""
+        self._has_gathered.clear()
+        left = self._committed_seconds + self._gather_seconds() - time.monotonic()
+        if left > 0 and self._queue.qsize() < GATHERED_REQUESTS and not self._is_leaving:
+            self._has_gathered.wait(left)
+
+    def _gather_seconds(self) -> float:
+        if self.counts.spooled >= DEEP_SPOOL:
+            return GATHER_SECONDS
+        return BUSY_SECONDS if self._last_group >= BUSY_REQUESTS else 0.0
 
     def _write(self, group: list[Request]) -> list[Request]:
         """Commit a group and answer it. Returns what must be tried again: the disk refused it."""
@@ -218,6 +249,7 @@ class Writer:
             results = [ledger.enter(request) for request in group]
             if ledger.verdict_bytes:
                 add_verdict_bytes(self._db, ledger.verdict_bytes)
+        self._committed_seconds, self._last_group = time.monotonic(), len(group)
         self.counts, self._kept = ledger.counts, ledger.kept
         self._verdict_bytes += ledger.verdict_bytes
         return results
