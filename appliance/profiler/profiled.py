@@ -1,7 +1,7 @@
 """The offline profiler (CoServe, ASPLOS 2025, §4.5, and beyond): measure, search, confirm live, and say what is best.
 
 What was done is kept beside the search's storage, so that a profiler that was killed goes on where it was. A
-configuration is never chosen on a prediction alone: it has to beat the defaults live, in the same rounds.
+configuration is never chosen on a prediction alone: it has to beat the defaults live, in every round.
 """
 
 from __future__ import annotations
@@ -116,11 +116,9 @@ class Profiled:
         return len({lap.settings for lap in self.laps})
 
     def live(self, settings: Settings) -> float:
-        """Images per second, the median of the rounds that it shares with the default; 0 where it was not served."""
-        both = {lap.round for lap in self.laps if lap.settings == settings}
-        return _median(
-            lap.outcome.images_per_second for lap in self.laps if lap.settings == settings and lap.round in both
-        )
+        """Images per second, the median of its rounds; 0 where it was not served."""
+        known = [lap.outcome.images_per_second for lap in self.laps if lap.settings == settings]
+        return statistics.median(known) if known else 0.0
 
 
 def profiled(rig: Rig, default: Settings, plan: Plan, say: Say = lambda line: None) -> Profiled:
@@ -283,14 +281,15 @@ class _Run:
         )
 
     def _winner(self) -> Settings:
-        """Whoever went through all rounds, if it was better than the default there; else the default."""
-        values: dict[Settings, list[float]] = {}
+        """Whoever went through all rounds, if it was better than the default in each of them; else the default."""
+        rounds: dict[Settings, dict[int, float]] = {}
         for lap in self._known.laps:
-            values.setdefault(lap.settings, []).append(_value(self._plan.objective, lap.outcome))
-        if len(values.get(self._default, ())) < ROUNDS:
-            return self._default
-        whole = {settings: statistics.median(found) for settings, found in values.items() if len(found) == ROUNDS}
-        return max(whole, key=lambda settings: (whole[settings], settings == self._default))
+            rounds.setdefault(lap.settings, {})[lap.round] = _value(self._plan.objective, lap.outcome)
+        usual = rounds.pop(self._default, {})
+        for settings, values in rounds.items():
+            if len(values) == len(usual) == ROUNDS and all(values[number] > usual[number] for number in usual):
+                return settings
+        return self._default
 
 
 def guesses(rig: Rig, default: Settings) -> list[Settings]:
@@ -320,11 +319,6 @@ def _value(objective: str, found: Outcome) -> float:
         case "p99":
             return -found.wait_p99_seconds
     return found.images_per_second
-
-
-def _median(values: Iterator[float]) -> float:
-    known = list(values)
-    return statistics.median(known) if known else 0.0
 
 
 def _key(rig: Rig, default: Settings, plan: Plan) -> str:
