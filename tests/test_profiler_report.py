@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import tomllib
 from collections.abc import Mapping
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from rich.console import Console
 
 from appliance.profiler.page import page
 from appliance.profiler.settings import Settings
+from appliance.report import print_profile, profiling
 
 DEFAULT, CHOSEN = Settings(cpu_executors=2), Settings(cpu_executors=4, hold_share=0.5)
 
@@ -123,3 +127,44 @@ def test_of_many_architectures_the_worst_fits_are_drawn_and_all_are_listed() -> 
 )
 def test_what_is_lacking_is_told_and_leaves_a_page(other: Mapping[str, Any], says: str) -> None:
     assert says in text_of(page(found(**other)))
+
+
+def printed(**other: Any) -> str:
+    shown = io.StringIO()
+    print_profile(found(**other), Console(file=shown, width=120))
+    return shown.getvalue()
+
+
+def test_the_terminal_shows_before_and_after_and_what_changed() -> None:
+    text = printed()
+    for said in ("52.0 images/s", "78.0 images/s, 1.50 times as many", "cpu executors", "hold share 70%", "20.0%"):
+        assert said in text
+    assert "threads  " not in text.split("runs of")[0], "what stays as it is has no row"
+    assert "Interrupted" not in text
+
+
+def test_the_last_lines_are_the_settings_to_serve_by_it() -> None:
+    path = '/a "quoted" place/box1.json'
+    lines = printed(profile_path=path).splitlines()[-2:]
+    assert tomllib.loads("\n".join(lines)) == {"paths": {"profile": path}}
+
+
+def test_who_was_interrupted_or_found_nothing_better_is_told() -> None:
+    assert "Interrupted" in printed(complete=False, laps=[], default_live_images_per_second=0.0)
+    assert "The defaults stay" in printed(settings=DEFAULT.told(), live_images_per_second=52.0)
+    assert "not measured: loads: [red]no" in printed(failed={"loads": "[red]no"})
+
+
+def test_a_terminal_has_a_bar_for_each_phase_and_other_places_have_lines() -> None:
+    for is_terminal in (True, False):
+        shown = io.StringIO()
+        with profiling(Console(file=shown, force_terminal=is_terminal, width=120)) as (say, begun):
+            say("reading experts")
+            begun("measure", 10.0)
+            say("running e1")
+            begun("search", -1.0)
+            say("searching: 25 [configurations]")
+        text = shown.getvalue()
+        assert "reading experts" in text
+        assert ("measuring" in text, "of 10 s" in text) == (is_terminal, is_terminal)
+        assert "searching: 25 [configurations]" in text

@@ -37,12 +37,16 @@ _LEAST_OF_DEFAULT = 0.9
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is asked of the profiler. Everything that it keeps meanwhile lies in `folder`."""
+    """What is asked of the profiler. Everything that it keeps meanwhile lies in `folder`.
+
+    `begun` hears of each phase (measure, search, confirm) as it begins, and how many seconds it may take.
+    """
 
     budget_seconds: float
     folder: Path
     objective: str = "throughput"
     seed: int = 1
+    begun: Callable[[str, float], None] = lambda phase, seconds: None
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
@@ -201,13 +205,15 @@ class _Run:
         rig, before = self._rig, self._known.measured
         if before is not None:
             return before
+        budget_seconds = _MEASURE_SHARE * self._plan.budget_seconds
+        self._plan.begun("measure", budget_seconds)
         found = measured(
             rig.compiled,
             rig.bundles,
             rig.segment_path,
             threads=sorted({1, rig.cores}),
             executors=rig.cores,
-            budget_seconds=_MEASURE_SHARE * self._plan.budget_seconds,
+            budget_seconds=budget_seconds,
             say=self._say,
         )
         self._known.measured = found
@@ -230,6 +236,7 @@ class _Run:
 
     def _search(self, search: Search) -> None:
         until = (_MEASURE_SHARE + _SEARCH_SHARE) * self._plan.budget_seconds
+        self._plan.begun("search", until - self._seconds)
         told = 0
 
         def goes_on() -> bool:
@@ -245,6 +252,7 @@ class _Run:
 
     def _confirm(self, known: Measured, candidates: Sequence[Settings]) -> None:
         """The default and the candidates once; then the best of these beside the default in the other rounds."""
+        self._plan.begun("confirm", self._plan.budget_seconds - self._seconds)
         first = [self._default, *(one for one in candidates if one != self._default)][: CANDIDATES + 1]
         if self._known.share is None:
             self._known.share = self._lap_share(known, len(first) + 2 * (ROUNDS - 1))
