@@ -40,6 +40,7 @@ def print_check(found: Mapping[str, Any], console: Console) -> None:
     table.add_row("machine", f"{megabytes(found['memory_bytes'])} of memory for this process, {gpus}")
     table.add_row("executors", ", ".join(found["executors"]))
     table.add_row("compiled experts", escape(found["store"]))
+    table.add_row("profile", escape(found["profile"]))
     console.print(table)
     console.print(escape(found["graph"]), soft_wrap=True, highlight=False)
     if found["products"]:
@@ -49,6 +50,8 @@ def print_check(found: Mapping[str, Any], console: Console) -> None:
         given = megabytes(found["budget_bytes"])
         says = f"memory.weights is {asked}, and there is memory for {given}: lower it"
         console.print(f"[red]{says}[/red]", soft_wrap=True)
+    if found["profile_trouble"]:
+        console.print(f"[red]{escape(found['profile_trouble'])}[/red]", soft_wrap=True)
     for name, why in found["gpu_trouble"].items():
         console.print(f"[red]{name} is not used:[/red] {escape(why)}")
     for name, why in found["gpu_unavailable"].items():
