@@ -553,6 +553,24 @@ def schedule(
 
 
 @bench.command()
+def search(
+    seed: Annotated[int, typer.Option(help="Of the joint search.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Compare the profiler's search with CoServe's own two at its eight tasks, in virtual time.
+
+    The casual configuration, the paper's searches one after the other (experts on the GPU, then executors), and the
+    joint search of all settings at once, all under CoServe's policy; the joint search plays the task no more often than
+    the two steps. Each target stands beside what was found: a missed one is shown, not an error. Two minutes.
+    """
+    from appliance.profiler.contest import contest
+    from appliance.report import print_search
+
+    found = contest(seed, Console(stderr=True).print)
+    _print(found) if as_json else print_search(found, Console())
+
+
+@bench.command()
 def door(
     broker: Annotated[str | None, typer.Option(help="embedded or mosquitto; all that are here by default.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="How often each is measured, by turns.")] = 5,

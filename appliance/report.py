@@ -410,6 +410,39 @@ def print_task(found: Mapping[str, Any], console: Console) -> None:
     )
 
 
+_SEARCHES = ("casual", "two_steps", "joint_without_guesses", "joint")
+
+
+def print_search(found: Mapping[str, Any], console: Console) -> None:
+    table = Table(box=None, pad_edge=False)
+    heads = ("task", "casual", "two steps", "no guesses", "joint", "to casual", "paper", "to two steps", "plays")
+    for head in heads:
+        table.add_column(head, justify="left" if head == "task" else "right", no_wrap=True)
+    for row in found["rows"]:
+        goals = {target["name"]: target["met"] for target in row["targets"]}
+        rates = (f"{row[f'{name}_images_per_second']:.1f}" for name in _SEARCHES)
+        table.add_row(
+            f"{row['device'].upper()} {row['task']}",
+            *rates,
+            _ratio(row["joint_to_casual"], goals["joint_to_casual"]),
+            f"{row['paper_best_to_casual']:.2f}",
+            _ratio(row["joint_to_two_steps"], goals["joint_to_two_steps"]),
+            f"{row['joint_plays']:.1f} of {row['two_steps_plays']}",
+        )
+    console.print(table)
+    missed = sum(not target["met"] for row in found["rows"] for target in row["targets"])
+    console.print(
+        f"[dim]images per second of the policy {found['policy']}, in virtual time, seed {found['seed']}; no guesses: "
+        "the joint search from the casual configuration and chance alone; paper: its best configuration to its casual "
+        f"one, which the joint search shall reach; to two steps: at least 1. {missed} missed[/dim]",
+        soft_wrap=True,
+    )
+
+
+def _ratio(value: float, met: bool) -> str:
+    return f"[{'green' if met else 'red'}]{value:.3f}[/]"
+
+
 def print_door(found: Mapping[str, Any], console: Console) -> None:
     table = Table("", *found["brokers"])
     goals = {name: {goal["name"]: goal for goal in each["targets"]} for name, each in found["brokers"].items()}

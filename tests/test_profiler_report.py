@@ -13,7 +13,7 @@ from rich.console import Console
 
 from appliance.profiler.page import page
 from appliance.profiler.settings import Settings
-from appliance.report import print_profile, profiling
+from appliance.report import print_profile, print_search, profiling
 
 DEFAULT, CHOSEN = Settings(cpu_executors=2), Settings(cpu_executors=4, hold_share=0.5)
 
@@ -153,6 +153,18 @@ def test_who_was_interrupted_or_found_nothing_better_is_told() -> None:
     assert "Interrupted" in printed(complete=False, laps=[], default_live_images_per_second=0.0)
     assert "The defaults stay" in printed(settings=DEFAULT.told(), live_images_per_second=52.0)
     assert "not measured: loads: [red]no" in printed(failed={"loads": "[red]no"})
+
+
+def test_the_table_of_searches_shows_what_was_missed() -> None:
+    shown = io.StringIO()
+    rates = dict.fromkeys((f"{name}_images_per_second" for name in ("casual", "two_steps", "joint")), 20.0)
+    ratios = {"joint_to_casual": 1.5, "joint_to_two_steps": 0.9, "paper_best_to_casual": 1.2}
+    plays = {"joint_plays": 7.4, "two_steps_plays": 8, "joint_without_guesses_images_per_second": 19.0}
+    targets = [{"name": "joint_to_casual", "met": True}, {"name": "joint_to_two_steps", "met": False}]
+    row = {"device": "numa", "task": "A1", "targets": targets, **rates, **ratios, **plays}
+    print_search({"policy": "coserve", "seed": 1, "rows": [row]}, Console(file=shown, width=120))
+    for said in ("NUMA A1", "19.0", "1.500", "0.900", "7.4 of 8", "1 missed"):
+        assert said in shown.getvalue()
 
 
 def test_a_terminal_has_a_bar_for_each_phase_and_other_places_have_lines() -> None:
