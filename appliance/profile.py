@@ -140,6 +140,13 @@ class Choice:
     refused: str | None = None
     outdated: bool = False
 
+    @property
+    def trouble(self) -> str | None:
+        """What is wrong with the profile that the settings name, and what helps; None if nothing is."""
+        if self.refused is None and self.outdated:
+            return f"profile {self.profile.name} was found for other experts; run `appliance profile`"
+        return self.refused
+
 
 DEFAULT = Profile(schema=2, name="default")
 """What `profiles/default.json` says."""
@@ -149,7 +156,9 @@ def chosen(profile: Profile, hardware: Hardware, graph_sha256: str) -> Choice:
     """A profile of another box is refused: its costs are not this one's, and may be far off."""
     why = profile.misfit(hardware)
     if why is not None:
-        return Choice(DEFAULT, refused=f"profile {profile.name} is of another box: {why}; run `appliance profile`")
+        return Choice(
+            DEFAULT, refused=f"profile {profile.name} is of another box, and not used: {why}; run `appliance profile`"
+        )
     return Choice(profile, outdated=profile.is_outdated(graph_sha256))
 
 

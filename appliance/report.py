@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 COLOURS = {
@@ -21,6 +23,8 @@ COLOURS = {
 }
 MOST_WORDS = 8
 """Of what was found, in one line."""
+MOST_FITS = 8
+"""Architectures whose latency model is shown on a terminal, the worst first."""
 
 
 def print_check(found: Mapping[str, Any], console: Console) -> None:
@@ -36,6 +40,7 @@ def print_check(found: Mapping[str, Any], console: Console) -> None:
     table.add_row("machine", f"{megabytes(found['memory_bytes'])} of memory for this process, {gpus}")
     table.add_row("executors", ", ".join(found["executors"]))
     table.add_row("compiled experts", escape(found["store"]))
+    table.add_row("profile", escape(found["profile"]))
     console.print(table)
     console.print(escape(found["graph"]), soft_wrap=True, highlight=False)
     if found["products"]:
@@ -45,6 +50,8 @@ def print_check(found: Mapping[str, Any], console: Console) -> None:
         given = megabytes(found["budget_bytes"])
         says = f"memory.weights is {asked}, and there is memory for {given}: lower it"
         console.print(f"[red]{says}[/red]", soft_wrap=True)
+    if found["profile_trouble"]:
+        console.print(f"[red]{escape(found['profile_trouble'])}[/red]", soft_wrap=True)
     for name, why in found["gpu_trouble"].items():
         console.print(f"[red]{name} is not used:[/red] {escape(why)}")
     for name, why in found["gpu_unavailable"].items():
@@ -404,6 +411,39 @@ def print_task(found: Mapping[str, Any], console: Console) -> None:
     )
 
 
+_SEARCHES = ("casual", "two_steps", "joint_without_guesses", "joint")
+
+
+def print_search(found: Mapping[str, Any], console: Console) -> None:
+    table = Table(box=None, pad_edge=False)
+    heads = ("task", "casual", "two steps", "no guesses", "joint", "to casual", "paper", "to two steps", "plays")
+    for head in heads:
+        table.add_column(head, justify="left" if head == "task" else "right", no_wrap=True)
+    for row in found["rows"]:
+        goals = {target["name"]: target["met"] for target in row["targets"]}
+        rates = (f"{row[f'{name}_images_per_second']:.1f}" for name in _SEARCHES)
+        table.add_row(
+            f"{row['device'].upper()} {row['task']}",
+            *rates,
+            _ratio(row["joint_to_casual"], goals["joint_to_casual"]),
+            f"{row['paper_best_to_casual']:.2f}",
+            _ratio(row["joint_to_two_steps"], goals["joint_to_two_steps"]),
+            f"{row['joint_plays']:.1f} of {row['two_steps_plays']}",
+        )
+    console.print(table)
+    missed = sum(not target["met"] for row in found["rows"] for target in row["targets"])
+    console.print(
+        f"[dim]images per second of the policy {found['policy']}, in virtual time, seed {found['seed']}; no guesses: "
+        "the joint search from the casual configuration and chance alone; paper: its best configuration to its casual "
+        f"one, which the joint search shall reach; to two steps: at least 1. {missed} missed[/dim]",
+        soft_wrap=True,
+    )
+
+
+def _ratio(value: float, met: bool) -> str:
+    return f"[{'green' if met else 'red'}]{value:.3f}[/]"
+
+
 def print_door(found: Mapping[str, Any], console: Console) -> None:
     table = Table("", *found["brokers"])
     goals = {name: {goal["name"]: goal for goal in each["targets"]} for name, each in found["brokers"].items()}
@@ -538,4 +578,90 @@ def print_gridded(found: Mapping[str, Any], console: Console) -> None:
 
 
 def print_profile(found: Mapping[str, Any], console: Console) -> None:
-    console.print(dict(found))
+    if not found["complete"]:
+        console.print("[yellow]Interrupted: what was known by then; the same command goes on from there.[/]")
+    _print_before_and_after(found, console)
+    changed = {name: value for name, value in found["settings"].items() if value != found["default"][name]}
+    if changed:
+        table = Table("setting", "default", "chosen")
+        for name, value in changed.items():
+            table.add_row(name.replace("_", " "), f"{found['default'][name]:.3g}", f"[green]{value:.3g}[/]")
+        console.print(table)
+    elif found["complete"]:
+        console.print("The defaults stay: nothing was better than they are in every round.")
+    _print_fits(found["fits"], console)
+    for name, why in found["failed"].items():
+        console.print(f"[red]not measured:[/] {escape(f'{name}: {why}')}", soft_wrap=True)
+    if found["importances"]:
+        shares = ", ".join(f"{name.replace('_', ' ')} {share:.0%}" for name, share in found["importances"].items())
+        console.print(f"what matters: {shares}", soft_wrap=True)
+    console.print(f"written to {escape(found['profile_path'])}; to serve by it, in appliance.toml:", soft_wrap=True)
+    line = f"[paths]\nprofile = {json.dumps(found['profile_path'])}"
+    console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _print_before_and_after(found: Mapping[str, Any], console: Console) -> None:
+    before, after = found["default_live_images_per_second"], found["live_images_per_second"]
+    table = _facts()
+    table.add_row("workload", escape(f"{found['workload']}, {found['requests']:,} pictures, for {found['objective']}"))
+    if before:
+        table.add_row("live by default", f"{before:.1f} images/s")
+        gain = f"{after / before:.2f} times as many"
+        table.add_row(
+            "live as chosen", f"[bold green]{after:.1f} images/s[/], {gain}" if after > before else "the same"
+        )
+    table.add_row("predicted", f"{found['predicted_images_per_second']:.1f} images/s")
+    served = f"{found['configurations_confirmed_live']} served live"
+    table.add_row("searched", f"{found['trials']:,} configurations, {served}, in {found['seconds']:.0f} s")
+    console.print(table)
+
+
+def _print_fits(fits: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """The worst ones."""
+    table = Table("runs of", "threads", "a picture", "a batch", "fit error", title_justify="left")
+    for fit in sorted(fits, key=lambda fit: -fit["fit_error"])[:MOST_FITS]:
+        times = (f"{fit[name] * 1e3:.2f} ms" for name in ("item_seconds", "fixed_seconds"))
+        table.add_row(escape(fit["expert"]), str(fit["threads"]), *times, f"{fit['fit_error']:.1%}")
+    if fits:
+        console.print(table)
+    if len(fits) > MOST_FITS:
+        console.print(f"the {MOST_FITS} worst of {len(fits)} fits")
+
+
+PHASES = {"measure": "measuring", "search": "searching", "confirm": "serving live"}
+
+
+@contextmanager
+def profiling(console: Console) -> Iterator[tuple[Callable[[str], None], Callable[[str, float], None]]]:
+    """Who hears what the profiler says, and who hears of its phases and how many seconds each may take. On a terminal
+    a bar for each phase, with what was said last; on anything else lines."""
+    if not console.is_terminal:
+        yield lambda line: console.print(line, markup=False, soft_wrap=True), lambda phase, seconds: None
+        return
+    columns = (TextColumn("{task.description:>12}"), _Clock(), TextColumn("[dim]{task.fields[said]}"))
+    with Progress(*columns, console=console) as bars:
+        phases: list[TaskID] = []
+
+        def say(line: str) -> None:
+            if phases:
+                bars.update(phases[-1], said=escape(line))
+            else:
+                bars.print(escape(line))
+
+        def begin(phase: str, seconds: float) -> None:
+            for earlier in phases[-1:]:
+                bars.stop_task(earlier)
+            phases.append(bars.add_task(PHASES[phase], total=max(seconds, 0.0), said=""))
+
+        yield say, begin
+
+
+class _Clock(ProgressColumn):
+    """How much of its time a phase has used; it may take a little more."""
+
+    def render(self, task: Task) -> Table:
+        spent, total = task.elapsed or 0.0, task.total or 0.0
+        shown = Table.grid(padding=(0, 1))
+        bar = ProgressBar(total=max(total, spent, 1e-9), completed=spent, width=30)
+        shown.add_row(bar, f"{spent:.0f} of {total:.0f} s")
+        return shown

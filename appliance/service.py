@@ -238,7 +238,8 @@ class Service:
         """Raises DeviceError or OutOfMemory when a GPU does not do what it says."""
         if device.name == CPU:
             memory = Weights(installation.store.segment_path, budget_bytes=device.budget_bytes)
-            return Engine.on(device, installation.compiled, memory, runtime.CpuPlace(), self._inbox.tell)
+            place = runtime.CpuPlace(installation.profile.threads)
+            return Engine.on(device, installation.compiled, memory, place, self._inbox.tell)
         gpus, host_bytes = installation.gpus, int(installation.config.memory.gpu_host_tier)
         assert gpus.store is not None
         return Engine.on_gpu(device, gpus.compiled, gpus.store.segment_path, self._inbox.tell, host_bytes=host_bytes)

@@ -430,6 +430,7 @@ def _what_is_there(made: Installation) -> dict[str, Any]:
         "profile": made.profile.name,
         "profile_refused": made.choice.refused,
         "profile_outdated": made.choice.outdated,
+        "profile_trouble": made.choice.trouble,
         "experts": len(made.compiled),
         "architectures": len({compiled.architecture for compiled in made.compiled.values()}),
         "versions": {name: list(versions) for name, versions in made.catalog.versions.items()},

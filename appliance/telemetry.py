@@ -75,6 +75,8 @@ class Telemetry:
         self.alarm_of_experts()
         self._alarm_of_budget()
         self._alarm_of_gpus()
+        trouble = self._installation.choice.trouble
+        self._alarms.set(Alarm.PROFILE, None if trouble is None else {"detail": trouble})
 
     def ordered(self, order: Order) -> None:
         match order:

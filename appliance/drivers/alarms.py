@@ -27,6 +27,7 @@ class Alarm(StrEnum):
     MEMORY_DRIFT = "memory-drift"
     OUTBOX = "outbox"
     OUT_OF_MEMORY = "out-of-memory"
+    PROFILE = "profile"
     REFUSED_TOPIC = "refused-topic"
     THRASHING = "thrashing"
 

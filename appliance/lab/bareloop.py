@@ -52,7 +52,7 @@ class BareLoop:
                     device,
                     installation.compiled_on(device.name),
                     Weights(installation.store.segment_path, budget_bytes=device.budget_bytes),
-                    CpuPlace(),
+                    CpuPlace(installation.profile.threads),
                     self._events.put,
                 )
                 for device in installation.devices

@@ -6,6 +6,7 @@ is not played. One that a constraint forbids is never the answer, however quick 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -100,10 +101,12 @@ class Search:
     def importances(self) -> dict[str, float]:
         """How much of the difference between good and bad each setting accounts for; empty if there are too few."""
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-        try:
-            return dict(optuna.importance.get_param_importances(self._study, evaluator=evaluator))
-        except (ValueError, RuntimeError):
-            return {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # all are said to be equal where nothing is known
+            try:
+                return dict(optuna.importance.get_param_importances(self._study, evaluator=evaluator))
+            except (ValueError, RuntimeError, UserWarning):
+                return {}
 
     def run(self, goes_on: Callable[[], bool]) -> None:
         """Judge one after the other while it `goes_on`, and the sampler has anything new."""
@@ -148,7 +151,8 @@ def _opened(name: str, storage: Path | None, seed: int) -> optuna.Study:
     try:
         study = optuna.create_study(storage=address, study_name=name, direction="maximize", load_if_exists=True)
     except Exception as error:  # SQLAlchemy's or SQLite's: the file is something else, or cannot be made
-        raise ProfileError(f"{storage} cannot be used for the search: {error}", "delete it") from error
+        why, *_ = str(error).splitlines() or [type(error).__name__]
+        raise ProfileError(f"{storage} cannot be used for the search: {why}", "delete it") from error
     # Who goes on does not draw the same again.
     study.sampler = optuna.samplers.TPESampler(
         seed=seed + len(study.get_trials(deepcopy=False)),

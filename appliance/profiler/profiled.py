@@ -11,7 +11,6 @@ import json
 import shutil
 import statistics
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -43,12 +42,16 @@ _LEAST_OF_DEFAULT = 0.9
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is asked of the profiler. Everything that it keeps meanwhile lies in `folder`."""
+    """What is asked of the profiler. Everything that it keeps meanwhile lies in `folder`.
+
+    `begun` hears of each phase (measure, search, confirm) as it begins, and how many seconds it may take.
+    """
 
     budget_seconds: float
     folder: Path
     objective: str = "throughput"
     seed: int = 1
+    begun: Callable[[str, float], None] = lambda phase, seconds: None
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
@@ -209,13 +212,15 @@ class _Run:
         if before is not None:
             return before
         architectures = len({one.architecture for one in rig.compiled.values()})
+        budget_seconds = min(_MEASURE_SHARE * self._plan.budget_seconds, _ARCHITECTURE_SECONDS * architectures)
+        self._plan.begun("measure", budget_seconds)
         found = measured(
             rig.compiled,
             rig.bundles,
             rig.segment_path,
             threads=sorted({1, rig.cores}),
             executors=rig.cores,
-            budget_seconds=min(_MEASURE_SHARE * self._plan.budget_seconds, _ARCHITECTURE_SECONDS * architectures),
+            budget_seconds=budget_seconds,
             say=self._say,
         )
         self._known.measured = found
@@ -238,6 +243,7 @@ class _Run:
 
     def _search(self, search: Search) -> None:
         until = self._seconds + _SEARCH_SHARE * self._plan.budget_seconds
+        self._plan.begun("search", until - self._seconds)
         told, best, best_at = 0, 0.0, 0
 
         def goes_on() -> bool:
@@ -257,6 +263,7 @@ class _Run:
         others = [one for one in candidates if one != self._default]
         if not others:
             return
+        self._plan.begun("confirm", self._plan.budget_seconds - self._seconds)
         if self._known.share is None:
             self._known.share = self._lap_share(known, 1 + len(others[:2]) + 2 * (ROUNDS - 1))
         for settings in (self._default, *others[:2]):
@@ -304,12 +311,18 @@ class _Run:
         self._say(f"live, round {number + 1}: {outcome.images_per_second:.1f} images/s with {name}")
 
     def _winner(self) -> Settings:
-        """Whoever was served as often as need be and was better than the default; else the default."""
-        counts = Counter(lap.settings for lap in self._known.laps)
-        if counts[self._default] < ROUNDS:
-            return self._default
-        able = [settings for settings, count in counts.items() if count >= ROUNDS]
-        return max(able, key=lambda settings: (self._so_far(settings), settings == self._default))
+        """Whoever was served often enough, if it was better than the default in more than half of their rounds; of
+        several the best; else the default."""
+        rounds: dict[Settings, dict[int, float]] = {}
+        for lap in self._known.laps:
+            rounds.setdefault(lap.settings, {})[lap.round] = _value(self._plan.objective, lap.outcome)
+        usual = rounds.pop(self._default, {})
+        able = []
+        for settings, values in rounds.items():
+            both = values.keys() & usual.keys()
+            if len(both) >= ROUNDS and 2 * sum(values[number] > usual[number] for number in both) > len(both):
+                able.append(settings)
+        return max(able, key=self._so_far, default=self._default)
 
 
 def guesses(rig: Rig, default: Settings) -> list[Settings]:

@@ -54,7 +54,9 @@ class Knob:
             found = [self.low * (self.high / self.low) ** share for share in at]
         else:
             found = [self.low + (self.high - self.low) * share for share in at]
-        return [round(value) for value in found] if self.is_whole else found
+        if self.is_whole:
+            return list(dict.fromkeys(round(value) for value in found))
+        return [*found[:-1], self.high]  # and not what rounding makes of it
 
 
 Space = Mapping[str, Knob]

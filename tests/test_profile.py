@@ -1,0 +1,223 @@
+"""A box's profile: what it settles and what it leaves alone, and that one of another time or box is noticed."""
+
+from __future__ import annotations
+
+import io
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from appliance import config as settings
+from appliance import profile as profiles
+from appliance.config import Config
+from appliance.core.costs import Cost
+from appliance.errors import ConfigError
+from appliance.lab.simulate import simulated
+from appliance.profile import DEFAULT, Choice, Found, Hardware, Origin, Profile, Running
+from appliance.report import print_check
+from appliance.startup import Installation, checked, graph_sha256, hardware, install
+from tests.kit_box import ALARMS, INFER, RESULT, STATS, Box, compiled, hear_verdicts, picture, write_catalog
+from tests.kit_brokers import Camera, until
+from tests.kit_models import conv_net
+
+HERE = Hardware(processor="one", cores=2, memory_bytes=1000, runtime="onnxruntime 1")
+FOUND = Found(
+    workload="usage", objective="throughput", trials=9, confirmed=3, predicted=9.0, live=8.0, default_live=7.0
+)
+
+
+@pytest.fixture(scope="module")
+def catalog(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compiled(write_catalog(tmp_path_factory.mktemp("profile") / "catalog", 4, [("e0", "e3")]))
+
+
+def origin(box: Hardware = HERE, graph: str = "graph") -> Origin:
+    return Origin(version="0.1.0", made_at="2026-11-22T00:00:00+00:00", hardware=box, graph_sha256=graph, found=FOUND)
+
+
+def profile(of: Origin | None = None, **settled: object) -> Profile:
+    return Profile.model_validate({"schema": 2, "name": "box1", "origin": of, **settled})
+
+
+FULL = profile(
+    origin(),
+    cpu_executors=3,
+    threads=2,
+    load_slots=4,
+    batch_cap=2,
+    weights_bytes=10_000_000,
+    activation_bytes=5_000_000,
+    hold_share=0.5,
+    running={"a": Running(item_seconds=0.5, fixed_seconds=0.25, fit_error=0.01)},
+)
+SETTLED = {"executors.cpu": 3, "executors.load_slots": 4, "memory.weights": 10_000_000, "memory.activations": 5_000_000}
+
+
+@given(st.sets(st.sampled_from(sorted(SETTLED))))
+def test_what_the_settings_say_goes_before_what_the_profile_says(given_keys: set[str]) -> None:
+    sections: dict[str, dict[str, int]] = {}
+    for key in given_keys:
+        section, name = key.split(".")
+        sections.setdefault(section, {})[name] = 7
+    config = FULL.applied(Config.model_validate(sections))
+    for key, wanted in SETTLED.items():
+        section, name = key.split(".")
+        assert int(getattr(getattr(config, section), name)) == (7 if key in given_keys else wanted)
+
+
+def test_a_profile_that_settles_nothing_leaves_the_settings_as_they_are() -> None:
+    assert DEFAULT.applied(Config()) == Config()
+
+
+def test_costs_are_those_that_were_measured_and_else_those_of_compiling() -> None:
+    compiling = Cost(1.0, 2.0, 3.0)
+    assert FULL.cpu_cost("a", 0, compiling) == Cost(0.5, 0.25, FULL.load_seconds(0))
+    assert FULL.cpu_cost("b", 0, compiling) == Cost(1.0, 2.0, FULL.load_seconds(0))
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        ({"processor": "two"}, "processor was one and is two"),
+        ({"cores": 4}, "cores was 2 and is 4"),
+        ({"gpus": ("H200, driver 1",)}, "gpus was"),
+        ({"runtime": "onnxruntime 2"}, "runtime was onnxruntime 1 and is onnxruntime 2"),
+        ({"memory_bytes": 900}, "memory_bytes was 1000 and is 900"),
+    ],
+)
+def test_a_profile_of_another_box_is_refused_and_says_why(other: dict[str, object], says: str) -> None:
+    choice = profiles.chosen(FULL, HERE.model_copy(update=other), "graph")
+    assert choice.profile == DEFAULT
+    assert says in str(choice.refused)
+    assert choice.trouble == choice.refused
+    assert "appliance profile" in str(choice.trouble)
+
+
+def test_a_little_more_or_less_memory_is_the_same_box() -> None:
+    for size in (960, 1040):
+        assert profiles.chosen(FULL, HERE.model_copy(update={"memory_bytes": size}), "graph") == Choice(FULL)
+
+
+def test_a_profile_for_other_experts_is_used_and_told() -> None:
+    choice = profiles.chosen(FULL, HERE, "another graph")
+    assert (choice.profile, choice.refused, choice.outdated) == (FULL, None, True)
+    assert "other experts" in str(choice.trouble)
+    assert profiles.chosen(FULL, HERE, "graph").trouble is None
+    assert profiles.chosen(DEFAULT, HERE, "whatever").trouble is None
+
+
+def test_a_profile_is_read_as_it_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "not yet there" / "box1.json"
+    profiles.save(FULL, path)
+    assert profiles.load(path) == FULL
+    assert [one.name for one in path.parent.iterdir()] == ["box1.json"]
+
+
+def test_a_profile_that_cannot_be_written_whole_leaves_the_former_one(tmp_path: Path) -> None:
+    path = tmp_path / "box1.json"
+    profiles.save(DEFAULT, path)
+    (tmp_path / ".box1.json.new").symlink_to("/dev/full")
+    with pytest.raises(ConfigError, match=r"box1\.json cannot be written"):
+        profiles.save(FULL, path)
+    assert profiles.load(path) == DEFAULT
+
+
+def test_the_shipped_profile_is_the_default() -> None:
+    assert profiles.load(Path(__file__).parents[1] / "profiles" / "default.json") == DEFAULT
+
+
+def test_experts_that_come_change_the_graphs_digest_and_new_weights_do_not(tmp_path: Path) -> None:
+    def digest(name: str, nets: int, seed: int) -> str:
+        experts = {f"e{n}": conv_net(n + seed) for n in range(nets)}
+        made = install(_config(tmp_path / name, write_catalog(tmp_path / name / "catalog", experts), DEFAULT))
+        return graph_sha256(made.catalog, made.compiled)
+
+    first = digest("first", 2, 0)
+    assert digest("weights", 2, 7) == first
+    assert digest("more", 3, 0) != first
+
+
+def test_a_check_shows_what_is_wrong_with_the_profile_in_red(tmp_path: Path, catalog: Path) -> None:
+    shown = io.StringIO()
+    found = checked(_config(tmp_path, catalog, FULL))
+    print_check(found, Console(file=shown, width=300, force_terminal=True))
+    assert (found["profile"], found["profile_outdated"]) == ("default", False)
+    assert f"\x1b[31m{found['profile_trouble'][:30]}" in shown.getvalue()
+    sound = checked(_config(tmp_path, catalog, DEFAULT))
+    assert sound["profile_trouble"] is None
+
+
+def test_a_service_serves_by_its_profile_and_its_journal_replays_so(tmp_path: Path, catalog: Path) -> None:
+    """Executors, threads of each run, the split of memory and the policy's hold."""
+    by_default, box = (Box(tmp_path / name, catalog) for name in ("default", "box"))
+    found = {"cpu_executors": 1, "threads": 5, "weights_bytes": 16384, "hold_share": 0.9, "batch_cap": 2}
+    _serve_by(box, profile(origin(hardware(), _graph_of(box)), **found))
+    _serve_by(by_default, profile(cpu_executors=1))
+    threads = []
+    for one in (by_default, box):
+        with one, Camera(one.port, RESULT, STATS, ALARMS) as camera:
+            for number in range(60):
+                camera.publish(INFER + f"c-e{number % 4}", picture(number))
+            hear_verdicts(camera, 60)
+            threads.append(psutil.Process(one.pid).num_threads())
+            stats = until(partial(_stats, camera, 60))
+            assert stats["alarms"] == []
+            one.stop()
+    assert threads[1] >= threads[0] + 4, "a run has four helpers"
+    opening, *_ = (box.folder / "journal.jsonl").read_text().splitlines()
+    assert json.loads(opening)["hold_share"] == 0.9
+    assert len(json.loads(opening)["executors"]) == 1
+    assert {expert["max_batch"] for expert in json.loads(opening)["experts"]} == {2}
+    replayed = simulated(box.folder / "journal.jsonl", predict=False)
+    assert (replayed["loads"], replayed["evictions"]) == (stats["loads"], stats["evictions"])
+    assert replayed["evictions"] > 0
+
+
+def test_a_service_raises_an_alarm_for_a_profile_of_another_box_or_for_other_experts(
+    tmp_path: Path, catalog: Path
+) -> None:
+    for number, (found, says) in enumerate(
+        [(profile(origin()), "another box"), (profile(origin(hardware())), "other experts")]
+    ):
+        box = Box(tmp_path / str(number), catalog)
+        _serve_by(box, found)
+        with box, Camera(box.port, ALARMS) as operator:
+            body = json.loads(operator.hear().payload)
+            assert (body["alarm"], says in body["detail"]) == ("profile", True)
+            assert f'alarm name=profile {{"detail": "{body["detail"]}' in box.log_text
+
+
+def _config(folder: Path, catalog: Path, found: Profile) -> Config:
+    folder.mkdir(exist_ok=True)
+    profiles.save(found, folder / "profile.json")
+    store = catalog.with_name("store")
+    paths = {"catalog": catalog, "state": folder / "state", "store": store, "profile": folder / "profile.json"}
+    return Config.model_validate({"paths": paths})
+
+
+def _serve_by(box: Box, found: Profile) -> None:
+    path = box.folder / "profile.json"
+    profiles.save(found, path)
+    lines = box.config.read_text("utf-8").splitlines()
+    box.config.write_text("\n".join(f"profile = '{path}'" if "profile =" in line else line for line in lines))
+
+
+def _graph_of(box: Box) -> str:
+    made: Installation = install(settings.load(box.config))
+    return graph_sha256(made.catalog, made.compiled)
+
+
+def _stats(camera: Camera, verdicts: int) -> dict[str, Any]:
+    """The next message if it is statistics that count so many verdicts, else nothing."""
+    heard = camera.hear()
+    if heard.topic != STATS:
+        return {}
+    body: dict[str, Any] = json.loads(heard.payload)
+    return body if sum(body["verdicts"].values()) == verdicts else {}
