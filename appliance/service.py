@@ -338,6 +338,8 @@ class Service:
         """What the controller wants done now."""
         now = time.monotonic()
         self._orders.ended(event)
+        if isinstance(event, Finished):
+            self.telemetry.ran(event)
         if self._journal is not None:
             self._journal.note(Heard(now, event, more))
         return self._controller.handle(event, now, more=more)

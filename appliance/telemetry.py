@@ -14,7 +14,8 @@ from appliance.boards import Boards
 from appliance.core import suspects
 from appliance.core.controller import Controller
 from appliance.core.drift import Balance
-from appliance.core.types import Evict, Load
+from appliance.core.relearn import Relearning
+from appliance.core.types import Evict, Finished, Load
 from appliance.drivers import devices, runtime, systemd
 from appliance.drivers.alarms import Alarm, Alarms
 from appliance.drivers.intake import Intake
@@ -34,6 +35,7 @@ TRIM_SECONDS = 10.0
 SPARE_SECONDS = 60.0
 """Memory that experts gave back and nobody has taken for so long goes back to the machine."""
 RECENT_MOVES = 64
+ARCHITECTURE_DIGITS = 12
 
 
 class Telemetry:
@@ -64,6 +66,8 @@ class Telemetry:
         self._memory = devices.MemoryWatch()
         self._drift = Drift()
         self._next_trim = 0.0
+        self._experts = installation.experts
+        self._relearning = Relearning({name: one.architecture for name, one in installation.compiled.items()})
         self._footprints = {
             device.name: {name: footprint(compiled) for name, compiled in installation.compiled_on(device.name).items()}
             for device in installation.devices
@@ -75,8 +79,7 @@ class Telemetry:
         self.alarm_of_experts()
         self._alarm_of_budget()
         self._alarm_of_gpus()
-        trouble = self._installation.choice.trouble
-        self._alarms.set(Alarm.PROFILE, None if trouble is None else {"detail": trouble})
+        self._look_at_costs()
 
     def ordered(self, order: Order) -> None:
         match order:
@@ -84,6 +87,12 @@ class Telemetry:
                 self._moves.append({"move": "load", "expert": expert})
             case Evict(expert=expert):
                 self._moves.append({"move": "evict", "expert": expert})
+
+    def ran(self, event: Finished) -> None:
+        """A batch ran to its end."""
+        batch = event.batch
+        cost = self._experts[batch.expert].costs[batch.device]
+        self._relearning.saw(batch.expert, batch.device, len(batch.requests), event.seconds, cost)
 
     def status(self) -> str:
         unavailable = self._controller.unavailable
@@ -125,6 +134,7 @@ class Telemetry:
         self._look_at_clocks()
         self._look_at_outbox()
         self._look_for_refusals()
+        self._look_at_costs()
         self._say.status(self.status())
         if self._door.state is not DoorState.READY:
             return
@@ -155,6 +165,10 @@ class Telemetry:
             "evictions_by_rule": dict(self._controller.evictions),
             "asked": dict(self._controller.asked),
             "runs": counts["runs"],
+            "running": [
+                {"architecture": kind[:ARCHITECTURE_DIGITS], "device": device, **asdict(found)}
+                for (kind, device), found in self._relearning.learnt().items()
+            ],
             "waiting": len(waiting),
             "boards": self._boards.numbers(),
             "spooled": stored.spooled,
@@ -251,6 +265,22 @@ class Telemetry:
         rights = " and ".join(self._config.topic(kind, "#") for kind in ("result", "board"))
         remedy = f"let the box write to {rights} (the broker's access list); it tries again with its next connection"
         self._alarms.set(Alarm.REFUSED_TOPIC, {"topic": topic, "why": why, "remedy": remedy} if topic else None)
+
+    def _look_at_costs(self) -> None:
+        """A profile that is not this box's, or no more. What compiling measured is rough, and nobody's promise."""
+        choice, origin = self._installation.choice, self._installation.profile.origin
+        if choice.trouble is not None:
+            self._alarms.set(Alarm.PROFILE, {"detail": choice.trouble})
+            return
+        learnt = self._relearning.learnt().items() if origin is not None else ()
+        off = {
+            kind[:ARCHITECTURE_DIGITS]: round(found.times_as_long, 2) for (kind, _), found in learnt if found.is_far_off
+        }
+        if not off:
+            self._alarms.set(Alarm.PROFILE, None)
+        elif Alarm.PROFILE not in self._alarms.raised:
+            detail = "runs take so many times as long as the profile says; run `appliance profile` again"
+            self._alarms.set(Alarm.PROFILE, {"detail": detail, "times_as_long": off})
 
     def _balances(self) -> dict[str, Balance]:
         album = self._inspections.album

@@ -24,6 +24,7 @@ from paho.mqtt.enums import MQTTProtocolVersion
 
 from appliance import client
 from appliance.config import Config, Experts, Memory, Paths
+from appliance.core.relearn import LEAST_BATCHES
 from appliance.core.types import Finished
 from appliance.drivers import journal
 from appliance.drivers.devices import Gpu
@@ -147,6 +148,20 @@ def test_a_retained_picture_is_not_inspected_at_every_start(tmp_path: Path, cata
         with Box(tmp_path / "box", catalog, nats):
             heard = camera.hear()
             assert (heard.topic, camera.heard.empty()) == ("coe/v1/plant/error/retained", True)
+
+
+def test_what_runs_take_is_learnt_anew_and_told(tmp_path: Path, catalog: Path) -> None:
+    """By architecture: all four experts are of one. Without a profile of the box nothing is promised, and no alarm."""
+    with Box(tmp_path / "box", catalog) as box, Camera(box.port, RESULT, STATS) as camera:
+        for number in range(LEAST_BATCHES):  # one by one: each is a batch
+            camera.publish(INFER + f"c-e{number % 4}", picture(number))
+            camera.hear_of("/result/")
+        stats = until(lambda: (told := json.loads(camera.hear_of("/stats").payload))["running"] and told)
+    (learnt,) = stats["running"]
+    assert learnt["device"] == "cpu"
+    assert learnt["item_seconds"] > 0
+    assert learnt["times_as_long"] > 0
+    assert stats["alarms"] == []
 
 
 def test_a_damaged_picture_also_gets_its_one_verdict(shared_box: Box) -> None:
