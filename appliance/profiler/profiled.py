@@ -16,17 +16,20 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from appliance.errors import ConfigError
+from appliance.errors import ConfigError, ProfileError
 from appliance.lab.telling import Say
 from appliance.profiler.joint import NO_ROOM, Judged, Search, Trial
-from appliance.profiler.measure import Measured, measured
+from appliance.profiler.measure import LOADS, Measured, measured
 from appliance.profiler.rig import Outcome, Rig
 from appliance.profiler.settings import Settings
 
 OBJECTIVES = ("throughput", "deadlines", "p99")
 _MEASURE_SHARE, _SEARCH_SHARE = 0.25, 0.35
 """Of the time; what is left is for confirming live."""
-_MOST_TRIALS = 5000
+_LEAST_MEASURING_SECONDS = 6.0
+"""Whatever the time: less than two child processes take to start would measure nothing."""
+LEAST_TRIALS, _MOST_TRIALS = 12, 5000
+"""The guesses and a few more, whatever the time."""
 ROUNDS = 3
 CANDIDATES = 4
 """Of the search's best, served live once beside the default; the best of these goes through the other rounds."""
@@ -171,18 +174,19 @@ class _Run:
         with self._interruptible():
             if self._is_complete:
                 self._confirm(known, [trial.settings for trial in best])
-        winner = self._winner()
+        best_live = winner(self._known.laps, self._default, self._plan.objective)
+        share = self._known.share or 1.0
         return Profiled(
-            settings=winner,
+            settings=best_live,
             default=self._default,
             measured=known,
             predicted=best,
             laps=self._known.laps,
             trials=search.trials,
             importances=search.importances(),
-            predicted_images_per_second=self._rig.predicted(winner, known, self._known.share or 1.0).images_per_second,
+            predicted_images_per_second=self._rig.predicted(best_live, known, share).images_per_second,
             seconds=self._seconds,
-            share=self._known.share or 1.0,
+            share=share,
             is_complete=self._is_complete,
         )
 
@@ -205,7 +209,7 @@ class _Run:
         rig, before = self._rig, self._known.measured
         if before is not None:
             return before
-        budget_seconds = _MEASURE_SHARE * self._plan.budget_seconds
+        budget_seconds = max(_MEASURE_SHARE * self._plan.budget_seconds, _LEAST_MEASURING_SECONDS)
         self._plan.begun("measure", budget_seconds)
         found = measured(
             rig.compiled,
@@ -216,6 +220,9 @@ class _Run:
             budget_seconds=budget_seconds,
             say=self._say,
         )
+        if not found.loading.bytes_per_second:
+            why = found.failed.get(LOADS, "there was no time")
+            raise ProfileError(f"loads could not be measured: {why}", "allow more time")
         self._known.measured = found
         self._note()
         return found
@@ -246,7 +253,7 @@ class _Run:
                 best = search.best()
                 value = f", the best predicted at {best[0].value:.1f}" if best else ""
                 self._say(f"searching: {told} configurations{value}")
-            return self._seconds < until and search.trials < _MOST_TRIALS
+            return search.trials < LEAST_TRIALS or (self._seconds < until and search.trials < _MOST_TRIALS)
 
         search.run(goes_on)
 
@@ -288,16 +295,17 @@ class _Run:
             if lap.settings == settings and lap.round == number
         )
 
-    def _winner(self) -> Settings:
-        """Whoever went through all rounds, if it was better than the default in each of them; else the default."""
-        rounds: dict[Settings, dict[int, float]] = {}
-        for lap in self._known.laps:
-            rounds.setdefault(lap.settings, {})[lap.round] = _value(self._plan.objective, lap.outcome)
-        usual = rounds.pop(self._default, {})
-        for settings, values in rounds.items():
-            if len(values) == len(usual) == ROUNDS and all(values[number] > usual[number] for number in usual):
-                return settings
-        return self._default
+
+def winner(laps: Sequence[Lap], default: Settings, objective: str) -> Settings:
+    """Whoever went through all rounds, if it was better than the default in each of them; else the default."""
+    rounds: dict[Settings, dict[int, float]] = {}
+    for lap in laps:
+        rounds.setdefault(lap.settings, {})[lap.round] = _value(objective, lap.outcome)
+    usual = rounds.pop(default, {})
+    for settings, values in rounds.items():
+        if len(values) == len(usual) == ROUNDS and all(values[number] > usual[number] for number in usual):
+            return settings
+    return default
 
 
 def guesses(rig: Rig, default: Settings) -> list[Settings]:
