@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
+from itertools import chain, count
 from string import ascii_uppercase
 from typing import Any
 
@@ -112,7 +113,7 @@ def _names(found: Found) -> dict[str, str]:
     """Of each configuration that was served live, by its settings: the default, the chosen one, and letters."""
     names = {_key(found["settings"]): _CHOSEN, _key(found["default"]): _DEFAULT}
     served = dict.fromkeys(_key(lap["settings"]) for lap in found["laps"])
-    letters = iter(ascii_uppercase)  # few are served live
+    letters = chain(ascii_uppercase, map(str, count(1)))
     return {key: names.get(key) or next(letters) for key in served}
 
 
