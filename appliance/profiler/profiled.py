@@ -26,8 +26,9 @@ from appliance.profiler.settings import Settings
 OBJECTIVES = ("throughput", "deadlines", "p99")
 _MEASURE_SHARE, _SEARCH_SHARE = 0.25, 0.35
 """Of the time; what is left is for confirming live."""
-_LEAST_MEASURING_SECONDS = 6.0
-"""Whatever the time: less than two child processes take to start would measure nothing."""
+_LEAST_MEASURING_SECONDS, _AMPLE_SECONDS = 6.0, 30.0
+"""For measuring: at least so long, whatever the time, or its child processes have hardly started; and from here on whoever
+has measured nothing is not given more."""
 LEAST_TRIALS, _MOST_TRIALS = 12, 5000
 """The guesses and a few more, whatever the time."""
 ROUNDS = 3
@@ -206,26 +207,31 @@ class _Run:
         self._known.write()
 
     def _measured(self) -> Measured:
-        rig, before = self._rig, self._known.measured
-        if before is not None:
-            return before
+        if self._known.measured is not None:
+            return self._known.measured
         budget_seconds = max(_MEASURE_SHARE * self._plan.budget_seconds, _LEAST_MEASURING_SECONDS)
         self._plan.begun("measure", budget_seconds)
-        found = measured(
-            rig.compiled,
-            rig.bundles,
-            rig.segment_path,
-            threads=sorted({1, rig.cores}),
-            executors=rig.cores,
-            budget_seconds=budget_seconds,
-            say=self._say,
-        )
+        found = self._measure(budget_seconds)
+        while not found.loading.bytes_per_second and 0 < budget_seconds < _AMPLE_SECONDS:
+            budget_seconds *= 2  # on a busy box the little that is left for loads is over before a child has started
+            found = self._measure(budget_seconds)
         if not found.loading.bytes_per_second:
             why = found.failed.get(LOADS, "there was no time")
             raise ProfileError(f"loads could not be measured: {why}", "allow more time")
         self._known.measured = found
         self._note()
         return found
+
+    def _measure(self, budget_seconds: float) -> Measured:
+        return measured(
+            self._rig.compiled,
+            self._rig.bundles,
+            self._rig.segment_path,
+            threads=sorted({1, self._rig.cores}),
+            executors=self._rig.cores,
+            budget_seconds=budget_seconds,
+            say=self._say,
+        )
 
     def _judge(self, known: Measured) -> Callable[[Settings, float], Judged]:
         goal = self._rig.predicted(self._default, known).images_per_second * _LEAST_OF_DEFAULT
