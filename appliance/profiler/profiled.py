@@ -27,8 +27,8 @@ OBJECTIVES = ("throughput", "deadlines", "p99")
 _MEASURE_SHARE, _SEARCH_SHARE = 0.25, 0.35
 """Of the time; what is left is for confirming live."""
 _LEAST_MEASURING_SECONDS, _AMPLE_SECONDS = 6.0, 30.0
-"""For measuring: at least so long, whatever the time, or its child processes have hardly started; and from here on whoever
-has measured nothing is not given more."""
+"""For measuring: at least so long, whatever the time, or its children have hardly started; and from so long on, who has
+measured nothing is not given more."""
 LEAST_TRIALS, _MOST_TRIALS = 12, 5000
 """The guesses and a few more, whatever the time."""
 ROUNDS = 3
