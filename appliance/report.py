@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 COLOURS = {
     "pass": "green",
@@ -638,8 +639,9 @@ def profiling(console: Console) -> Iterator[tuple[Callable[[str], None], Callabl
     if not console.is_terminal:
         yield lambda line: console.print(line, markup=False, soft_wrap=True), lambda phase, seconds: None
         return
-    columns = (TextColumn("{task.description:>12}"), _Clock(), TextColumn("[dim]{task.fields[said]}"))
-    with Progress(*columns, console=console) as bars:
+    said = TextColumn("[dim]{task.fields[said]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
+    columns = TextColumn("{task.description:>12}"), _Clock(bar_width=30), _Spent(), said
+    with Progress(*columns, console=console, expand=True) as bars:
         phases: list[TaskID] = []
 
         def say(line: str) -> None:
@@ -656,12 +658,14 @@ def profiling(console: Console) -> Iterator[tuple[Callable[[str], None], Callabl
         yield say, begin
 
 
-class _Clock(ProgressColumn):
+class _Clock(BarColumn):
     """How much of its time a phase has used; it may take a little more."""
 
-    def render(self, task: Task) -> Table:
+    def render(self, task: Task) -> ProgressBar:
         spent, total = task.elapsed or 0.0, task.total or 0.0
-        shown = Table.grid(padding=(0, 1))
-        bar = ProgressBar(total=max(total, spent, 1e-9), completed=spent, width=30)
-        shown.add_row(bar, f"{spent:.0f} of {total:.0f} s")
-        return shown
+        return ProgressBar(total=max(total, spent, 1e-9), completed=spent, width=self.bar_width)
+
+
+class _Spent(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.elapsed or 0:.0f} of {task.total or 0:.0f} s", no_wrap=True)

@@ -109,6 +109,12 @@ def test_each_lap_and_sample_is_drawn_once() -> None:
     assert [name in text_of(html) for name in ("1: default", "1: chosen", "1: A")] == [True, True, True]
 
 
+def test_after_many_sittings_each_configuration_still_has_a_name_of_its_own() -> None:
+    served = [lap(0, Settings(executors), 50.0 + executors) for executors in range(5, 35)]
+    text = text_of(page(found(laps=served)))
+    assert [name in text for name in ("1: A", "1: Z", "1: 1", "1: 4")] == [True] * 4
+
+
 def test_of_many_architectures_the_worst_fits_are_drawn_and_all_are_listed() -> None:
     html = page(found(fits=[fit(f"e{number}", 1, number / 100) for number in range(20)]))
     assert drawings(html) == 4 + 6

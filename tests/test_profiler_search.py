@@ -11,7 +11,7 @@ from pathlib import Path
 
 import optuna
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from appliance.errors import ProfileError
@@ -36,6 +36,8 @@ def knobs(draw: st.DrawFn) -> Knob:
 
 
 @given(knobs(), st.integers(2, 60))
+@example(Knob(1.625, 3.375, is_log=True), 2)
+@example(Knob(1, 16, is_log=True), 12)
 def test_steps_go_from_one_end_to_the_other(knob: Knob, count: int) -> None:
     steps = knob.steps(count)
     assert len(steps) == len(set(steps)) <= count

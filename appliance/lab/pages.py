@@ -111,7 +111,8 @@ def bars(rows: Sequence[Bar]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Points of `curves`, in order; a line joins them, or lies beside them, or there is none."""
+    """Points of `curves`, in order; a line joins them, or lies beside them, or there is none, and then only who points
+    at one sees the name."""
 
     name: str
     kind: str
@@ -151,13 +152,13 @@ def curves(
         if curve.line:
             path = "L".join(f"{across.at(x):.1f} {up.at(y):.1f}" for x, y in curve.line)
             drawn.append(f'<path class="curve {curve.kind}" d="M{path}"/>')
+            x, y = curve.line[-1]
+            ends.append((up.at(y), across.at(x), curve.name))
         drawn += [
             f'<circle class="{curve.kind}" cx="{across.at(x):.1f}" cy="{up.at(y):.1f}" r="4">'
-            f"<title>{y:.1f}{up_unit}</title></circle>"
+            f"<title>{escape(curve.name)} {y:.1f}{up_unit}</title></circle>"
             for x, y in curve.points
         ]
-        x, y = (curve.line or curve.points)[-1]
-        ends.append((up.at(y), across.at(x), curve.name))
     below = 0.0
     for y, x, name in sorted(ends):
         below = max(y + 4, below + _LINE)  # lines that end beside each other are named below each other

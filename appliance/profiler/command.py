@@ -83,7 +83,7 @@ def _told(found: Profiled, rig: Rig, plan: Plan, path: Path, html: Path | None) 
         "predicted_images_per_second": found.predicted_images_per_second,
         "live_images_per_second": found.live(found.settings),
         "default_live_images_per_second": found.live(found.default),
-        "profile_path": str(path),
+        "profile_path": str(path.resolve()),  # in appliance.toml, others are beside that file
         "changed": told(found.settings, found.default),
         "settings": found.settings.told(),
         "default": found.default.told(),

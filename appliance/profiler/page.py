@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
+from itertools import chain, count
 from string import ascii_uppercase
 from typing import Any
 
@@ -22,8 +23,8 @@ _FITS = (
 _MEMORY = "Pictures per second of the chosen settings with less memory and with more, as predicted."
 _IMPORTANCES = "How much of the difference between good and bad predictions each setting accounts for."
 _SCATTER = (
-    "Each point is a lap: to the right what was predicted, upwards what came live. On the line both are the same; "
-    "what the search needs is that a higher prediction comes higher live."
+    "Each point is a lap: to the right what was predicted, upwards what came live; red is the default, blue what was "
+    "chosen. On the line both are the same; what the search needs is that a higher prediction comes higher live."
 )
 _LAPS = "Pictures per second, live; the mark is what was predicted."
 _CONTENTION = "How many times as long a run takes beside others, and how quickly loads come, as measured here."
@@ -31,10 +32,9 @@ _CONTENTION = "How many times as long a run takes beside others, and how quickly
 
 def page(found: Found) -> str:
     """One file of HTML, which is also XML."""
-    headline = f"{_now(found):.1f} pictures per second, {_before(found):.1f} by default"
     box = found["hardware"]
     share = f"{found['weights_bytes'] / 1e6:,.0f} MB of weights in {found['memory_bytes'] / 1e6:,.0f} MB of memory"
-    content = f"""<h1>{escape(headline if found["laps"] else "Nothing was served live")}</h1>
+    content = f"""<h1>{escape(_headline(found))}</h1>
 <p>{escape(found["workload"])}, for {escape(found["objective"])}: {found["requests"]:,} pictures for
 {found["experts"]:,} experts, {share}.
 {escape(box["processor"])}, {box["cores"]} cores, {escape(", ".join((*box["gpus"], box["runtime"])))}.</p>
@@ -42,6 +42,14 @@ def page(found: Found) -> str:
 <div class="tiles">{"".join(_tiles(found))}</div>
 {"".join(_sections(found))}"""
     return document(f"Profile of {found['workload']}", content)
+
+
+def _headline(found: Found) -> str:
+    if not found["laps"]:
+        return "Nothing was served live"
+    if found["settings"] == found["default"]:
+        return f"{_now(found):.1f} pictures per second, by default"
+    return f"{_now(found):.1f} pictures per second, {_before(found):.1f} by default"
 
 
 def _now(found: Found) -> float:
@@ -61,6 +69,7 @@ def _incomplete(found: Found) -> str:
 def _tiles(found: Found) -> Iterator[str]:
     if _before(found):
         yield tile(f"{_before(found):.1f} /s", "live by default")
+    if _before(found) and found["settings"] != found["default"]:
         yield tile(f"{_now(found):.1f} /s", "live as chosen")
         yield tile(f"{_now(found) / _before(found):.2f} &#215;", "as many as by default")
     yield tile(f"{found['predicted_images_per_second']:.1f} /s", "predicted as chosen")
@@ -104,7 +113,7 @@ def _names(found: Found) -> dict[str, str]:
     """Of each configuration that was served live, by its settings: the default, the chosen one, and letters."""
     names = {_key(found["settings"]): _CHOSEN, _key(found["default"]): _DEFAULT}
     served = dict.fromkeys(_key(lap["settings"]) for lap in found["laps"])
-    letters = iter(ascii_uppercase)  # few are served live
+    letters = chain(ascii_uppercase, map(str, count(1)))
     return {key: names.get(key) or next(letters) for key in served}
 
 
@@ -132,7 +141,7 @@ def _scatter(found: Found, names: Mapping[str, str]) -> str:
         spots.setdefault(names[_key(lap["settings"])], []).append(spot)
     most = max(min(x, y) for points in spots.values() for x, y in points)
     drawn = [Curve(name, _kind(name), points, ()) for name, points in spots.items()]
-    return curves([Curve("as predicted", "bound", (), ((0.0, 0.0), (most, most))), *drawn], " /s", " /s")
+    return curves([Curve("", "bound", (), ((0.0, 0.0), (most, most))), *drawn], " /s", " /s")
 
 
 def _lap_table(found: Found, names: Mapping[str, str]) -> str:

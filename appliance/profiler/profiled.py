@@ -16,10 +16,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from appliance.errors import ConfigError
+from appliance.errors import ConfigError, ProfileError
 from appliance.lab.telling import Say
 from appliance.profiler.joint import NO_ROOM, Judged, Search, Trial
-from appliance.profiler.measure import Measured, measured
+from appliance.profiler.measure import LOADS, Measured, measured
 from appliance.profiler.rig import Outcome, Rig
 from appliance.profiler.settings import Settings
 
@@ -28,9 +28,13 @@ _MEASURE_SHARE, _SEARCH_SHARE = 0.25, 0.35
 """Of the time, at most; what is left is for confirming live."""
 _ARCHITECTURE_SECONDS = 20.0
 """For measuring each, at most: more repeats tell nothing new."""
+_LEAST_MEASURING_SECONDS, _AMPLE_SECONDS = 6.0, 30.0
+"""For measuring: at least so long, whatever the time, or its children have hardly started; and from so long on, who has
+measured nothing is not given more."""
+LEAST_TRIALS, _MOST_TRIALS = 12, 5000
+"""The guesses and a few more, whatever the time."""
 _VAIN_TRIALS = 200
 """After so many that brought nothing better the search ends."""
-_MOST_TRIALS = 5000
 ROUNDS = 2
 """So often at least whoever wins has been served beside the default."""
 CANDIDATES = 4
@@ -177,18 +181,19 @@ class _Run:
         with self._interruptible():
             if self._is_complete:
                 self._confirm(known, [trial.settings for trial in best])
-        winner = self._winner()
+        best_live = winner(self._known.laps, self._default, self._plan.objective)
+        share = self._known.share or 1.0
         return Profiled(
-            settings=winner,
+            settings=best_live,
             default=self._default,
             measured=known,
             predicted=best,
             laps=self._known.laps,
             trials=search.trials,
             importances=search.importances(),
-            predicted_images_per_second=self._rig.predicted(winner, known, self._known.share or 1.0).images_per_second,
+            predicted_images_per_second=self._rig.predicted(best_live, known, share).images_per_second,
             seconds=self._seconds,
-            share=self._known.share or 1.0,
+            share=share,
             is_complete=self._is_complete,
         )
 
@@ -208,24 +213,33 @@ class _Run:
         self._known.write()
 
     def _measured(self) -> Measured:
-        rig, before = self._rig, self._known.measured
-        if before is not None:
-            return before
-        architectures = len({one.architecture for one in rig.compiled.values()})
+        if self._known.measured is not None:
+            return self._known.measured
+        architectures = len({one.architecture for one in self._rig.compiled.values()})
         budget_seconds = min(_MEASURE_SHARE * self._plan.budget_seconds, _ARCHITECTURE_SECONDS * architectures)
+        budget_seconds = max(budget_seconds, _LEAST_MEASURING_SECONDS)
         self._plan.begun("measure", budget_seconds)
-        found = measured(
-            rig.compiled,
-            rig.bundles,
-            rig.segment_path,
-            threads=sorted({1, rig.cores}),
-            executors=rig.cores,
-            budget_seconds=budget_seconds,
-            say=self._say,
-        )
+        found = self._measure(budget_seconds)
+        while not found.loading.bytes_per_second and 0 < budget_seconds < _AMPLE_SECONDS:
+            budget_seconds *= 2  # on a busy box the little that is left for loads is over before a child has started
+            found = self._measure(budget_seconds)
+        if not found.loading.bytes_per_second:
+            why = found.failed.get(LOADS, "there was no time")
+            raise ProfileError(f"loads could not be measured: {why}", "allow more time")
         self._known.measured = found
         self._note()
         return found
+
+    def _measure(self, budget_seconds: float) -> Measured:
+        return measured(
+            self._rig.compiled,
+            self._rig.bundles,
+            self._rig.segment_path,
+            threads=sorted({1, self._rig.cores}),
+            executors=self._rig.cores,
+            budget_seconds=budget_seconds,
+            say=self._say,
+        )
 
     def _judge(self, known: Measured) -> Callable[[Settings, float], Judged]:
         goal = self._rig.predicted(self._default, known).images_per_second * _LEAST_OF_DEFAULT
@@ -253,7 +267,8 @@ class _Run:
             if search.trials >= told + 25:
                 told = search.trials
                 self._say(f"searching: {told} configurations, the best predicted at {best:.1f}")
-            return self._seconds < until and search.trials < min(best_at + _VAIN_TRIALS, _MOST_TRIALS)
+            most = min(best_at + _VAIN_TRIALS, _MOST_TRIALS)
+            return search.trials < LEAST_TRIALS or (self._seconds < until and search.trials < most)
 
         search.run(goes_on)
 
@@ -310,19 +325,20 @@ class _Run:
         name = "the default" if settings == self._default else told(settings, self._default)
         self._say(f"live, round {number + 1}: {outcome.images_per_second:.1f} images/s with {name}")
 
-    def _winner(self) -> Settings:
-        """Whoever was served often enough, if it was better than the default in more than half of their rounds; of
-        several the best; else the default."""
-        rounds: dict[Settings, dict[int, float]] = {}
-        for lap in self._known.laps:
-            rounds.setdefault(lap.settings, {})[lap.round] = _value(self._plan.objective, lap.outcome)
-        usual = rounds.pop(self._default, {})
-        able = []
-        for settings, values in rounds.items():
-            both = values.keys() & usual.keys()
-            if len(both) >= ROUNDS and 2 * sum(values[number] > usual[number] for number in both) > len(both):
-                able.append(settings)
-        return max(able, key=self._so_far, default=self._default)
+
+def winner(laps: Sequence[Lap], default: Settings, objective: str) -> Settings:
+    """Whoever was served often enough beside the default and was better in more than half of these rounds; of several
+    the best; else the default."""
+    rounds: dict[Settings, dict[int, float]] = {}
+    for lap in laps:
+        rounds.setdefault(lap.settings, {})[lap.round] = _value(objective, lap.outcome)
+    usual = rounds.pop(default, {})
+    able = dict[Settings, float]()
+    for settings, values in rounds.items():
+        both = values.keys() & usual.keys()
+        if len(both) >= ROUNDS and 2 * sum(values[number] > usual[number] for number in both) > len(both):
+            able[settings] = statistics.median(values.values())
+    return max(able, key=lambda settings: able[settings], default=default)
 
 
 def guesses(rig: Rig, default: Settings) -> list[Settings]:

@@ -1,0 +1,278 @@
+"""The profiler itself on real experts: what it chooses, what an interruption or a kill leaves, what is written."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from appliance import config as settings
+from appliance import profile as profiles
+from appliance.errors import ConfigError, ProfileError
+from appliance.lab import laps
+from appliance.profiler import boxes, workload
+from appliance.profiler.measure import Loading, Measured
+from appliance.profiler.profiled import (
+    CANDIDATES,
+    LEAST_TRIALS,
+    OBJECTIVES,
+    ROUNDS,
+    Lap,
+    Plan,
+    Profiled,
+    guesses,
+    profiled,
+    winner,
+)
+from appliance.profiler.rig import Outcome, Rig
+from appliance.profiler.settings import Settings
+from appliance.startup import install
+from tests.kit_box import compiled, write_catalog
+from tests.kit_brokers import until
+from tests.kit_models import conv_net
+
+DEFAULT, ONE, TWO = Settings(1), Settings(2), Settings(3)
+PATHS = "[paths]\ncatalog = 'catalog'\nstore = 'store'\nstate = 'state'\n"
+KNOWN = Measured((), Loading({1: 1e9, 2: 1.5e9}, 0.001), (), 1.0, {})
+
+
+def lap(number: int, one: Settings, rate: float, p99: float = 1.0, late: float = 0.0) -> Lap:
+    return Lap(number, one, Outcome(rate, p99, late, 5))
+
+
+def rounds(one: Settings, *rates: float) -> list[Lap]:
+    return [lap(number, one, rate) for number, rate in enumerate(rates)]
+
+
+@pytest.mark.parametrize(
+    ("served", "wins"),
+    [
+        ([*rounds(DEFAULT, 5, 5, 5), *rounds(ONE, 6, 6, 6)], ONE),
+        ([*rounds(DEFAULT, 5, 5, 5), *rounds(ONE, 9, 9, 4.9)], DEFAULT),
+        ([*rounds(DEFAULT, 5, 5, 5), *rounds(ONE, 5, 5, 5)], DEFAULT),
+        ([*rounds(DEFAULT, 5, 5, 5), *rounds(ONE, 9), *rounds(TWO, 6, 6, 6)], TWO),
+        ([*rounds(DEFAULT, 5, 5, 5), *rounds(ONE, 9, 9)], DEFAULT),
+        ([*rounds(DEFAULT, 5, 5), *rounds(ONE, 9, 9, 9)], DEFAULT),
+        (rounds(DEFAULT, 5, 5, 5), DEFAULT),
+        ([], DEFAULT),
+    ],
+)
+def test_the_defaults_stay_unless_they_were_beaten_live_in_every_round(served: list[Lap], wins: Settings) -> None:
+    assert winner(served, DEFAULT, "throughput") == wins
+
+
+def test_what_is_better_depends_on_the_objective() -> None:
+    served = [
+        one
+        for number in range(ROUNDS)
+        for one in (lap(number, DEFAULT, 9.0, p99=5.0, late=0.1), lap(number, ONE, 8.0, p99=2.0, late=0.0))
+    ]
+    assert [winner(served, DEFAULT, objective) for objective in OBJECTIVES] == [DEFAULT, ONE, ONE]
+
+
+def test_an_objective_that_there_is_not_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"objective luck.*throughput"):
+        Plan(5.0, tmp_path, "luck")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Rig, Settings]]:
+    asked = laps.Workload("tiny", experts=8, requests=60, budget_share=0.6, gap_seconds=0.001)
+    with boxes.made_rig(asked, tmp_path_factory.mktemp("tiny"), lambda line: None) as made:
+        yield made
+
+
+@dataclass(frozen=True, slots=True)
+class Sitting:
+    """One call of the profiler, and what it said."""
+
+    found: Profiled
+    said: Sequence[str]
+    phases: Sequence[str]
+
+
+@pytest.fixture(scope="module")
+def sittings(tiny: tuple[Rig, Settings], tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Sitting], Path]:
+    """Interrupted before the search, again after the first live lap, and then let through to the end."""
+    folder = tmp_path_factory.mktemp("profiler")
+
+    def sit(interrupted: Callable[[str], bool]) -> Sitting:
+        said: list[str] = []
+        phases: list[str] = []
+
+        def hear(to: list[str], line: str) -> None:
+            to.append(line)
+            if interrupted(line):
+                raise KeyboardInterrupt
+
+        plan = Plan(11.0, folder, begun=lambda phase, seconds: hear(phases, phase))
+        return Sitting(profiled(*tiny, plan, lambda line: hear(said, line)), said, phases)
+
+    return [
+        sit(lambda line: line == "search"),
+        sit(lambda line: line.startswith("live")),
+        sit(lambda line: False),
+    ], folder
+
+
+def test_who_is_interrupted_before_the_search_keeps_the_defaults_and_the_measurements(
+    sittings: tuple[list[Sitting], Path], tiny: tuple[Rig, Settings]
+) -> None:
+    (first, *_), _ = sittings
+    assert (first.found.is_complete, first.found.settings, first.found.trials) == (False, tiny[1], 0)
+    assert first.phases == ["measure", "search"]
+    assert first.found.measured.architectures
+    assert any("the same command goes on" in line for line in first.said)
+    written = boxes.profile_of(first.found, tiny[0], "box1", "throughput", "graph")
+    assert written.applied(settings.Config()).executors.cpu == tiny[1].cpu_executors
+    assert written.running.keys() == {one.architecture for one in tiny[0].compiled.values()}
+
+
+def test_who_is_interrupted_while_serving_keeps_what_was_served(
+    sittings: tuple[list[Sitting], Path], tiny: tuple[Rig, Settings]
+) -> None:
+    (first, second, _), _ = sittings
+    assert (second.found.is_complete, second.found.settings, len(second.found.laps)) == (False, tiny[1], 1)
+    assert second.phases == ["search", "confirm"], "what is measured is not measured again"
+    assert second.found.measured == first.found.measured
+    assert second.found.trials >= LEAST_TRIALS, "however little time there is"
+
+
+def test_the_same_again_goes_on_and_confirms_every_candidate_beside_the_default(
+    sittings: tuple[list[Sitting], Path], tiny: tuple[Rig, Settings]
+) -> None:
+    (_, second, last), folder = sittings
+    found, (rig, default) = last.found, tiny
+    assert found.is_complete
+    assert "measure" not in last.phases
+    assert found.trials >= second.found.trials
+    assert [*found.laps][:1] == [*second.found.laps], "what was served is not served again"
+    by_round = [[one.settings for one in found.laps if one.round == number] for number in range(ROUNDS)]
+    assert all(default in served and len(served) == len(set(served)) for served in by_round)
+    assert 1 <= len(by_round[0]) <= CANDIDATES + 1
+    assert set(by_round[1]) == set(by_round[2])
+    assert len(by_round[1]) <= 2
+    assert set(by_round[1]) <= set(by_round[0])
+    assert found.settings == winner(found.laps, default, "throughput")
+    assert all(one.outcome.images_per_second > 0 for one in found.laps)
+    assert all(rig.holds(trial.settings) for trial in found.predicted)
+    assert list(folder.iterdir()) == [], "what was kept for going on is gone"
+
+
+def test_no_time_to_measure_loads_is_an_error_that_says_so(
+    tiny: tuple[Rig, Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("appliance.profiler.profiled._LEAST_MEASURING_SECONDS", 0.0)
+    with pytest.raises(ProfileError, match="loads could not be measured"):
+        profiled(*tiny, Plan(0.0, tmp_path))
+
+
+def test_defaults_that_do_not_hold_the_largest_expert_are_refused(tiny: tuple[Rig, Settings], tmp_path: Path) -> None:
+    rig, default = tiny
+    with pytest.raises(ConfigError, match="largest expert"):
+        profiled(replace(rig, memory_bytes=1000), default, Plan(5.0, tmp_path))
+
+
+def test_guesses_have_room_and_are_other_than_the_default(tiny: tuple[Rig, Settings]) -> None:
+    rig, default = tiny
+    found = guesses(rig, default)
+    assert all(rig.holds(guess) for guess in found)
+    assert {guess.cpu_executors for guess in found} >= {1, rig.cores}
+
+
+def test_the_space_is_what_a_box_can_do_and_settings_beyond_it_do_not_hold(tiny: tuple[Rig, Settings]) -> None:
+    rig, default = tiny
+    assert all(hasattr(default, name) for name in rig.space())
+    assert rig.holds(default)
+    assert not rig.holds(replace(default, cpu_executors=2 * rig.cores + 1))
+    assert not rig.holds(replace(default, weights_share=1.0)), "nothing is left for activations"
+
+
+def test_predicted_and_live_serve_the_same_pictures_and_keep_the_budget(tiny: tuple[Rig, Settings]) -> None:
+    rig, default = tiny
+    for share in (0.5, 1.0):
+        for outcome in (rig.predicted(default, KNOWN, share), rig.served(default, KNOWN, share)):
+            assert outcome.images_per_second > 0
+            assert outcome.late_share == 0
+            assert outcome.loads >= 0
+    assert rig.predicted(default, KNOWN) == rig.predicted(default, KNOWN), "a prediction has no chance in it"
+    assert rig.floor() == len(workload.asked(rig.graph, rig.workload))
+
+
+@pytest.fixture(scope="module")
+def box(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The settings of a box with a catalogue of its own."""
+    home = tmp_path_factory.mktemp("box")
+    nets = {f"e{number}": conv_net(number, width=64) for number in range(4)}
+    compiled(write_catalog(home / "catalog", nets, [("e0", "e3")]))
+    profiles.save(profiles.DEFAULT, home / "profiles" / "default.json")
+    config = home / "appliance.toml"
+    config.write_text(f"{PATHS}[memory]\nweights = 60000\nactivations = 4000000\n", "utf-8")
+    return config
+
+
+def test_the_default_of_a_box_is_how_it_serves_without_a_profile(box: Path) -> None:
+    made = install(settings.load(box))
+    rig = boxes.rig_of(made, workload.of_usage(made.catalog, 10, 0.5, 0.001))
+    default = boxes.default_of(made)
+    (device,) = made.devices
+    assert rig.weights_bytes(default) == pytest.approx(device.budget_bytes, abs=2)
+    assert rig.activation_bytes(default) == pytest.approx(device.activation_bytes, abs=2)
+    assert default.cpu_executors == len(made.executors)
+    assert default.load_slots == device.load_slots
+    assert default.batch_cap == max(expert.max_batch for expert in made.experts.values())
+
+
+def test_a_profiler_that_is_killed_goes_on_and_writes_what_the_box_then_serves_by(box: Path, tmp_path: Path) -> None:
+    page, kept = tmp_path / "page.html", tmp_path / "kept"
+    arguments = ["--config", str(box), "--requests", "80", "--gap", "1ms", "--budget", "18s", "--json"]
+    command = [sys.executable, "-m", "appliance.cli", "profile", *arguments, "--folder", str(kept), "--html", str(page)]
+    with (tmp_path / "first.err").open("wb") as said:
+        first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
+    until(lambda: first.poll() is not None or _trials(kept) >= 2, 120.0)
+    assert first.poll() is None, (tmp_path / "first.err").read_text()
+    first.kill()
+    first.wait(20)
+    before = _trials(kept)
+    assert "running" in (tmp_path / "first.err").read_text()
+
+    second = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert second.returncode == 0, second.stderr
+    found: dict[str, Any] = json.loads(second.stdout)
+    assert "running" not in second.stderr, "what is measured is not measured again"
+    assert found["trials"] > before
+    assert found["complete"]
+    assert ElementTree.fromstring(page.read_text()).tag == "html"
+
+    written = profiles.load(Path(found["profile_path"]))
+    assert found["profile_path"] == str((box.parent / "profiles" / "box1.json").resolve())
+    box.write_text(box.read_text().replace(PATHS, f"{PATHS}profile = 'profiles/box1.json'\n"))
+    made = install(settings.load(box))
+    assert made.choice.trouble is None
+    assert made.profile == written
+    assert Counter(executor.device for executor in made.executors) == {"cpu": found["settings"]["cpu_executors"]}
+    assert written.origin is not None
+    assert written.origin.found.live == found["live_images_per_second"]
+    assert found["settings"] == found["default"] or written.origin.found.live > written.origin.found.default_live
+
+
+def _trials(folder: Path) -> int:
+    """Configurations that are known to the search by now."""
+    for path in folder.rglob("search.db"):
+        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as storage:
+            try:
+                (count,) = storage.execute("SELECT count(*) FROM trials WHERE state = 'COMPLETE'").fetchone()
+            except sqlite3.OperationalError:  # its tables are not made yet
+                return 0
+            return int(count)
+    return 0
