@@ -268,13 +268,14 @@ class Telemetry:
 
     def _look_at_costs(self) -> None:
         """A profile that is not this box's, or no more. What compiling measured is rough, and nobody's promise."""
-        choice, origin = self._installation.choice, self._installation.profile.origin
+        choice, promised = self._installation.choice, self._installation.profile.running
         if choice.trouble is not None:
             self._alarms.set(Alarm.PROFILE, {"detail": choice.trouble})
             return
-        learnt = self._relearning.learnt().items() if origin is not None else ()
         off = {
-            kind[:ARCHITECTURE_DIGITS]: round(found.times_as_long, 2) for (kind, _), found in learnt if found.is_far_off
+            kind[:ARCHITECTURE_DIGITS]: round(found.times_as_long, 2)
+            for (kind, device), found in self._relearning.learnt().items()
+            if device == CPU and kind in promised and found.is_far_off
         }
         if not off:
             self._alarms.set(Alarm.PROFILE, None)

@@ -58,16 +58,20 @@ def rounds(one: Settings, *rates: float) -> list[Lap]:
     ("served", "wins"),
     [
         ([*rounds(DEFAULT, 5, 5, 5), *rounds(ONE, 6, 6, 6)], ONE),
-        ([*rounds(DEFAULT, 5, 5, 5), *rounds(ONE, 9, 9, 4.9)], DEFAULT),
+        ([*rounds(DEFAULT, 5, 5, 5), *rounds(ONE, 9, 9, 4.9)], ONE),
+        ([*rounds(DEFAULT, 5, 5, 5), *rounds(ONE, 9, 4.9, 4.9)], DEFAULT),
+        ([*rounds(DEFAULT, 5, 5), *rounds(ONE, 9, 4.9)], DEFAULT),
         ([*rounds(DEFAULT, 5, 5, 5), *rounds(ONE, 5, 5, 5)], DEFAULT),
         ([*rounds(DEFAULT, 5, 5, 5), *rounds(ONE, 9), *rounds(TWO, 6, 6, 6)], TWO),
-        ([*rounds(DEFAULT, 5, 5, 5), *rounds(ONE, 9, 9)], DEFAULT),
-        ([*rounds(DEFAULT, 5, 5), *rounds(ONE, 9, 9, 9)], DEFAULT),
+        ([*rounds(DEFAULT, 5, 5, 5), *rounds(ONE, 7, 7), *rounds(TWO, 6, 6, 6)], ONE),
+        ([*rounds(DEFAULT, 5), *rounds(ONE, 9, 9, 9)], DEFAULT),
         (rounds(DEFAULT, 5, 5, 5), DEFAULT),
         ([], DEFAULT),
     ],
 )
-def test_the_defaults_stay_unless_they_were_beaten_live_in_every_round(served: list[Lap], wins: Settings) -> None:
+def test_the_defaults_stay_unless_they_were_beaten_live_in_more_than_half_of_two_rounds_or_more(
+    served: list[Lap], wins: Settings
+) -> None:
     assert winner(served, DEFAULT, "throughput") == wins
 
 
@@ -160,7 +164,6 @@ def test_the_same_again_goes_on_and_confirms_every_candidate_beside_the_default(
     by_round = [[one.settings for one in found.laps if one.round == number] for number in range(ROUNDS)]
     assert all(default in served and len(served) == len(set(served)) for served in by_round)
     assert 1 <= len(by_round[0]) <= CANDIDATES + 1
-    assert set(by_round[1]) == set(by_round[2])
     assert len(by_round[1]) <= 2
     assert set(by_round[1]) <= set(by_round[0])
     assert found.settings == winner(found.laps, default, "throughput")
