@@ -184,7 +184,7 @@ def test_a_service_raises_an_alarm_for_a_profile_of_another_box(tmp_path: Path, 
     box = Box(tmp_path / "box", catalog)
     _serve_by(box, profile(origin()))
     with box, Camera(box.port, ALARMS) as operator:
-        body = json.loads(operator.hear().payload)
+        body = json.loads(until(lambda: operator.hear_of("/alarm/profile").payload))
         assert body["alarm"] == "profile"
         assert "profile box1 is of another box, and not used" in body["detail"]
         assert "alarm name=profile" in box.log_text
