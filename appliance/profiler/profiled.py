@@ -24,7 +24,7 @@ from appliance.profiler.rig import Outcome, Rig
 from appliance.profiler.settings import Settings
 
 OBJECTIVES = ("throughput", "deadlines", "p99")
-_MEASURE_SHARE, _SEARCH_SHARE = 0.25, 0.35
+_MEASURE_SHARE, _SEARCH_SHARE = 0.15, 0.2
 """Of the time, at most; what is left is for confirming live."""
 _ARCHITECTURE_SECONDS = 20.0
 """For measuring each, at most: more repeats tell nothing new."""
