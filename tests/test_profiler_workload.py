@@ -59,7 +59,6 @@ def test_a_journal_is_played_at_its_times_or_faster_with_the_answers_given_there
         refused,
     ]
     assert asis.answer("r1", "detector") == (), "who was never asked has found nothing"
-    assert workload.asked(GRAPH, asis) == {"a": 1, "b": 1, "detector": 1}
 
 
 def test_a_journal_of_other_components_or_without_pictures_is_refused_by_name(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from appliance.lab.simulate import SharedDisk, World, simulate
 from appliance.lab.telling import quantile
 from appliance.profiler.measure import Loading, Measured
 from appliance.profiler.settings import Knob, Settings, Space
-from appliance.profiler.workload import Workload, asked
+from appliance.profiler.workload import Workload
 from appliance.startup import CPU, footprint
 from appliance.store.store import Compiled
 
@@ -131,10 +131,6 @@ class Rig:
         )
         lap = live.served(stage, policy, self._setup(settings, measured, policy), self.compiled)
         return Outcome(lap.images_per_second, lap.wait_seconds(0.99), lap.late / len(lap.waits_seconds), lap.loads)
-
-    def floor(self) -> int:
-        """Experts that the workload asks."""
-        return len(asked(self.graph, self.workload))
 
     def _setup(self, settings: Settings, measured: Measured, policy: Policy) -> Setup:
         device = Device(CPU, self.weights_bytes(settings), settings.load_slots, self.activation_bytes(settings))

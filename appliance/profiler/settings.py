@@ -13,7 +13,7 @@ class Settings:
     """One configuration of a box.
 
     The shares say how memory is split: of main memory and of a GPU's, so much is for weights and the rest for
-    activations; of main memory, `host_tier_share` is pinned first, for weights that left a GPU. `hold_share` is the
+    activations. `hold_share` is the
     policy's: for so large a share of its seconds a load is held for which somebody has to leave.
     """
 
@@ -24,7 +24,6 @@ class Settings:
     batch_cap: int = 16
     weights_share: float = 0.8
     gpu_weights_share: float = 0.8
-    host_tier_share: float = 0.0
     hold_share: float = 0.25
 
     def told(self) -> dict[str, Any]:

@@ -7,8 +7,7 @@ components' usage, drawn by chance. What experts find there is drawn too: `check
 from __future__ import annotations
 
 import random
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -159,23 +158,3 @@ def _satisfying(condition: Condition) -> Finding:
     return Finding(
         condition.label or f"not {condition.not_label}", max(score, condition.score_at_least or 0.0), fails=False
     )
-
-
-def asked(graph: ExpertGraph, workload: Workload) -> Mapping[str, int]:
-    """How often each expert is asked."""
-    counts = defaultdict[str, int](int)
-    for request in workload.requests:
-        waiting: Iterable[str] = (graph.entries[request.component],)
-        seen = set[str]()
-        while waiting:
-            following = list[str]()
-            for expert in waiting:
-                if expert in seen:
-                    continue
-                seen.add(expert)
-                counts[expert] += 1
-                answer = workload.answer(request.id, expert)
-                if not isinstance(answer, Refusal):
-                    following += graph.next_experts(expert, answer)
-            waiting = following
-    return counts
