@@ -59,6 +59,7 @@ def test_fractions_are_those_of_a_round_and_what_is_told_are_medians() -> None:
     assert found.fraction_of_broker_rate == 0.25
     assert found.goodput_fraction_of_bare_loop == 0.95
     assert found.demo_fraction_of_smaller == 0.75
+    assert found.demo_fraction_of_both == pytest.approx(1.25)
     assert (found.round_trip_p50_seconds, found.round_trip_p99_seconds, found.fsync_p99_seconds) == (
         0.003,
         0.004,

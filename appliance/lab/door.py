@@ -92,6 +92,8 @@ class Found:
     goodput_fraction_of_bare_loop: float
     demo_images_per_second: float
     demo_fraction_of_smaller: float
+    demo_fraction_of_both: float
+    """Of what the same cores can do that do the loop's work and the door's for each picture, one after the other."""
     round_trip_p50_seconds: float
     round_trip_p99_seconds: float
     fsync_p99_seconds: float
@@ -145,6 +147,10 @@ def summed_up(laps: Sequence[Lap]) -> Found:
         demo_images_per_second=statistics.median(lap.demo_images_per_second for lap in laps),
         demo_fraction_of_smaller=statistics.median(
             lap.demo_images_per_second / min(lap.bare_demo_images_per_second, lap.demo_door_images_per_second)
+            for lap in laps
+        ),
+        demo_fraction_of_both=statistics.median(
+            lap.demo_images_per_second * (1 / lap.bare_demo_images_per_second + 1 / lap.demo_door_images_per_second)
             for lap in laps
         ),
         round_trip_p50_seconds=_share(trips, 0.5),
