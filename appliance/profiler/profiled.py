@@ -235,7 +235,7 @@ class _Run:
             self._rig.compiled,
             self._rig.bundles,
             self._rig.segment_path,
-            threads=sorted({1, self._rig.cores}),
+            threads=self._rig.thread_counts,
             executors=self._rig.cores,
             budget_seconds=budget_seconds,
             say=self._say,
@@ -245,7 +245,7 @@ class _Run:
         goal = self._rig.predicted(self._default, known).images_per_second * _LEAST_OF_DEFAULT
 
         def judge(settings: Settings, share: float) -> Judged:
-            if not self._rig.holds(settings) or settings.threads not in {1, self._rig.cores}:
+            if not self._rig.holds(settings):
                 return NO_ROOM
             found = self._rig.predicted(settings, known, share)
             excess = 0.0

@@ -64,6 +64,12 @@ class Rig:
     cores: int
     workload: Workload
 
+    @property
+    def thread_counts(self) -> list[int]:
+        """Of a run: one, twice as many each time, and all cores. Others are neither measured nor chosen."""
+        powers = (1 << exponent for exponent in range(self.cores.bit_length()))
+        return sorted({*powers, self.cores})
+
     def space(self) -> Space:
         """What may be chosen here."""
         largest = max(bundle.manifest.model.max_batch for bundle in self.bundles.values())
@@ -87,7 +93,8 @@ class Rig:
         """Whether every expert has room with one picture, and processors are not shared more than twice over."""
         prints = [footprint(one) for one in self.compiled.values()]
         return (
-            settings.cpu_executors * settings.threads <= 2 * self.cores
+            settings.threads in self.thread_counts
+            and settings.cpu_executors * settings.threads <= 2 * self.cores
             and max(one.weights_bytes for one in prints) <= self.weights_bytes(settings)
             and max(one.activation_bytes(1) for one in prints) <= self.activation_bytes(settings)
         )
