@@ -21,6 +21,7 @@ from appliance import profile as profiles
 from appliance.errors import ConfigError, ProfileError
 from appliance.lab import laps
 from appliance.profiler import boxes, workload
+from appliance.profiler.command import place
 from appliance.profiler.measure import Loading, Measured
 from appliance.profiler.profiled import (
     CANDIDATES,
@@ -209,6 +210,18 @@ def test_predicted_and_live_serve_the_same_pictures_and_keep_the_budget(tiny: tu
             assert outcome.late_share == 0
             assert outcome.loads >= 0
     assert rig.predicted(default, KNOWN) == rig.predicted(default, KNOWN), "a prediction has no chance in it"
+
+
+@pytest.mark.parametrize(
+    ("is_complete", "there", "name"),
+    [(True, True, "box1.json"), (False, False, "box1.json"), (False, True, "box1.interrupted.json")],
+)
+def test_what_an_interrupted_run_knows_takes_the_place_of_no_former_profile(
+    tmp_path: Path, is_complete: bool, there: bool, name: str
+) -> None:
+    if there:
+        (tmp_path / "box1.json").touch()
+    assert place(tmp_path / "box1.json", is_complete).name == name
 
 
 @pytest.fixture(scope="module")

@@ -48,7 +48,7 @@ def of_box(path: Path, pictures: Pictures, plan: Plan, out: Path | None, html: P
     made = install(config, profile=profile.DEFAULT)  # the one that is there may be of another time
     rig, default = boxes.rig_of(made, pictures.of(made)), boxes.default_of(made)
     found = profiled(rig, default, plan, say)
-    to = out or boxes.profile_path(config)
+    to = place(out or boxes.profile_path(config), found.is_complete)
     profile.save(boxes.profile_of(found, rig, config.box.name, plan.objective, boxes.graph_of(made)), to)
     return _told(found, rig, plan, to, html)
 
@@ -57,9 +57,14 @@ def of_made(asked: laps.Workload, plan: Plan, folder: Path, out: Path, html: Pat
     """Profile experts that are made for it."""
     with boxes.made_rig(asked, folder, say) as (rig, default):
         found = profiled(rig, default, plan, say)
-        name = f"{asked.experts}-{asked.shape}"
-        profile.save(boxes.profile_of(found, rig, name, plan.objective, ""), out)
-        return _told(found, rig, plan, out, html)
+        name, to = f"{asked.experts}-{asked.shape}", place(out, found.is_complete)
+        profile.save(boxes.profile_of(found, rig, name, plan.objective, ""), to)
+        return _told(found, rig, plan, to, html)
+
+
+def place(wanted: Path, is_complete: bool) -> Path:
+    """Where to write: what an interrupted run knows takes the place of no former profile."""
+    return wanted if is_complete or not wanted.exists() else wanted.with_suffix(".interrupted.json")
 
 
 def _told(found: Profiled, rig: Rig, plan: Plan, path: Path, html: Path | None) -> dict[str, Any]:
