@@ -273,7 +273,9 @@ def profile(
         Path | None, typer.Option(help="What a service recorded (paths.journal), with the answers given there.")
     ] = None,
     speed: Annotated[float, typer.Option(min=0.01, help="Play the journal so many times as fast.")] = 1.0,
-    gap: Annotated[str, typer.Option(help="Time from one picture to the next, such as 4ms; not of a journal.")] = "4ms",
+    gap: Annotated[
+        str, typer.Option(help="Time from one picture to the next, such as 40ms; 0: all wait. Not of a journal.")
+    ] = "0",
     checked: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Share of pictures that lead on to a next expert; not of a journal.")
     ] = 0.35,

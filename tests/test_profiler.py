@@ -22,6 +22,7 @@ from appliance.errors import ConfigError, ProfileError
 from appliance.lab import laps
 from appliance.profiler import boxes, workload
 from appliance.profiler.command import place
+from appliance.profiler.joint import Trial
 from appliance.profiler.measure import Loading, Measured
 from appliance.profiler.profiled import (
     CANDIDATES,
@@ -31,6 +32,7 @@ from appliance.profiler.profiled import (
     Lap,
     Plan,
     Profiled,
+    diverse,
     guesses,
     profiled,
     winner,
@@ -63,6 +65,7 @@ def rounds(one: Settings, *rates: float) -> list[Lap]:
         ([*rounds(DEFAULT, 5, 5, 5), *rounds(ONE, 9, 4.9, 4.9)], DEFAULT),
         ([*rounds(DEFAULT, 5, 5), *rounds(ONE, 9, 4.9)], DEFAULT),
         ([*rounds(DEFAULT, 5, 5, 5), *rounds(ONE, 5, 5, 5)], DEFAULT),
+        ([*rounds(DEFAULT, 5, 5, 5), *rounds(ONE, 5.04, 5.04, 5.04)], DEFAULT),
         ([*rounds(DEFAULT, 5, 5, 5), *rounds(ONE, 9), *rounds(TWO, 6, 6, 6)], TWO),
         ([*rounds(DEFAULT, 5, 5, 5), *rounds(ONE, 7, 7), *rounds(TWO, 6, 6, 6)], ONE),
         ([*rounds(DEFAULT, 5), *rounds(ONE, 9, 9, 9)], DEFAULT),
@@ -74,6 +77,15 @@ def test_the_defaults_stay_unless_they_were_beaten_live_in_more_than_half_of_two
     served: list[Lap], wins: Settings
 ) -> None:
     assert winner(served, DEFAULT, "throughput") == wins
+
+
+def test_candidates_differ_in_executors_and_threads_before_anything_else() -> None:
+    """Where the prediction for one such pair is wrong, the others are tried all the same."""
+    crowd = [Trial(replace(TWO, hold_share=number / 10), 9.0 - number / 10) for number in range(5)]
+    ranked = [*crowd, Trial(ONE, 5.0), Trial(DEFAULT, 4.0)]
+    assert diverse(ranked) == [crowd[0], ranked[5], ranked[6], crowd[1]]
+    assert diverse(crowd) == crowd[:CANDIDATES]
+    assert diverse([]) == []
 
 
 def test_what_is_better_depends_on_the_objective() -> None:

@@ -277,3 +277,9 @@ def test_the_joint_search_finds_no_less_than_the_papers_two_with_no_more_plays(d
         settings = Settings(**found[f"{name}_settings"])
         value = preset.throughput(paper.MACHINES[device], paper.JOBS[task], "coserve", settings)
         assert value == found[f"{name}_images_per_second"], "what is told is what it comes to"
+
+
+def test_what_a_box_has_by_default_lies_within_what_is_searched() -> None:
+    assert Knob(0.5, 0.98).including(0.1) == Knob(0.1, 0.98)
+    assert Knob(1, 4).including(6) == Knob(1, 6)
+    assert Knob(1, 4, is_log=True).including(2) == Knob(1, 4, is_log=True)

@@ -57,6 +57,10 @@ def _largest_batch(made: Installation) -> int:
     return max(made.catalog.bundles[name].manifest.model.max_batch for name in made.compiled)
 
 
+_STEP_BYTES = 32 << 20
+"""What compiling measures is never twice the same; so the box is, and a search on it goes on after a kill."""
+
+
 @contextmanager
 def made_rig(asked: laps.Workload, folder: Path, say: Say) -> Iterator[tuple[Rig, Settings]]:
     """A box of made experts at the task of `appliance bench task`, and its default settings; gone afterwards.
@@ -66,6 +70,7 @@ def made_rig(asked: laps.Workload, folder: Path, say: Say) -> Iterator[tuple[Rig
     with fleet(asked.job.board, asked.shape, folder, say, plain=False) as found:
         weights = int(found.bytes * asked.budget_share)
         working = max(footprint(one).activation_bytes(MAX_BATCH) for one in found.compiled.values()) * cores()
+        working = -(-working // _STEP_BYTES) * _STEP_BYTES
         whole = weights + ACTIVATIONS_TWICE * working
         rig = Rig(
             paper.graph(found.board),

@@ -39,7 +39,11 @@ ROUNDS = 2
 """So often at least whoever wins has been served beside the default."""
 CANDIDATES = 4
 """Of the search's best, at most, that are served live; two at least."""
+_RANKED = 200
+"""Of which these are chosen."""
 LEAST_REQUESTS = 100
+LEAST_GAIN = 0.01
+"""Who is better by less is not known to be better at all."""
 _LEAST_OF_DEFAULT = 0.9
 """Where waits or deadlines are what counts, throughput may fall so far, as predicted."""
 
@@ -167,8 +171,9 @@ class _Run:
 
     def all(self) -> Profiled:
         known = self._measured()
+        usual = self._default.told()
         search = Search(
-            self._rig.space(),
+            {name: knob.including(usual[name]) for name, knob in self._rig.space().items()},
             self._default,
             self._judge(known),
             guesses=guesses(self._rig, self._default),
@@ -177,7 +182,7 @@ class _Run:
         )
         with self._interruptible():
             self._search(search)
-        best = search.best(CANDIDATES)
+        best = diverse(search.best(_RANKED))
         with self._interruptible():
             if self._is_complete:
                 self._confirm(known, [trial.settings for trial in best])
@@ -327,8 +332,8 @@ class _Run:
 
 
 def winner(laps: Sequence[Lap], default: Settings, objective: str) -> Settings:
-    """Whoever was served often enough beside the default and was better in more than half of these rounds; of several
-    the best; else the default."""
+    """Whoever was served often enough beside the default and was clearly better in more than half of these rounds; of
+    several the best; else the default."""
     rounds: dict[Settings, dict[int, float]] = {}
     for lap in laps:
         rounds.setdefault(lap.settings, {})[lap.round] = _value(objective, lap.outcome)
@@ -336,9 +341,20 @@ def winner(laps: Sequence[Lap], default: Settings, objective: str) -> Settings:
     able = dict[Settings, float]()
     for settings, values in rounds.items():
         both = values.keys() & usual.keys()
-        if len(both) >= ROUNDS and 2 * sum(values[number] > usual[number] for number in both) > len(both):
+        better = sum(values[number] > usual[number] + LEAST_GAIN * abs(usual[number]) for number in both)
+        if len(both) >= ROUNDS and 2 * better > len(both):
             able[settings] = statistics.median(values.values())
     return max(able, key=lambda settings: able[settings], default=default)
+
+
+def diverse(ranked: Sequence[Trial]) -> list[Trial]:
+    """The best of each number of executors and threads first, then the next best of all: where a prediction is wrong,
+    it is so for all that share these."""
+    first, rest = dict[tuple[int, int], Trial](), list[Trial]()
+    for trial in ranked:
+        if first.setdefault((trial.settings.cpu_executors, trial.settings.threads), trial) is not trial:
+            rest.append(trial)
+    return [*first.values(), *rest][:CANDIDATES]
 
 
 def guesses(rig: Rig, default: Settings) -> list[Settings]:

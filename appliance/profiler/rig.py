@@ -112,7 +112,7 @@ class Rig:
             workload.answer,
             disk=SharedDisk(bandwidth(measured.loading, settings.load_slots)),
             residents=box.residents,
-            takes=_taking(self.compiled, measured, settings),
+            takes=_taking(self.compiled, measured, settings, self.cores),
         )
         found = simulate(controller, world, workload.requests)
         late = sum(not verdict.outcome.is_answer for verdict in found.verdicts)
@@ -182,22 +182,22 @@ def bandwidth(loading: Loading, at_once: int) -> float:
 
 
 def _taking(
-    compiled: Mapping[str, Compiled], measured: Measured, settings: Settings
+    compiled: Mapping[str, Compiled], measured: Measured, settings: Settings, cores: int
 ) -> Callable[[Batch, int, int], float]:
     """How long a batch takes beside so many others, and so many loads, as measured."""
-    known = {one.architecture: one for one in measured.architectures if one.threads == settings.threads}
+    models = {(one.architecture, one.threads): one for one in measured.architectures}
+    contention = {one.threads: one for one in measured.contention}
     costs = costs_of(compiled, measured, settings)
-    found = next((one for one in measured.contention if one.threads == settings.threads), None)
-    most = max(found.beside_runs) if found is not None else 1
 
     def takes(batch: Batch, runs: int, loads: int) -> float:
-        count = len(batch.requests)
-        model = known.get(compiled[batch.expert].architecture)
-        alone = costs[batch.expert].run_seconds(count) if model is None else model.run_seconds(count)
-        if found is None:
-            return alone
-        # More than were measured share the same processors.
-        beside = found.times_as_long(runs) * max(runs / most, 1.0)
-        return alone * beside * (found.beside_loads if loads else 1.0)
+        count, kind = len(batch.requests), compiled[batch.expert].architecture
+        model, single = models.get((kind, settings.threads)), models.get((kind, 1))
+        seconds = costs[batch.expert].run_seconds(count) if model is None else model.run_seconds(count)
+        if (beside := contention.get(settings.threads)) is not None:
+            seconds *= beside.times_as_long(runs) * (beside.beside_loads if loads else 1.0)
+        if single is None or (alone := contention.get(1)) is None:
+            return seconds
+        # However runs are cut into threads, the cores do no more per second than with a thread on each.
+        return max(seconds, runs * single.run_seconds(count) * alone.times_as_long(cores) / cores)
 
     return takes

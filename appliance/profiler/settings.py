@@ -42,6 +42,10 @@ class Knob:
     def is_whole(self) -> bool:
         return isinstance(self.low, int) and isinstance(self.high, int)
 
+    def including(self, value: float) -> Knob:
+        """The same, as wide as need be for this value."""
+        return replace(self, low=min(self.low, value), high=max(self.high, value))
+
     def steps(self, count: int) -> list[float]:
         """At most so many values, from one end to the other."""
         if self.is_whole and self.high - self.low < count:
