@@ -217,3 +217,8 @@ def _stats(camera: Camera, verdicts: int) -> dict[str, Any]:
         return {}
     body: dict[str, Any] = json.loads(heard.payload)
     return body if sum(body["verdicts"].values()) == verdicts else {}
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "profiles").iterdir()), ids=lambda path: path.name)
+def test_every_shipped_profile_is_sound(path: Path) -> None:
+    assert profiles.load(path).name == path.stem
