@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -107,6 +108,19 @@ def test_a_report_of_few_policies_is_a_page_too(served: tuple[Mapping[str, Any],
     found, laps = served
     few = {**found, "policies": [row for row in found["policies"] if row["policy"] in ("all-resident", "samba")]}
     assert ElementTree.fromstring(page(few, laps)).tag == "html"
+
+
+@pytest.mark.usefixtures("room")
+def test_what_a_killed_process_left_is_gone_with_the_next_fleet_and_what_is_in_use_stays(tmp_path: Path) -> None:
+    with subprocess.Popen(["true"]) as gone:
+        gone.wait()
+    left, used = tmp_path / f"bench-{gone.pid}-a1", tmp_path / f"bench-{os.getpid()}-a1"
+    for folder in (left, used):
+        folder.mkdir()
+        (folder / "segment").touch()
+    with fleet(SMALL.job.board, "tiny", tmp_path, lambda line: None, plain=False):
+        assert not left.exists()
+        assert used.exists()
 
 
 @pytest.mark.usefixtures("room")

@@ -36,6 +36,7 @@ DETECTORS: Mapping[str, tuple[str, str]] = {
 }
 """Shapes of the two detectors by that of the classifiers: about half and all of their size, as in the paper."""
 TINY = Shape("tiny", "three convolutions, for tests", 32, small_net(128))
+_PREFIX = "bench-"
 _SPARE_BYTES = 1 << 30
 """Left free on the disk."""
 _LAST_BITS = 1 << 12
@@ -86,7 +87,8 @@ def fleet(board: Board, shape: str, folder: Path, say: Say, *, plain: bool = Tru
     kinds = {paper.classifier(rank): shape for rank in range(board.types)}
     kinds |= dict(zip(paper.DETECTOR_BYTES, DETECTORS[shape_named(shape).name], strict=True))
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="bench-", dir=folder) as home:
+    _sweep(folder)
+    with tempfile.TemporaryDirectory(prefix=f"{_PREFIX}{os.getpid()}-", dir=folder) as home:
         say(f"compiling an expert for each of {', '.join(dict.fromkeys(kinds.values()))}")
         store = Store(Path(home) / "store")
         bundles = {name: _bundle(Path(home), shape_named(name)) for name in dict.fromkeys(kinds.values())}
@@ -105,6 +107,14 @@ def fleet(board: Board, shape: str, folder: Path, say: Say, *, plain: bool = Tru
             {name: _models(Path(home), shape_named(name), files) for name in bases},
             store.segment_path,
         )
+
+
+def _sweep(folder: Path) -> None:
+    """What processes left here that were killed: gigabytes that nobody else would miss."""
+    for left in folder.glob(f"{_PREFIX}*"):
+        pid = left.name.removeprefix(_PREFIX).partition("-")[0]
+        if pid.isdigit() and not Path("/proc", pid).exists():
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _bundle(home: Path, shape: Shape) -> Bundle:
