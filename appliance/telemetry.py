@@ -272,10 +272,12 @@ class Telemetry:
         if choice.trouble is not None:
             self._alarms.set(Alarm.PROFILE, {"detail": choice.trouble})
             return
+        cpu = sum(executor.device == CPU for executor in self._installation.executors)
+        sharing = cpu * self._installation.profile.threads / self._cores
         off = {
             kind[:ARCHITECTURE_DIGITS]: round(found.times_as_long, 2)
             for (kind, device), found in self._relearning.learnt().items()
-            if device == CPU and kind in promised and found.is_far_off
+            if device == CPU and kind in promised and found.is_far_off(sharing)
         }
         if not off:
             self._alarms.set(Alarm.PROFILE, None)

@@ -57,7 +57,7 @@ def test_runs_that_take_what_they_should_are_no_drift() -> None:
     found = learnt_of((n % 4 + 1, TOLD.run_seconds(n % 4 + 1)) for n in range(100))
     assert found is not None
     assert found.times_as_long == pytest.approx(1.0)
-    assert not found.is_far_off
+    assert not found.is_far_off()
 
 
 @pytest.mark.parametrize("factor", [FAR_OFF * 1.1, 1 / FAR_OFF / 1.1])
@@ -66,7 +66,7 @@ def test_what_has_changed_long_ago_is_forgotten(factor: float) -> None:
     found = learnt_of([*before, *((n, seconds * factor) for n, seconds in before)])
     assert found is not None
     assert found.times_as_long == pytest.approx(factor, rel=0.02)
-    assert found.is_far_off
+    assert found.is_far_off()
 
 
 def test_experts_of_one_architecture_learn_together_and_devices_apart() -> None:
@@ -78,3 +78,9 @@ def test_experts_of_one_architecture_learn_together_and_devices_apart() -> None:
         ("net", "cpu"): 0.1,
         ("net", "cuda:0"): 0.01,
     }
+
+
+def test_runs_that_share_their_cores_by_design_are_no_drift() -> None:
+    found = Learnt(0.02, 0.0, times_as_long=2.2)
+    assert found.is_far_off()
+    assert not found.is_far_off(sharing=2.0)
