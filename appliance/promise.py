@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from appliance.config import INBOX_BYTES, Config
+from appliance.drivers.records.fresh import FRESH_BYTES
 from appliance.drivers.records.writer import GROUP_BYTES, QUEUED_BYTES
 from appliance.engine.pinned import WINDOW_BYTES, WINDOWS
 
@@ -39,7 +40,8 @@ def pinned_bytes(config: Config) -> int:
 
 def passing_bytes(config: Config) -> int:
     """Of the promise, what comes and goes with pictures that wait, and what nobody counts."""
-    return WORKING_BYTES + INBOX_BYTES + QUEUED_BYTES + GROUP_BYTES + 2 * int(config.limits.picture_bytes)
+    queued = INBOX_BYTES + QUEUED_BYTES + GROUP_BYTES + FRESH_BYTES
+    return WORKING_BYTES + queued + 2 * int(config.limits.picture_bytes)
 
 
 def weights_budget(config: Config, memory_bytes: int, gpus: int = 0) -> int:

@@ -288,7 +288,7 @@ class Telemetry:
     def _balances(self) -> dict[str, Balance]:
         album = self._inspections.album
         passing = Passing(
-            queued_bytes=self._intake.held_bytes + self._records.queued_bytes,
+            queued_bytes=self._intake.held_bytes + self._records.queued_bytes + self._records.fresh_bytes,
             largest_payload_bytes=self._intake.largest_bytes,
             decoded_bytes=album.cached_bytes + DECODING_BYTES_PER_PIXEL * album.decoding_pixels,
             pictures_in_work=self._underway.pictures,

@@ -25,6 +25,7 @@ def write_and_reserve() -> None:
     after = devices.anonymous_bytes()
     assert between - before == pytest.approx(size, abs=4 << 20)
     assert after - between < 8 << 20
+    assert devices.counted_anonymous_bytes() == pytest.approx(after, abs=4 << 20)
     assert written.size == reserved.size
 
 

@@ -44,10 +44,20 @@ def anonymous_bytes() -> int:
 
     RSS counts mapped files too and misleads both ways.
     """
-    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
-        if line.startswith("Anonymous:"):
+    return _said_in("smaps_rollup", "Anonymous")
+
+
+def counted_anonymous_bytes() -> int:
+    """The same, as the kernel keeps count: off by some pages for each processor, and read in a hundredth of the time
+    that walking all of the process's memory takes."""
+    return _said_in("status", "RssAnon")
+
+
+def _said_in(file: str, key: str) -> int:
+    for line in Path("/proc/self", file).read_text().splitlines():
+        if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024
-    raise AssertionError("the kernel's smaps_rollup has no line Anonymous")
+    raise AssertionError(f"the kernel's {file} has no line {key}")
 
 
 def instruction_set() -> str:
@@ -158,7 +168,7 @@ class MemoryWatch:
     def look(self) -> None:
         """While the process may open no more files, what it held last stands: that must end nobody who serves."""
         with suppress(OSError):
-            self.now_bytes = anonymous_bytes()
+            self.now_bytes = counted_anonymous_bytes()
         self._peak_bytes = max(self._peak_bytes, self.now_bytes)
 
     def numbers(self) -> dict[str, int]:

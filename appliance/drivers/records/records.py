@@ -212,6 +212,8 @@ class Records:
 
     def payload(self, id: str) -> bytes:
         """A spooled picture's bytes. Raises NotSpooled when it is not in the spool."""
+        if (fresh := self._writer.fresh.get(id)) is not None:
+            return fresh
         for (payload,) in self._readers.query("SELECT payload FROM pictures WHERE id = ?", (id,)):
             return bytes(payload)
         raise NotSpooled(id)
@@ -253,6 +255,11 @@ class Records:
     def queued_bytes(self) -> int:
         """Of the pictures that the writer has, and the disk has not."""
         return self._writer.held_bytes
+
+    @property
+    def fresh_bytes(self) -> int:
+        """Of the pictures that the disk has, and memory still."""
+        return self._writer.fresh.bytes
 
     @property
     def turned_seconds(self) -> float:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from appliance.drivers.records.boards import ConcludeBoard
+from appliance.drivers.records.fresh import Fresh
 from appliance.drivers.records.ledger import Accept, Conclude, Ledger, Limits, Published, Request, Result
 from appliance.drivers.records.schema import (
     BALLAST,
@@ -137,6 +138,7 @@ class Writer:
         self._kept = kept_bytes(self._db)
         self._verdict_bytes = verdict_bytes(self._db)
         self._calendar = Calendar(clock, newest_at(self._db))
+        self.fresh = Fresh()
         self._recover()
         self._thread = threading.Thread(target=self._live, name="records", daemon=True)
 
@@ -233,8 +235,16 @@ class Writer:
             self._note(error)
             return self._refuse(group, self.trouble or "")
         for request, result in zip(group, results, strict=True):
+            self._note_fresh(request, result)
             _answer(request, result)
         return []
+
+    def _note_fresh(self, request: Request, result: Result) -> None:
+        match request, result:
+            case Accept(), New():
+                self.fresh.keep(request.picture.id, request.payload)
+            case Conclude(), _:
+                self.fresh.drop(request.id)
 
     def _refuse(self, group: Sequence[Request], why: str) -> list[Request]:
         """Nobody may rely on these pictures; verdicts and marks are kept for later."""
