@@ -183,6 +183,15 @@ def config_for(broker: HasPort, *, protocol: str = "auto", name: str = "box1", *
     )
 
 
+@pytest.fixture(scope="module")
+def hasty() -> Iterator[None]:
+    """Reconnect at once, where it matters that it does and not when."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("appliance.drivers.mqtt.SHORTEST_PAUSE_SECONDS", 0.05)
+        patch.setattr("appliance.drivers.mqtt.LONGEST_PAUSE_SECONDS", 0.1)
+        yield
+
+
 @pytest.fixture
 def nats(tmp_path: Path) -> Iterator[Nats]:
     broker = Nats(tmp_path / "nats")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from paho.mqtt.enums import MQTTProtocolVersion
 
-from tests.kit_box import INFER, RESULT, Box, hear_verdicts, picture
+from tests.kit_box import HASTY, INFER, RESULT, Box, hear_verdicts, picture
 from tests.kit_brokers import AnyBroker, Camera, Mosquitto, Nats, broker, mosquitto, nats, until
 from tests.kit_faults import audited, catalog, publish
 
@@ -18,7 +18,7 @@ __all__ = ["broker", "catalog", "mosquitto", "nats"]  # fixtures
 
 
 def test_nothing_is_lost_when_the_broker_is_killed(tmp_path: Path, catalog: Path, broker: AnyBroker) -> None:
-    box = Box(tmp_path / "box", catalog, broker)
+    box = Box(tmp_path / "box", catalog, broker, program=HASTY)
     with box, audited(box, broker.port) as line:
         publish(line, 60)
         until(lambda: len(line.answers) >= 5)
@@ -31,7 +31,7 @@ def test_nothing_is_lost_when_the_broker_is_killed(tmp_path: Path, catalog: Path
 def test_a_broker_that_forgot_everything_is_told_again_what_the_box_wants(
     tmp_path: Path, catalog: Path, mosquitto: Mosquitto
 ) -> None:
-    box = Box(tmp_path / "box", catalog, mosquitto)
+    box = Box(tmp_path / "box", catalog, mosquitto, program=HASTY)
     with box, audited(box, mosquitto.port) as line:
         publish(line, 20)
         until(lambda: line.answers)
@@ -73,7 +73,7 @@ def test_pictures_that_a_full_queue_dropped_are_sent_again(tmp_path: Path, catal
 
 
 def test_a_broker_whose_disk_takes_nothing_confirms_nothing(tmp_path: Path, catalog: Path, nats: Nats) -> None:
-    box = Box(tmp_path / "box", catalog, nats)
+    box = Box(tmp_path / "box", catalog, nats, program=HASTY)
     with box, audited(box, nats.port) as line:
         publish(line, 10)
         assert line.wait(30)

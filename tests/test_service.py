@@ -40,6 +40,7 @@ from tests.kit_box import (
     DEADLY,
     DEADLY_DECODER,
     ERROR,
+    HASTY,
     INFER,
     RESULT,
     STATS,
@@ -257,7 +258,9 @@ def test_a_killed_service_answers_everything_after_it_starts_again(
 
 
 def test_a_killed_service_with_its_own_broker_loses_nothing(tmp_path: Path, catalog: Path) -> None:
-    box = Box(tmp_path / "box", catalog)
+    """Its broker dies with it, and delivers again after two seconds instead of thirty."""
+    sooner = "from appliance.drivers.broker import Broker\nBroker.__init__.__kwdefaults__['ack_wait_seconds'] = 2.0"
+    box = Box(tmp_path / "box", catalog, program=sooner)
     pictures = [picture(number) for number in range(60)]
     with box, client.Camera("127.0.0.1", box.port, line="line1", resend_seconds=2.0) as camera:
         answers: dict[str, client.Answer] = {}
@@ -589,7 +592,7 @@ def test_what_the_box_is_is_read_by_the_thread_that_decides_alone(
     tmp_path: Path, catalog: Path, broker: AnyBroker
 ) -> None:
     """Any other would meet experts that are just being set aside: it could not tell, and verdicts would wait."""
-    with Box(tmp_path / "box", catalog, broker, program=TOLD_BY) as box:
+    with Box(tmp_path / "box", catalog, broker, program=HASTY + TOLD_BY) as box:
         broker.kill()
         until(lambda: "mqtt state=waiting" in box.log_text)
         broker.start()
