@@ -119,6 +119,13 @@ class Mosquitto:
         self.folder, self._settings = folder, settings
         self._process: subprocess.Popen[bytes] | None = None
 
+    def __enter__(self) -> Mosquitto:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.stop()
+
     def start(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         lines = [

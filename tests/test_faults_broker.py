@@ -59,17 +59,16 @@ def test_what_the_broker_confirmed_survives_its_restart_without_being_sent_again
 @pytest.mark.mosquitto
 def test_pictures_that_a_full_queue_dropped_are_sent_again(tmp_path: Path, catalog: Path) -> None:
     """mosquitto drops what exceeds max_queued_messages, and confirms it all the same: so it must be 0 on a site."""
-    small = Mosquitto(tmp_path / "mosquitto", "max_queued_messages 5")
-    small.start()
-    box = Box(tmp_path / "box", catalog, small)
-    with box:
+    with (
+        Mosquitto(tmp_path / "mosquitto", "max_queued_messages 5") as small,
+        Box(tmp_path / "box", catalog, small) as box,
+    ):
         box.stop()
         with audited(box, small.port) as line:
             publish(line, 30)
             until(lambda: line.camera.resent >= 25)
             box.start()
             box.wait_online()
-    small.stop()
 
 
 def test_a_broker_whose_disk_takes_nothing_confirms_nothing(tmp_path: Path, catalog: Path, nats: Nats) -> None:
