@@ -10,7 +10,7 @@ import ctypes
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import hypothesis
@@ -21,6 +21,61 @@ import pytest
 hypothesis.settings.register_profile("steady", derandomize=True, deadline=None, database=None, print_blob=True)
 hypothesis.settings.register_profile("search", deadline=None, max_examples=2000)
 hypothesis.settings.load_profile("steady")
+
+
+LONGEST_FIRST = (
+    "test_service.py",
+    "test_trial.py",
+    "test_compile.py",
+    "test_profiler.py",
+    "test_cli.py",
+    "test_export_torch.py",
+    "test_bench.py",
+    "test_properties.py",
+    "test_faults_process.py",
+    "test_records.py",
+    "test_faults_broker.py",
+    "test_faults_network.py",
+    "test_profiler_search.py",
+    "test_boards_service.py",
+    "test_fairness.py",
+    "test_door.py",
+    "test_sessions.py",
+    "test_mqtt.py",
+    "test_faults_load.py",
+    "test_task.py",
+    "test_profile.py",
+    "test_outbox.py",
+    "test_systemd_unit.py",
+    "test_profiler_measure.py",
+    "test_store.py",
+    "test_device_weights.py",
+    "test_client.py",
+)
+"""Files of ten seconds and more, the longest first: one that is begun last has one worker while the other has nothing
+left. Who is not told here comes after them."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The order below, and not pytest-xdist's own by the number of tests, which begins files of few long ones last."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    turns = {name: turn for turn, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: turns.get(item.path.name, len(turns)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What a module's tests shared goes with it unless one of them failed: pytest would keep it for the session."""
+    home, failed = tmp_path_factory.getbasetemp(), request.session.testsfailed
+    before = set(home.iterdir())
+    yield
+    if request.session.testsfailed == failed:
+        for folder in set(home.iterdir()) - before:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,6 +52,12 @@ def deadly(payload, **limits):
 images.decode = deadly
 """
 
+HASTY = """
+from appliance.drivers import mqtt
+mqtt.SHORTEST_PAUSE_SECONDS, mqtt.LONGEST_PAUSE_SECONDS = 0.05, 0.1
+"""
+"""A box that connects again at once, where it matters that it does and not when."""
+
 
 def picture(seed: int = 0, side: int = SIDE, kind: str = "PNG") -> bytes:
     """A colour picture of noise, encoded; no two seeds give the same bytes."""

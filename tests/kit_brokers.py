@@ -119,6 +119,13 @@ class Mosquitto:
         self.folder, self._settings = folder, settings
         self._process: subprocess.Popen[bytes] | None = None
 
+    def __enter__(self) -> Mosquitto:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.stop()
+
     def start(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         lines = [
@@ -181,6 +188,15 @@ def config_for(broker: HasPort, *, protocol: str = "auto", name: str = "box1", *
         mqtt=Mqtt.model_validate(settings),
         limits=Limits.model_validate({"picture_bytes": 1_000_000}),
     )
+
+
+@pytest.fixture(scope="module")
+def hasty() -> Iterator[None]:
+    """Reconnect at once, where it matters that it does and not when."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("appliance.drivers.mqtt.SHORTEST_PAUSE_SECONDS", 0.05)
+        patch.setattr("appliance.drivers.mqtt.LONGEST_PAUSE_SECONDS", 0.1)
+        yield
 
 
 @pytest.fixture

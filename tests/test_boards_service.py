@@ -305,15 +305,17 @@ def test_an_access_list_from_before_there_were_boards_is_told_by_an_alarm_until_
     old = ("read coe/#", *(f"write coe/v1/plant/{tree}/#" for tree in ("infer", "result", "error", "box")))
     rights.write_text("".join(f"topic {right}\n" for right in old))
     rights.chmod(0o644)
-    broker = Mosquitto(tmp_path / "mosquitto", f"acl_file {rights}")
-    broker.start()
 
     def told(camera: Camera, *, raised: bool) -> bytes:
         while bool(body := camera.hear_of("/alarm/refused-topic", 30).payload) != raised:
             pass
         return body
 
-    with Box(tmp_path / "box", catalog, broker), Camera(broker.port, ALARMS, BOARDS) as camera:
+    with (
+        Mosquitto(tmp_path / "mosquitto", f"acl_file {rights}") as broker,
+        Box(tmp_path / "box", catalog, broker),
+        Camera(broker.port, ALARMS, BOARDS) as camera,
+    ):
         camera.publish(infer("two", "SN-1", "_board"), encoded(board_pixels(2)))
         alarm = json.loads(told(camera, raised=True))
         assert alarm["topic"] == "coe/v1/plant/board/line1/two/SN-1"
@@ -323,4 +325,3 @@ def test_an_access_list_from_before_there_were_boards_is_told_by_an_alarm_until_
         broker.start()
         assert hear(camera, "board")["board"] == "SN-1"
         assert told(camera, raised=False) == b""
-    broker.stop()

@@ -43,6 +43,11 @@ from appliance.store.store import Compiled, Store
 from appliance.store.storecheck import StoreCheck
 from tests import kit_models as kit
 from tests.kit_brokers import until
+from tests.kit_children import kept_children, own_children
+
+__all__ = ["kept_children", "own_children"]  # fixtures
+
+pytestmark = pytest.mark.usefixtures("kept_children")
 
 ZOO = Path(__file__).parent / "data" / "zoo"
 
@@ -98,6 +103,7 @@ def sound(result: Compiled | ApplianceError) -> Compiled:
     return result
 
 
+@pytest.mark.usefixtures("own_children")
 def test_a_compiled_expert_gives_what_its_plain_session_gives(bench: Workbench) -> None:
     bundle = bench.bundle("e", kit.conv_net(width=64))
     [compiled] = bench.compiled(bundle)
@@ -370,6 +376,7 @@ def test_memory_that_a_plain_session_keeps_has_to_buy_speed(lost: float, private
     assert trial.is_worth(lost, int(private_share * 1_000_000), 1_000_000) is plain
 
 
+@pytest.mark.usefixtures("own_children")
 def test_what_a_run_takes_beside_the_weights_is_measured(bench: Workbench) -> None:
     """Two results of 64 x 96 x 96 are there at once; a planned block lies beside the pieces of the first run."""
     inputs = [{"name": "image", "size": (96, 96)}]
@@ -453,6 +460,7 @@ def test_a_missing_model_file_is_an_answer_too(bench: Workbench) -> None:
     assert isinstance(bench.failure(bundle), CatalogError)
 
 
+@pytest.mark.usefixtures("own_children")
 def test_a_model_that_eats_memory_is_unsafe_and_the_others_are_compiled(bench: Workbench) -> None:
     results = bench.compile(bench.bundle("a"), bench.bundle("greedy", kit.greedy_net()), bench.bundle("z"))
     assert isinstance(results["greedy"], UnsafeModel)
@@ -461,6 +469,7 @@ def test_a_model_that_eats_memory_is_unsafe_and_the_others_are_compiled(bench: W
     assert isinstance(results["z"], Compiled)
 
 
+@pytest.mark.usefixtures("own_children")
 def test_a_model_that_never_ends_is_unsafe_and_a_new_child_goes_on(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -545,6 +554,7 @@ def test_two_inputs_keep_their_order_and_their_names(bench: Workbench) -> None:
     np.testing.assert_array_equal(found["logits"], np.maximum(left - right, 0))
 
 
+@pytest.mark.usefixtures("own_children")
 def test_several_jobs_and_processes_share_one_store(bench: Workbench) -> None:
     bundles = [bench.bundle(f"e{i}", kit.fine_tune(i, width=200)) for i in range(6)]
     other = subprocess.Popen(
@@ -1001,6 +1011,7 @@ compile_bundles(Store(Path(sys.argv[1])), bundles, report=report)
 """
 
 
+@pytest.mark.usefixtures("own_children")
 @pytest.mark.parametrize("limit", [100_000, 390_000])
 def test_a_disk_that_refuses_in_the_midst_is_a_store_error(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch, limit: int

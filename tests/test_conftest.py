@@ -1,10 +1,12 @@
-"""The rule by which tests are skipped: only for a reason, and never where the thing was promised."""
+"""Tests are skipped only for a reason, and never where the thing was promised; the longest files begin first."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from tests.conftest import NEEDS, Need, decide
+from tests.conftest import LONGEST_FIRST, NEEDS, Need, decide
 
 ABSENT = Need("APPLIANCE_REQUIRE_THING", lambda: "not installed: thing")
 PRESENT = Need("APPLIANCE_REQUIRE_THING", lambda: None)
@@ -28,3 +30,7 @@ def test_what_is_there_runs() -> None:
 def test_every_marker_has_its_rule(pytestconfig: pytest.Config) -> None:
     markers = {str(line).split(":")[0] for line in pytestconfig.getini("markers")}
     assert markers >= NEEDS.keys()
+
+
+def test_every_file_that_is_begun_first_is_there() -> None:
+    assert [name for name in LONGEST_FIRST if not (Path(__file__).parent / name).is_file()] == []

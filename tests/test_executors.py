@@ -25,9 +25,14 @@ from appliance.errors import Cancelled, LoadError, MessageError, ModelError, Out
 from appliance.store.compile import compile_bundles
 from appliance.store.store import Compiled, Store
 from tests import kit_models as kit
+from tests.kit_children import kept_children
 from tests.kit_process import amid_work
 from tests.kit_segments import bytes_of
 from tests.test_sessions import long_net
+
+__all__ = ["kept_children"]  # a fixture
+
+pytestmark = pytest.mark.usefixtures("kept_children")
 
 TIMEOUT = 20.0
 CPU = Device("cpu", 0)

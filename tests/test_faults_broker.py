@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from paho.mqtt.enums import MQTTProtocolVersion
 
-from tests.kit_box import INFER, RESULT, Box, hear_verdicts, picture
+from tests.kit_box import HASTY, INFER, RESULT, Box, hear_verdicts, picture
 from tests.kit_brokers import AnyBroker, Camera, Mosquitto, Nats, broker, mosquitto, nats, until
 from tests.kit_faults import audited, catalog, publish
 
@@ -18,7 +18,7 @@ __all__ = ["broker", "catalog", "mosquitto", "nats"]  # fixtures
 
 
 def test_nothing_is_lost_when_the_broker_is_killed(tmp_path: Path, catalog: Path, broker: AnyBroker) -> None:
-    box = Box(tmp_path / "box", catalog, broker)
+    box = Box(tmp_path / "box", catalog, broker, program=HASTY)
     with box, audited(box, broker.port) as line:
         publish(line, 60)
         until(lambda: len(line.answers) >= 5)
@@ -31,7 +31,7 @@ def test_nothing_is_lost_when_the_broker_is_killed(tmp_path: Path, catalog: Path
 def test_a_broker_that_forgot_everything_is_told_again_what_the_box_wants(
     tmp_path: Path, catalog: Path, mosquitto: Mosquitto
 ) -> None:
-    box = Box(tmp_path / "box", catalog, mosquitto)
+    box = Box(tmp_path / "box", catalog, mosquitto, program=HASTY)
     with box, audited(box, mosquitto.port) as line:
         publish(line, 20)
         until(lambda: line.answers)
@@ -59,21 +59,20 @@ def test_what_the_broker_confirmed_survives_its_restart_without_being_sent_again
 @pytest.mark.mosquitto
 def test_pictures_that_a_full_queue_dropped_are_sent_again(tmp_path: Path, catalog: Path) -> None:
     """mosquitto drops what exceeds max_queued_messages, and confirms it all the same: so it must be 0 on a site."""
-    small = Mosquitto(tmp_path / "mosquitto", "max_queued_messages 5")
-    small.start()
-    box = Box(tmp_path / "box", catalog, small)
-    with box:
+    with (
+        Mosquitto(tmp_path / "mosquitto", "max_queued_messages 5") as small,
+        Box(tmp_path / "box", catalog, small) as box,
+    ):
         box.stop()
         with audited(box, small.port) as line:
             publish(line, 30)
             until(lambda: line.camera.resent >= 25)
             box.start()
             box.wait_online()
-    small.stop()
 
 
 def test_a_broker_whose_disk_takes_nothing_confirms_nothing(tmp_path: Path, catalog: Path, nats: Nats) -> None:
-    box = Box(tmp_path / "box", catalog, nats)
+    box = Box(tmp_path / "box", catalog, nats, program=HASTY)
     with box, audited(box, nats.port) as line:
         publish(line, 10)
         assert line.wait(30)

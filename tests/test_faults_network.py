@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from appliance.lab.proxy import Proxy, Weather
-from tests.kit_box import INFER, RESULT, STATUS, Box, picture
+from tests.kit_box import HASTY, INFER, RESULT, STATUS, Box, picture
 from tests.kit_brokers import AnyBroker, Camera, Mosquitto, Nats, broker, mosquitto, nats, until
 from tests.kit_faults import audited, catalog, impatient, publish
 
@@ -21,7 +21,7 @@ def test_links_that_are_reset_again_and_again_lose_nothing(tmp_path: Path, catal
     """The box's and the camera's, at random moments."""
     chance = random.Random(3)
     with Proxy(broker.port) as near, Proxy(broker.port) as far:
-        box = Box(tmp_path / "box", catalog, near)
+        box = Box(tmp_path / "box", catalog, near, program=HASTY)
         with box, audited(box, far.port) as line:
             for turn in range(2):
                 publish(line, 40, first=40 * turn)
@@ -35,9 +35,9 @@ def test_links_that_are_reset_again_and_again_lose_nothing(tmp_path: Path, catal
 def test_a_link_that_ends_in_mid_packet_or_right_after_its_greeting_is_made_anew(
     tmp_path: Path, catalog: Path, nats: Nats, weather: Weather
 ) -> None:
-    """Again and again: each attempt waits longer, and the thread that makes them lives on."""
+    """Again and again: the thread that makes the attempts lives on."""
     with Proxy(nats.port) as proxy:
-        box = Box(tmp_path / "box", catalog, proxy)
+        box = Box(tmp_path / "box", catalog, proxy, program=HASTY)
         with box, audited(box, nats.port) as line:
             publish(line, 20)
             until(lambda: line.answers)
@@ -68,7 +68,7 @@ def test_a_peer_that_is_gone_without_a_word_is_noticed_by_the_keepalive(
 ) -> None:
     """By both: the broker says offline for the box, and the box says that it has no link."""
     with Proxy(mosquitto.port) as proxy:
-        box = impatient(Box(tmp_path / "box", catalog, proxy))
+        box = impatient(Box(tmp_path / "box", catalog, proxy, program=HASTY))
         with box, Camera(mosquitto.port, STATUS, name="watcher") as watcher, audited(box, mosquitto.port) as line:
             assert watcher.hear().payload == b"online"
             proxy.weather = Weather.DEAF
@@ -115,11 +115,11 @@ def test_a_flipped_bit_is_inspected_as_what_it_is_and_told_by_the_digest(
 
 
 def test_a_broker_whose_name_nobody_knows_is_looked_up_again(tmp_path: Path, catalog: Path, nats: Nats) -> None:
-    box = Box(tmp_path / "box", catalog, nats)
+    box = Box(tmp_path / "box", catalog, nats, program=HASTY)
     text = box.config.read_text()
     box.config.write_text(text.replace("[mqtt]\n", "[mqtt]\nhost = 'broker.invalid'\n"))
     box.start()
-    until(lambda: box.log_text.count("mqtt no_link host=broker.invalid") == 2, 30)
+    until(lambda: box.log_text.count("mqtt no_link host=broker.invalid") >= 2, 30)
     assert box.is_running
     assert box.stop() == 0
 

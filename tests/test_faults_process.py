@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kit_box import STATUS, Box
+from tests.kit_box import HASTY, STATUS, Box
 from tests.kit_brokers import AnyBroker, Camera, Mosquitto, Nats, broker, mosquitto, nats, until
 from tests.kit_faults import audited, catalog, impatient, publish
 
@@ -76,7 +76,7 @@ def test_a_service_that_was_stopped_like_a_clock_goes_on_where_it_was(
     tmp_path: Path, catalog: Path, mosquitto: Mosquitto
 ) -> None:
     """SIGSTOP for longer than its broker waits: that one says offline, and delivers again."""
-    box = impatient(Box(tmp_path / "box", catalog, mosquitto))
+    box = impatient(Box(tmp_path / "box", catalog, mosquitto, program=HASTY))
     with box, Camera(mosquitto.port, STATUS, name="watcher") as watcher, audited(box, mosquitto.port) as line:
         assert watcher.hear().payload == b"online"
         publish(line, 20)
@@ -101,7 +101,7 @@ def test_a_service_that_may_open_no_more_files_for_a_while_serves_on(
     tmp_path: Path, catalog: Path, broker: AnyBroker
 ) -> None:
     """Its link breaks meanwhile, and what looks after the box every second finds no file to open either."""
-    box = Box(tmp_path / "box", catalog, broker)
+    box = Box(tmp_path / "box", catalog, broker, program=HASTY)
     with box, audited(box, broker.port) as line:
         publish(line, 20)
         assert line.wait(30)

@@ -17,7 +17,12 @@ from appliance.report import print_check
 from appliance.startup import Installation, checked, install
 from tests.kit import inspection_graph
 from tests.kit_box import write_catalog
+from tests.kit_children import kept_children
 from tests.kit_models import fine_tune
+
+__all__ = ["kept_children"]  # a fixture
+
+pytestmark = pytest.mark.usefixtures("kept_children")
 
 PROFILE = Path(__file__).parents[1] / "profiles" / "default.json"
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -140,6 +141,12 @@ def sources() -> list[Source]:
     return found
 
 
+@cache
+def parsed(text: str) -> ast.Module:
+    """Each rule looks at the same tree."""
+    return ast.parse(text)
+
+
 def violations(source: Source) -> list[str]:
     """What one module does against the rules, each as `module:line: why`."""
     problems = [*_wrong_imports(source), *_environment_uses(source), *_effects_in_core(source)]
@@ -148,7 +155,7 @@ def violations(source: Source) -> list[str]:
 
 def imports(source: Source) -> list[Import]:
     """Every import of a module, also those inside functions and those for type checkers alone."""
-    tree = ast.parse(source.text, source.module)
+    tree = parsed(source.text)
     late = {id(inner) for outer in ast.walk(tree) if _is_function(outer) for inner in ast.walk(outer)}
     return [
         Import(name, node.lineno, id(node) not in late)
@@ -197,7 +204,7 @@ def _wrong_imports(source: Source) -> Iterator[tuple[int, str]]:
 def _effects_in_core(source: Source) -> Iterator[tuple[int, str]]:
     if _room(source.module) != "appliance.core":
         return
-    for node in ast.walk(ast.parse(source.text)):
+    for node in ast.walk(parsed(source.text)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in NOT_CALLED_IN_CORE:
             yield node.lineno, f"the core must not call {node.func.id}"
 
@@ -205,7 +212,7 @@ def _effects_in_core(source: Source) -> Iterator[tuple[int, str]]:
 def _environment_uses(source: Source) -> Iterator[tuple[int, str]]:
     if source.module == "appliance.config":
         return
-    tree = ast.parse(source.text)
+    tree = parsed(source.text)
     written = {id(node) for node in _telemetry_writes(tree)} if source.module == "appliance" else set()
     for node in ast.walk(tree):
         match node:

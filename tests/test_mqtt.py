@@ -29,10 +29,12 @@ from appliance.drivers.link import client_id
 from appliance.drivers.mqtt import Door, DoorState, pause_seconds
 from appliance.errors import MessageError
 from tests.conftest import program
-from tests.kit_brokers import AnyBroker, Camera, Mosquitto, Nats, broker, config_for, mosquitto, nats, until
+from tests.kit_brokers import AnyBroker, Camera, Mosquitto, Nats, broker, config_for, hasty, mosquitto, nats, until
 from tests.kit_ports import free_port
 
-__all__ = ["broker", "mosquitto", "nats"]
+__all__ = ["broker", "hasty", "mosquitto", "nats"]  # fixtures
+
+pytestmark = pytest.mark.usefixtures("hasty")  # `pause_seconds` is tested by its values
 
 V5 = MQTTProtocolVersion.MQTTv5
 CONFIG = Config()
@@ -42,15 +44,6 @@ WAIT_SECONDS = 15.0
 
 
 SHIPPED_PAUSES = (mqtt.SHORTEST_PAUSE_SECONDS, mqtt.LONGEST_PAUSE_SECONDS)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def hasty() -> Iterator[None]:
-    """Reconnect at once: what is tested here is that it does, and `pause_seconds` is tested by its values."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mqtt, "SHORTEST_PAUSE_SECONDS", 0.05)
-        patch.setattr(mqtt, "LONGEST_PAUSE_SECONDS", 0.1)
-        yield
 
 
 @dataclass

@@ -25,9 +25,11 @@ from appliance.drivers.records import (
     Records,
 )
 from appliance.errors import MessageError
-from tests.kit_brokers import AnyBroker, Camera, Mosquitto, Nats, broker, config_for, mosquitto, nats, until
+from tests.kit_brokers import AnyBroker, Camera, Mosquitto, Nats, broker, config_for, hasty, mosquitto, nats, until
 
-__all__ = ["broker", "mosquitto", "nats"]  # fixtures
+__all__ = ["broker", "hasty", "mosquitto", "nats"]  # fixtures
+
+pytestmark = pytest.mark.usefixtures("hasty")
 
 
 def test_verdicts_recorded_without_a_link_go_out_when_it_comes(tmp_path: Path, broker: AnyBroker) -> None:

@@ -132,7 +132,7 @@ def sittings(tiny: tuple[Rig, Settings], tmp_path_factory: pytest.TempPathFactor
             if interrupted(line):
                 raise KeyboardInterrupt
 
-        plan = Plan(11.0, folder, begun=lambda phase, seconds: hear(phases, phase))
+        plan = Plan(8.0, folder, begun=lambda phase, seconds: hear(phases, phase))
         return Sitting(profiled(*tiny, plan, lambda line: hear(said, line)), said, phases)
 
     return [
@@ -262,7 +262,7 @@ def test_the_default_of_a_box_is_how_it_serves_without_a_profile(box: Path) -> N
 
 def test_a_profiler_that_is_killed_goes_on_and_writes_what_the_box_then_serves_by(box: Path, tmp_path: Path) -> None:
     page, kept = tmp_path / "page.html", tmp_path / "kept"
-    arguments = ["--config", str(box), "--requests", "80", "--gap", "1ms", "--budget", "18s", "--json"]
+    arguments = ["--config", str(box), "--requests", "80", "--gap", "1ms", "--budget", "12s", "--json"]
     command = [sys.executable, "-m", "appliance.cli", "profile", *arguments, "--folder", str(kept), "--html", str(page)]
     with (tmp_path / "first.err").open("wb") as said:
         first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said)

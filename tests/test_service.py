@@ -40,6 +40,7 @@ from tests.kit_box import (
     DEADLY,
     DEADLY_DECODER,
     ERROR,
+    HASTY,
     INFER,
     RESULT,
     STATS,
@@ -104,6 +105,15 @@ def shared_box(tmp_path_factory: pytest.TempPathFactory, catalog: Path) -> Itera
     """One box for many bad messages: it must survive them all."""
     settings = "[limits]\npicture_bytes = 100000\n"
     with Box(tmp_path_factory.mktemp("shared"), catalog, settings=settings) as running:
+        yield running
+        assert running.is_running
+
+
+@pytest.fixture(scope="module")
+def shared_mosquitto_box(tmp_path_factory: pytest.TempPathFactory, catalog: Path) -> Iterator[Box]:
+    """One box at a mosquitto, for what leaves no trace but its own verdicts."""
+    folder = tmp_path_factory.mktemp("shared")
+    with Mosquitto(folder / "mosquitto") as broker, Box(folder / "box", catalog, broker) as running:
         yield running
         assert running.is_running
 
@@ -257,7 +267,9 @@ def test_a_killed_service_answers_everything_after_it_starts_again(
 
 
 def test_a_killed_service_with_its_own_broker_loses_nothing(tmp_path: Path, catalog: Path) -> None:
-    box = Box(tmp_path / "box", catalog)
+    """Its broker dies with it, and delivers again after two seconds instead of thirty."""
+    sooner = "from appliance.drivers.broker import Broker\nBroker.__init__.__kwdefaults__['ack_wait_seconds'] = 2.0"
+    box = Box(tmp_path / "box", catalog, program=sooner)
     pictures = [picture(number) for number in range(60)]
     with box, client.Camera("127.0.0.1", box.port, line="line1", resend_seconds=2.0) as camera:
         answers: dict[str, client.Answer] = {}
@@ -418,13 +430,8 @@ def _suspects(box: Box) -> list[int]:
 
 
 @pytest.mark.mosquitto
-def test_an_mqtt_5_response_topic_gets_the_verdict_with_its_correlation_data(
-    tmp_path: Path, catalog: Path, mosquitto: Mosquitto
-) -> None:
-    with (
-        Box(tmp_path / "box", catalog, mosquitto),
-        Camera(mosquitto.port, "my/answers", protocol=MQTTProtocolVersion.MQTTv5) as camera,
-    ):
+def test_an_mqtt_5_response_topic_gets_the_verdict_with_its_correlation_data(shared_mosquitto_box: Box) -> None:
+    with Camera(shared_mosquitto_box.port, "my/answers", protocol=MQTTProtocolVersion.MQTTv5) as camera:
         camera.publish(INFER + "c-e1", picture(), ResponseTopic="my/answers", CorrelationData=b"4711")
         heard = camera.hear()
         assert heard.correlation == b"4711"
@@ -432,11 +439,8 @@ def test_an_mqtt_5_response_topic_gets_the_verdict_with_its_correlation_data(
 
 
 @pytest.mark.mosquitto
-def test_ids_with_wildcards_are_refused(tmp_path: Path, catalog: Path, mosquitto: Mosquitto) -> None:
-    with (
-        Box(tmp_path / "box", catalog, mosquitto),
-        Camera(mosquitto.port, ERROR, protocol=MQTTProtocolVersion.MQTTv5) as camera,
-    ):
+def test_ids_with_wildcards_are_refused(shared_mosquitto_box: Box) -> None:
+    with Camera(shared_mosquitto_box.port, ERROR, protocol=MQTTProtocolVersion.MQTTv5) as camera:
         for bad in ("a+b", "#", "a/b", "x" * 129, "a b"):
             camera.publish(INFER + "c-e1", picture(), user={"request-id": bad})
             assert json.loads(camera.hear().payload)["reason"] == "request-id"
@@ -444,11 +448,15 @@ def test_ids_with_wildcards_are_refused(tmp_path: Path, catalog: Path, mosquitto
 
 @pytest.mark.mosquitto
 @pytest.mark.parametrize("qos", ["0", "1"])
-def test_plain_mosquitto_pub_gets_its_verdict(tmp_path: Path, catalog: Path, broker: AnyBroker, qos: str) -> None:
+@pytest.mark.parametrize("at", ["shared_box", "shared_mosquitto_box"])
+def test_plain_mosquitto_pub_gets_its_verdict(
+    tmp_path: Path, request: pytest.FixtureRequest, at: str, qos: str
+) -> None:
+    box: Box = request.getfixturevalue(at)
     file = tmp_path / "picture.jpg"
-    file.write_bytes(picture(3, 64, "JPEG"))
-    with Box(tmp_path / "box", catalog, broker), Camera(broker.port, RESULT) as camera:
-        options = ["-V", "311", "-p", str(broker.port), "-q", qos, "-t", INFER + "c-e1", "-f", str(file)]
+    file.write_bytes(picture(300 + int(qos), 64, "JPEG"))
+    with Camera(box.port, RESULT) as camera:
+        options = ["-V", "311", "-p", str(box.port), "-q", qos, "-t", INFER + "c-e1", "-f", str(file)]
         subprocess.run(["mosquitto_pub", *options], check=True, timeout=20)
         assert camera.hear().topic == "coe/v1/plant/result/line1/-/-/c-e1"
 
@@ -589,7 +597,7 @@ def test_what_the_box_is_is_read_by_the_thread_that_decides_alone(
     tmp_path: Path, catalog: Path, broker: AnyBroker
 ) -> None:
     """Any other would meet experts that are just being set aside: it could not tell, and verdicts would wait."""
-    with Box(tmp_path / "box", catalog, broker, program=TOLD_BY) as box:
+    with Box(tmp_path / "box", catalog, broker, program=HASTY + TOLD_BY) as box:
         broker.kill()
         until(lambda: "mqtt state=waiting" in box.log_text)
         broker.start()
@@ -638,11 +646,11 @@ def test_a_retained_command_is_refused(tmp_path: Path, catalog: Path, nats: Nats
 
 
 @pytest.mark.mosquitto
-def test_a_command_with_a_response_topic_is_answered_there(tmp_path: Path, catalog: Path, mosquitto: Mosquitto) -> None:
-    ask = ["mosquitto_rr", "-V", "5", "-p", str(mosquitto.port), "-W", "20", "-e", "coe/v1/plant/reply/operator/1"]
-    with Box(tmp_path / "box", catalog, mosquitto):
-        load = ["-t", COMMAND + "load", "-m", '{"expert": "e1"}']
-        answered = subprocess.run([*ask, *load], capture_output=True, text=True, check=True)
+def test_a_command_with_a_response_topic_is_answered_there(shared_mosquitto_box: Box) -> None:
+    port = str(shared_mosquitto_box.port)
+    ask = ["mosquitto_rr", "-V", "5", "-p", port, "-W", "20", "-e", "coe/v1/plant/reply/operator/1"]
+    load = ["-t", COMMAND + "load", "-m", '{"expert": "e2"}']
+    answered = subprocess.run([*ask, *load], capture_output=True, text=True, check=True)
     assert json.loads(answered.stdout)["ok"]
 
 

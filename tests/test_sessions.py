@@ -31,8 +31,13 @@ from appliance.errors import Cancelled, LoadError, ModelError, OutOfMemory, RunE
 from appliance.store.compile import compile_bundles
 from appliance.store.store import Compiled, Store
 from tests import kit_models as kit
+from tests.kit_children import kept_children
 from tests.kit_process import alone, amid_work
 from tests.kit_segments import bytes_of
+
+__all__ = ["kept_children"]  # a fixture
+
+pytestmark = pytest.mark.usefixtures("kept_children")
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,12 @@ from appliance.store.compile import compile_bundles
 from appliance.store.store import Compiled, Store
 from tests.kit_boards import write_board_catalog, write_product
 from tests.kit_box import write_catalog
+from tests.kit_children import kept_children
 from tests.kit_models import conv_net, fine_tune, greedy_net, write_bundle
+
+__all__ = ["kept_children"]  # a fixture
+
+pytestmark = pytest.mark.usefixtures("kept_children")
 
 PROFILE = Path(__file__).parents[1] / "profiles" / "default.json"
 
