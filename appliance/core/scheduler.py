@@ -138,6 +138,8 @@ class Scheduler:
         self.cold: dict[str, Ranking[tuple[str, str], tuple[float, int]]] = {e.device: Ranking() for e in executors}
         """By device: (expert, executor) of the groups whose expert is absent, by when it is their turn to be loaded."""
         self._rare: dict[str, Ranking[tuple[str, str], tuple[float, int]]] = {e.device: Ranking() for e in executors}
+        self._reweighed: set[str] = set()
+        """Experts whose groups may have another place there, as soon as somebody looks."""
         self._experts, self._weight = experts, weight
         self._demand: dict[str, Counter[str]] = {e.device: Counter() for e in executors}
         self._loading = dict.fromkeys(self._demand, 0.0)
@@ -176,6 +178,8 @@ class Scheduler:
                 group.load_seconds = cost.load_seconds
                 self._book(queue, cost.load_seconds)
             queue.total_seconds += cost.fixed_seconds
+        if task.alone:  # it may be put once more: then nobody is reweighed for it
+            self._rank_reweighed(task.expert)
         due = self.policy.due_seconds(task.since_seconds, task.deadline_seconds, cost)
         is_first = group.put(task, due, (self.policy.turn_seconds(task.since_seconds, due), self._turn))
         queue.total_seconds += cost.item_seconds
@@ -191,17 +195,11 @@ class Scheduler:
 
     def reweigh(self, expert: str) -> None:
         """Its weight changed, or how many wait for it: so may the turn of groups that wait for its load."""
-        for device, rare in self._rare.items():
-            if not rare or not self._demand[device].get(expert):
-                continue
-            for queue in self._on[device]:
-                if expert in queue.groups and (expert, queue.executor.name) in rare:
-                    self._rank_rare(queue, queue.groups[expert])
+        self._reweighed.add(expert)
 
     def reweigh_all(self) -> None:
         """All weights changed."""
-        for expert in {expert for rare in self._rare.values() for expert, _ in rare}:
-            self.reweigh(expert)
+        self._reweighed.update(expert for rare in self._rare.values() for expert, _ in rare)
 
     def able(self, expert: str, ledgers: Mapping[str, Ledger]) -> list[Queue]:
         """The executors whose device can hold the expert."""
@@ -297,8 +295,11 @@ class Scheduler:
         slack, so that one load serves more of them. Dividing this by who waits would answer some sooner, by more loads.
         """
         turn = self.cold[device].least()
-        ranking = self.cold[device] if turn is not None and turn[0] <= now else self._rare[device]
-        return self._group(ranking.first())
+        if turn is not None and turn[0] <= now:
+            return self._group(self.cold[device].first())
+        for expert in tuple(self._reweighed):
+            self._rank_reweighed(expert)
+        return self._group(self._rare[device].first())
 
     def next_turn_seconds(self, device: str, now: float) -> float | None:
         """When the next turn to be loaded comes, that group is overdue, or the next to be loaded is held no more.
@@ -361,6 +362,7 @@ class Scheduler:
 
     def drop(self, request: str, expert: str, ledgers: Mapping[str, Ledger]) -> None:
         """Take a request's task out of whichever queue holds it."""
+        self._rank_reweighed(expert)
         for queue in self.queues.values():
             group = queue.groups.get(expert)
             if group is not None and request in group.tasks:
@@ -487,6 +489,18 @@ class Scheduler:
     def _run_seconds(self, device: str, group: Group) -> float:
         cost = self._experts[group.expert].costs[device]
         return cost.fixed_seconds + cost.item_seconds * len(group.tasks)
+
+    def _rank_reweighed(self, expert: str) -> None:
+        """Where it was reweighed, rank its groups that wait for a load by what that comes to."""
+        if expert not in self._reweighed:
+            return
+        self._reweighed.remove(expert)
+        for device, rare in self._rare.items():
+            if not rare or not self._demand[device].get(expert):
+                continue
+            for queue in self._on[device]:
+                if expert in queue.groups and (expert, queue.executor.name) in rare:
+                    self._rank_rare(queue, queue.groups[expert])
 
     def _rank_rare(self, queue: Queue, group: Group) -> None:
         expert, device = group.expert, queue.executor.device
