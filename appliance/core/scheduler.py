@@ -144,7 +144,7 @@ class Scheduler:
         self._demand: dict[str, Counter[str]] = {e.device: Counter() for e in executors}
         self._loading = dict.fromkeys(self._demand, 0.0)
         self._on = {device: [q for q in self.queues.values() if q.executor.device == device] for device in self._demand}
-        self._able: dict[str, list[Queue]] = {}
+        self._able: dict[str, dict[str, list[Queue]]] = {}
         self._next_batch = self._next_group = 1
         self._turn = 0
 
@@ -164,8 +164,10 @@ class Scheduler:
         """Give the task to an executor whose device can hold the expert; returns the device. One such must exist."""
         able = self.able(task.expert, ledgers)
         if task.barred:
-            able = [queue for queue in able if queue.executor.device not in task.barred]
-        offer = self.policy.assign(self._offers(able, task.expert, ledgers), self._turn)
+            able = {device: queues for device, queues in able.items() if device not in task.barred}
+        lacking = self._lacking(task.expert, ledgers)
+        offers = (self._offers_in_order if self.policy.in_order else self._offers)(able, task.expert, lacking, ledgers)
+        offer = self.policy.assign(offers, self._turn)
         self._turn += 1
         queue = self.queues[offer.executor]
         device = queue.executor.device
@@ -174,7 +176,7 @@ class Scheduler:
         if group is None:
             group = queue.groups[task.expert] = Group(task.expert, self._next_group)
             self._next_group += 1
-            if device in self._lacking(task.expert, ledgers):
+            if device in lacking:
                 group.load_seconds = cost.load_seconds
                 self._book(queue, cost.load_seconds)
             queue.total_seconds += cost.fixed_seconds
@@ -201,12 +203,12 @@ class Scheduler:
         """All weights changed."""
         self._reweighed.update(expert for rare in self._rare.values() for expert, _ in rare)
 
-    def able(self, expert: str, ledgers: Mapping[str, Ledger]) -> list[Queue]:
-        """The executors whose device can hold the expert."""
+    def able(self, expert: str, ledgers: Mapping[str, Ledger]) -> dict[str, list[Queue]]:
+        """The executors whose device can hold the expert, by device."""
         able = self._able.get(expert)
         if able is None:
-            fitting = {name for name, ledger in ledgers.items() if ledger.ever_fits(expert)}
-            able = self._able[expert] = [q for q in self.queues.values() if q.executor.device in fitting]
+            able = {device: queues for device, queues in self._on.items() if ledgers[device].ever_fits(expert)}
+            self._able[expert] = able
         return able
 
     def forget_who_fits(self) -> None:
@@ -392,33 +394,39 @@ class Scheduler:
                 return queue
         return None
 
-    def _offers(self, able: list[Queue], expert: str, ledgers: Mapping[str, Ledger]) -> list[Offer]:
-        """What CoServe weighs: K where requests for the expert wait, else K + B, and L where it has to be loaded.
+    def _offers(
+        self, able: Mapping[str, list[Queue]], expert: str, lacking: list[str], ledgers: Mapping[str, Ledger]
+    ) -> list[Offer]:
+        """Loads go on beside runs, in the device's slots: a backlog ends with the later of the two; and a second copy
+        counts for more."""
+        offers, costs = list[Offer](), self._experts[expert].costs
+        times = 1.0 if len(lacking) == len(ledgers) else SECOND_COPY
+        for device, queues in able.items():
+            first, another = costs[device].run_seconds(1), costs[device].item_seconds
+            load = costs[device].load_seconds * times if device in lacking else 0.0
+            slots = ledgers[device].device.load_slots
+            loaded, will_be_loaded = self._loading[device] / slots, (self._loading[device] + load) / slots
+            for queue in queues:
+                ran = queue.total_seconds - queue.loading_seconds
+                total = ran if ran > loaded else loaded
+                run = another if expert in queue.groups else first
+                end = ran + run
+                answer = max(ran, will_be_loaded) + run if load else end
+                extra = (end if end > will_be_loaded else will_be_loaded) - total
+                offers.append(Offer(queue.executor.name, total, extra, answer))
+        return offers
 
-        In ours loads go on beside runs, in the device's slots: a backlog ends with the later of the two; and a second
-        copy counts for more.
-        """
-        offers, costs, in_order = list[Offer](), self._experts[expert].costs, self.policy.in_order
-        lacking = self._lacking(expert, ledgers)
-        times = 1.0 if in_order or len(lacking) == len(ledgers) else SECOND_COPY
-        device = None
-        for queue in able:
-            if queue.executor.device != device:  # those of one device stand together
-                device = queue.executor.device
-                first, another = costs[device].run_seconds(1), costs[device].item_seconds
-                load = costs[device].load_seconds * times if device in lacking else 0.0
-                slots = ledgers[device].device.load_slots
-                loaded, will_be_loaded = self._loading[device] / slots, (self._loading[device] + load) / slots
-            run = another if expert in queue.groups else first
-            if in_order:
+    def _offers_in_order(
+        self, able: Mapping[str, list[Queue]], expert: str, lacking: list[str], ledgers: Mapping[str, Ledger]
+    ) -> list[Offer]:
+        """What CoServe weighs: K where requests for the expert wait, else K + B, and L where it has to be loaded."""
+        offers = list[Offer]()
+        for device, queues in able.items():
+            cost = self._experts[expert].costs[device]
+            load = cost.load_seconds if device in lacking else 0.0
+            for queue in queues:
+                run = cost.item_seconds if expert in queue.groups else cost.run_seconds(1)
                 offers.append(Offer(queue.executor.name, queue.total_seconds, run + load))
-                continue
-            ran = queue.total_seconds - queue.loading_seconds
-            total = ran if ran > loaded else loaded
-            end = ran + run
-            answer = max(ran, will_be_loaded) + run if load else end
-            extra = (end if end > will_be_loaded else will_be_loaded) - total
-            offers.append(Offer(queue.executor.name, total, extra, answer))
         return offers
 
     def _book(self, queue: Queue, seconds: float) -> None:
