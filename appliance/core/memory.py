@@ -73,7 +73,7 @@ class Ledger:
 
     def missing(self, expert: str) -> tuple[Segment, ...]:
         """The expert's segments that nobody holds yet."""
-        return tuple(s for s in self._footprints[expert].distinct if not self._holders[s.id])
+        return tuple(s for s in self._footprints[expert].distinct if not self._holders.get(s.id))
 
     def missing_bytes(self, expert: str) -> int:
         return _bytes(self.missing(expert)) + self._footprints[expert].private_bytes
@@ -222,7 +222,7 @@ class Ledger:
         return Freed(expert, self._release(expert))
 
     def is_evictable(self, expert: str) -> bool:
-        return self.is_ready(expert) and not self._pins[expert]
+        return self.is_ready(expert) and not self._pins.get(expert)
 
     def victims(self, ranked: Iterable[str], expert: str) -> list[str]:
         """The first of `ranked` whose leaving makes room for `expert`, and no more than needed. Raises NoRoom."""
