@@ -6,6 +6,7 @@ the same expert, else to the tail: the queue is then its groups in order. Not ar
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -47,9 +48,13 @@ class Task(NamedTuple):
     deadline_seconds: float | None = None
 
 
+Turn = tuple[float, int, Task]
+"""When it is a task's turn among those of its group, as which of all tasks it came, and the task: in this order."""
+
+
 @dataclass(slots=True)
 class Group:
-    """Tasks for one expert on one executor by request; `turns` has these in the order in which they run.
+    """Tasks for one expert on one executor: `turns` in the order in which they run, `tasks` the same by request.
 
     `load_seconds` is booked until the expert is ready. `fresh` are how many of them it was loaded for and has not run
     yet; none after its first batch, except where the device thrashes.
@@ -57,40 +62,44 @@ class Group:
 
     expert: str
     number: int
-    tasks: dict[str, Task] = field(default_factory=dict)
-    turns: Ranking[str, tuple[float, int]] = field(default_factory=Ranking)
+    tasks: dict[str, Turn] = field(default_factory=dict)
+    turns: list[Turn] = field(default_factory=list)
     load_seconds: float = 0.0
     fresh: int = 0
     _dues: list[tuple[float, str]] = field(default_factory=list)
 
-    def put(self, task: Task, due_seconds: float, turn: tuple[float, int]) -> bool:
+    def put(self, task: Task, due_seconds: float, turn_seconds: float, number: int) -> bool:
         """Whether the task is the first by its turn, or the one due first."""
-        is_first = not self.tasks or due_seconds < self.due_seconds or turn[0] < self.turn_seconds
-        self.tasks[task.request] = task
-        self.turns.put(task.request, turn)
+        turn, turns = (turn_seconds, number, task), self.turns
+        is_first = not turns or due_seconds < self.due_seconds or turn_seconds < turns[0][0]
+        self.tasks[task.request] = turn
+        if is_first or turn < turns[-1]:
+            insort(turns, turn)
+        else:
+            turns.append(turn)
         heappush(self._dues, (due_seconds, task.request))
         return is_first
 
     def pop(self, request: str) -> Task:
-        self.turns.drop(request)
-        return self.tasks.pop(request)
+        turn = self.tasks.pop(request)
+        del self.turns[bisect_left(self.turns, turn)]
+        return turn[2]
 
-    def pop_first(self, count: int) -> None:
-        for request in self.turns.drop_first(count):
-            del self.tasks[request]
+    def pop_first(self, count: int) -> list[Task]:
+        popped = [task for _, _, task in self.turns[:count]]
+        del self.turns[:count]
+        for task in popped:
+            del self.tasks[task.request]
+        return popped
 
     @property
     def first(self) -> Task:
-        first = self.turns.first()
-        assert first is not None, f"nobody waits for {self.expert}"
-        return self.tasks[first]
+        return self.turns[0][2]
 
     @property
     def turn_seconds(self) -> float:
         """When it is the turn of its first task."""
-        least = self.turns.least()
-        assert least is not None, f"nobody waits for {self.expert}"
-        return least[0]
+        return self.turns[0][0]
 
     @property
     def due_seconds(self) -> float:
@@ -183,7 +192,7 @@ class Scheduler:
         if task.alone:  # it may be put once more: then nobody is reweighed for it
             self._rank_reweighed(task.expert)
         due = self.policy.due_seconds(task.since_seconds, task.deadline_seconds, cost)
-        is_first = group.put(task, due, (self.policy.turn_seconds(task.since_seconds, due), self._turn))
+        is_first = group.put(task, due, self.policy.turn_seconds(task.since_seconds, due), self._turn)
         queue.total_seconds += cost.item_seconds
         if task.expert in queue.ready:
             queue.ready_seconds += cost.item_seconds
@@ -374,7 +383,10 @@ class Scheduler:
     def waiting(self, device: str, expert: str) -> tuple[str, ...]:
         """The requests queued for the expert on the device, in order."""
         return tuple(
-            request for queue in self._on[device] if expert in queue.groups for request in queue.groups[expert].turns
+            task.request
+            for queue in self._on[device]
+            if expert in queue.groups
+            for _, _, task in queue.groups[expert].turns
         )
 
     def is_fresh(self, device: str, expert: str) -> bool:
@@ -384,7 +396,7 @@ class Scheduler:
     def since_seconds(self, device: str, expert: str) -> list[float]:
         """Since when each of the tasks queued for the expert on the device is."""
         groups = (queue.groups[expert] for queue in self._on[device] if expert in queue.groups)
-        return [task.since_seconds for group in groups for task in group.tasks.values()]
+        return [task.since_seconds for group in groups for _, _, task in group.tasks.values()]
 
     def queue_of(self, request: str, expert: str) -> Queue | None:
         """Whose queue holds the request's task; None when nobody's does."""
@@ -449,14 +461,8 @@ class Scheduler:
         limit = 1 if group.first.alone else most
         if not self.policy.groups:
             limit = min(limit, _in_a_row(queue, group.expert, limit))
-        tasks: list[Task] = []
-        for request in islice(group.turns, limit):
-            task = group.tasks[request]
-            if task.alone and tasks:
-                break
-            tasks.append(task)
-        group.pop_first(len(tasks))
-        return tasks
+        others = enumerate(group.turns[1:limit], start=1)
+        return group.pop_first(next((place for place, (_, _, task) in others if task.alone), limit))
 
     def _forget(self, queue: Queue, group: Group, tasks: list[Task], ledger: Ledger) -> None:
         """The tasks left the group: take their seconds off the backlog, and the group when it is empty."""
