@@ -48,11 +48,11 @@ class Offer(NamedTuple):
     answer_seconds: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Resident:
+class Resident(NamedTuple):
     """What is known of an expert that may leave. Times are monotonic seconds; never used counts as used when loaded.
 
-    `probability` of use, as declared; where the policy learns, in proportion to what it is by now.
+    `probability` of use, as declared; where the policy learns, in proportion to what it is by now. One is made whenever
+    what an expert is worth may have changed.
     """
 
     expert: str
