@@ -25,12 +25,12 @@ from tests.kit import DOUBTFUL, OPEN, SOUND, inspection_graph, request
     ],
 )
 def test_a_condition_holds_when_every_given_part_fits(condition: Condition, finding: Finding, holds: bool) -> None:
-    assert condition.holds([finding]) is holds
+    assert condition.holds(finding) is holds
 
 
 def test_a_condition_must_be_met_by_one_finding_alone() -> None:
     weak_open, sure_short = Finding("open", 0.3, False), Finding("short", 0.9, True)
-    assert not Condition(label="open", score_at_least=0.5).holds([weak_open, sure_short])
+    assert not Edge("a", "b", (Condition(label="open", score_at_least=0.5),)).taken([weak_open, sure_short])
 
 
 def test_no_finding_takes_only_an_unconditional_edge() -> None:

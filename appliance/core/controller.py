@@ -144,7 +144,8 @@ class Controller:
         self._answered = Sliding()
         self.progress: dict[str, Progress] = {}
         self._most_waiting, self._overflow = most_waiting, overflow
-        self._untouched: OrderedDict[str, None] = OrderedDict()  # of `progress`, those for which no run has begun
+        # Of `progress`, those for which no run has begun, where the oldest of them may have to give way.
+        self._untouched: OrderedDict[str, None] = OrderedDict()
         self._cancelled_runs: set[int] = set()
         self._pictures: dict[int, tuple[str, ...]] = {}  # of batches that run: a request that is late is forgotten
         self._retried: dict[tuple[str, str], frozenset[str]] = {}  # request and expert: where it is barred by now
@@ -262,19 +263,20 @@ class Controller:
             actions.append(Publish(Verdict(request.id, Outcome.REJECTED, (), now - request.arrived_seconds, begun)))
             return
         self.progress[request.id] = begun
-        self._untouched[request.id] = None
+        if self._overflow is Overflow.OLDEST:
+            self._untouched[request.id] = None
         if request.deadline_seconds is not None:
             self._remember_deadline(request.deadline_seconds, request.id)
         if self._policy.learns and self._usage.changes(request):
             self.scheduler.reweigh_all()
             self._leaving.reweigh_all(now)
-        self._ask(begun, tuple(begun.waiting_for), now, actions)
+        self._ask(begun, begun.asked, now, actions)
 
     def _has_place(self, now: float, actions: list[Action]) -> bool:
         """Whether one more picture may be open, if need be instead of the oldest for which no run has begun."""
         if self._most_waiting is None or len(self.progress) < self._most_waiting:
             return True
-        if self._overflow is Overflow.OLDEST and self._untouched:
+        if self._untouched:
             self._conclude(next(iter(self._untouched)), Outcome.REJECTED, now, actions, self._queue_full())
             return True
         return self._overflow is Overflow.BLOCK  # then whoever feeds us asks for room first
@@ -363,7 +365,7 @@ class Controller:
         for request in open_requests:
             if (request, batch.expert) not in self._retried:
                 self._retried[request, batch.expert] = frozenset()
-                self._put(self._task(request, batch.expert, now, alone=True), now)
+                self._put(self._task(self.progress[request].request, batch.expert, now, alone=True), now)
             elif refusal.reason not in ELSEWHERE or not self._ask_elsewhere(request, batch.expert, batch.device, now):
                 self._conclude(request, Outcome.ERROR, now, actions, refusal)
                 is_failing |= self._breaker.failed(batch.expert, refusal.reason, now, pictures[request])
@@ -417,25 +419,26 @@ class Controller:
         self._drop(request, expert, now)
         self._retried[request, expert] = barred
         self.counts["fallbacks"] += 1
-        self._put(self._task(request, expert, now, alone=True, barred=barred), now)
+        self._put(self._task(self.progress[request].request, expert, now, alone=True, barred=barred), now)
         return True
 
     # Steps
 
     def _ask(self, progress: Progress, experts: Sequence[str], now: float, actions: list[Action]) -> None:
+        request = progress.request
         for name in experts:
             expert = name
             if (refusal := self._refusal(name, now, actions)) is not None:
                 stand_in = self._stand_in(name, now, actions)
                 if stand_in is None:
-                    self._conclude(progress.request.id, Outcome.ERROR, now, actions, refusal)
+                    self._conclude(request.id, Outcome.ERROR, now, actions, refusal)
                     return
                 if not progress.replaced(name, stand_in, refusal):
                     continue
                 expert = stand_in
-            self._put(self._task(progress.request.id, expert, now, alone=progress.request.alone), now)
+            self._put(self._task(request, expert, now, alone=request.alone), now)
             if self._policy.learns:
-                self._usage.asked(progress.request, expert)
+                self._usage.asked(request, expert)
                 self.scheduler.reweigh(expert)
                 self._leaving.reweigh(expert, now)
 
@@ -454,12 +457,12 @@ class Controller:
             self._leaving.rank(ledger, expert, now)
 
     def _task(
-        self, name: str, expert: str, now: float, *, alone: bool = False, barred: frozenset[str] = frozenset()
+        self, request: Request, expert: str, now: float, *, alone: bool, barred: frozenset[str] = frozenset()
     ) -> Task:
         """The request's question to the expert; a prior line's counts as having come earlier, and as due earlier."""
-        request = self.progress[name].request
         head_start, deadline = self._head_starts.get(request.line, 0.0), request.deadline_seconds
-        return Task(name, expert, now - head_start, alone, barred, None if deadline is None else deadline - head_start)
+        due = None if deadline is None else deadline - head_start
+        return Task(request.id, expert, now - head_start, alone, barred, due)
 
     def _refusal(self, expert: str, now: float, actions: list[Action]) -> Refusal | None:
         """Why the expert cannot be asked. One that failed may be on trial from now on."""
@@ -502,8 +505,7 @@ class Controller:
         self.counts[outcome] += 1
         self._answered.add(1, now)
         waited = now - progress.request.arrived_seconds
-        stand_ins = tuple(progress.stand_ins)
-        actions.append(Publish(Verdict(request, outcome, tuple(progress.steps), waited, refusal, stand_ins)))
+        actions.append(Publish(Verdict(request, outcome, progress.steps, waited, refusal, progress.stand_ins)))
 
     def _remember_deadline(self, deadline_seconds: float, request: str) -> None:
         """Whoever is answered stays behind one that is due sooner, until these are many."""
@@ -568,7 +570,7 @@ class Controller:
                     self._loading.release(batch.device, batch.expert)
                 self._leaving.began(batch, now)
                 self.counts["runs"] += 1
-                for request in batch.requests:
+                for request in batch.requests if self._untouched else ():
                     self._untouched.pop(request, None)
                 self._pictures[batch.id] = tuple(self.progress[r].request.picture or r for r in batch.requests)
                 actions.append(Run(batch))

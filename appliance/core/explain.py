@@ -278,7 +278,7 @@ class Chronicle:
             return Standing(None, (), resident)
         ahead = []
         for expert, group in queue.groups.items():
-            names = list(group.turns)
+            names = [task.request for _, _, task in group.turns]
             count = names.index(question.request) if expert == question.expert else len(names)
             ahead += [(expert, count)] if count else []
             if expert == question.expert:

@@ -18,17 +18,14 @@ from appliance.errors import GraphError
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """Holds for findings of which one satisfies every part that is given."""
+    """Holds for a finding that satisfies every part that is given."""
 
     label: str | None = None
     not_label: str | None = None
     score_at_least: float | None = None
     score_below: float | None = None
 
-    def holds(self, findings: Iterable[Finding]) -> bool:
-        return any(self._fits(finding) for finding in findings)
-
-    def _fits(self, finding: Finding) -> bool:
+    def holds(self, finding: Finding) -> bool:
         return (
             (self.label is None or finding.label == self.label)
             and (self.not_label is None or finding.label != self.not_label)
@@ -39,14 +36,14 @@ class Condition:
 
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """`to` is asked after `source` when any condition holds, or always when there is none."""
+    """`to` is asked after `source` when any condition holds for a finding, or always when there is none."""
 
     source: str
     to: str
     conditions: tuple[Condition, ...] = ()
 
     def taken(self, findings: Sequence[Finding]) -> bool:
-        return not self.conditions or any(condition.holds(findings) for condition in self.conditions)
+        return not self.conditions or any(c.holds(finding) for c in self.conditions for finding in findings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,33 +190,36 @@ def _phrase(condition: Condition) -> str:
 
 @dataclass(slots=True)
 class Progress:
-    """One request's way through the graph: what is still asked, and what was answered so far."""
+    """One request's way through the graph: what is still asked, and what was answered so far.
+
+    There is one for each open picture, and a tuple of a few is smaller than a set or a list.
+    """
 
     request: Request
     waiting_for: set[str]
-    asked: set[str] = field(default_factory=set)
-    steps: list[Step] = field(default_factory=list)
-    stand_ins: list[StandIn] = field(default_factory=list)
+    asked: tuple[str, ...] = ()
+    steps: tuple[Step, ...] = ()
+    stand_ins: tuple[StandIn, ...] = ()
 
     def answered(self, step: Step, graph: ExpertGraph) -> tuple[str, ...]:
         """Note an expert's answer; returns the experts to ask next, none of them asked before."""
         self.waiting_for.discard(step.expert)
-        self.steps.append(step)
+        self.steps += (step,)
         following = graph.next_experts(step.expert, step.findings)
         if not following:
             return ()
         following = tuple(expert for expert in following if expert not in self.asked)
-        self.asked.update(following)
+        self.asked += following
         self.waiting_for.update(following)
         return following
 
     def replaced(self, expert: str, stand_in: str, refusal: Refusal) -> bool:
         """Ask another one instead. Whether it still has to be asked: it may have been, for its own sake."""
         self.waiting_for.discard(expert)
-        self.stand_ins.append(StandIn(expert, stand_in, refusal.reason))
+        self.stand_ins += (StandIn(expert, stand_in, refusal.reason),)
         if stand_in in self.asked:
             return False
-        self.asked.add(stand_in)
+        self.asked += (stand_in,)
         self.waiting_for.add(stand_in)
         return True
 
@@ -237,4 +237,4 @@ def start(request: Request, graph: ExpertGraph) -> Progress | Refusal:
     expert = graph.entries.get(request.component)
     if expert is None:
         return Refusal("unknown-component", f"no expert is assigned to component {request.component}")
-    return Progress(request, {expert}, {expert})
+    return Progress(request, {expert}, (expert,))

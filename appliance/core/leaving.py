@@ -169,7 +169,7 @@ class Leaving:
         expert = self._experts[name]
         return Resident(
             name,
-            expert.footprints[device].weights_bytes,
+            self._ledgers[device].weights_bytes(name),
             expert.costs[device].load_seconds,
             self._weight(name),
             self._loaded_seconds[device, name],

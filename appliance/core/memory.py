@@ -52,6 +52,7 @@ class Ledger:
         self.loading_count = 0
         self._footprints = footprints
         self._needs: dict[str, int] = {}
+        self._distinct: dict[str, tuple[Segment, ...]] = {}
         self._least_activation_bytes = min((f.activation_bytes(1) for f in footprints.values()), default=0)
         self._holders: Counter[str] = Counter()
         self._residency: dict[str, Residency] = {}
@@ -73,10 +74,14 @@ class Ledger:
 
     def missing(self, expert: str) -> tuple[Segment, ...]:
         """The expert's segments that nobody holds yet."""
-        return tuple(s for s in self._footprints[expert].distinct if not self._holders[s.id])
+        return tuple(s for s in self._segments(expert) if not self._holders.get(s.id))
 
     def missing_bytes(self, expert: str) -> int:
         return _bytes(self.missing(expert)) + self._footprints[expert].private_bytes
+
+    def weights_bytes(self, expert: str) -> int:
+        """Of the expert when it shares with nobody."""
+        return _bytes(self._segments(expert)) + self._footprints[expert].private_bytes
 
     def free_bytes(self, expert: str) -> int:
         """What a load of the expert may take without anybody leaving: withholding never shuts it out for good."""
@@ -102,10 +107,11 @@ class Ledger:
         assert self.is_absent(expert), f"{expert} is loaded twice"
         assert all(self.is_evictable(name) for name in leaving), f"one of {leaving} is pinned or not ready"
         missing = self.missing(expert)
-        need, could_free = self.missing_bytes(expert), self.free_bytes(expert) + self._freed_bytes(leaving, expert)
+        need = _bytes(missing) + self._footprints[expert].private_bytes
+        could_free = self.free_bytes(expert) + self._freed_bytes(leaving, expert)
         if need > could_free:
             raise NoRoom(need, could_free)
-        self._holders.update(s.id for s in self._footprints[expert].distinct)
+        self._holders.update(s.id for s in self._segments(expert))
         freed = [Freed(name, self._release(name)) for name in leaving]
         self._residency[expert] = Residency.LOADING
         self.loading_count += 1
@@ -222,7 +228,7 @@ class Ledger:
         return Freed(expert, self._release(expert))
 
     def is_evictable(self, expert: str) -> bool:
-        return self.is_ready(expert) and not self._pins[expert]
+        return self.is_ready(expert) and not self._pins.get(expert)
 
     def victims(self, ranked: Iterable[str], expert: str) -> list[str]:
         """The first of `ranked` whose leaving makes room for `expert`, and no more than needed. Raises NoRoom."""
@@ -237,6 +243,12 @@ class Ledger:
             raise NoRoom(need, could_free)
         return chosen
 
+    def _segments(self, expert: str) -> tuple[Segment, ...]:
+        """Of the expert, each once."""
+        if expert not in self._distinct:
+            self._distinct[expert] = self._footprints[expert].distinct
+        return self._distinct[expert]
+
     def _need_bytes(self, expert: str) -> int:
         """Of the expert and all who are pinned together."""
         if expert not in self._needs:
@@ -248,15 +260,15 @@ class Ledger:
 
     def _freed_bytes(self, leaving: Sequence[str], coming: str) -> int:
         """Private bytes of who leaves, and those of the segments that nobody then holds and `coming` does not use."""
-        kept = {s.id for s in self._footprints[coming].segments}
-        left = Counter(s for name in leaving for s in self._footprints[name].distinct if s.id not in kept)
+        kept = {s.id for s in self._segments(coming)}
+        left = Counter(s for name in leaving for s in self._segments(name) if s.id not in kept)
         shared = sum(segment.bytes for segment, count in left.items() if count == self._holders[segment.id])
         return shared + sum(self._footprints[name].private_bytes for name in leaving)
 
     def _release(self, expert: str) -> tuple[Segment, ...]:
         del self._residency[expert]
         freed = []
-        for segment in self._footprints[expert].distinct:
+        for segment in self._segments(expert):
             self._holders[segment.id] -= 1
             if not self._holders[segment.id]:
                 freed.append(segment)

@@ -48,11 +48,11 @@ class Offer(NamedTuple):
     answer_seconds: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Resident:
+class Resident(NamedTuple):
     """What is known of an expert that may leave. Times are monotonic seconds; never used counts as used when loaded.
 
-    `probability` of use, as declared; where the policy learns, in proportion to what it is by now.
+    `probability` of use, as declared; where the policy learns, in proportion to what it is by now. One is made whenever
+    what an expert is worth may have changed.
     """
 
     expert: str
@@ -130,17 +130,15 @@ def soonest(offers: Sequence[Offer], turn: int) -> Offer:
             busiest, next_busiest = total, busiest
         elif total > next_busiest:
             next_busiest = total
-    best, best_end = offers[0], inf
+    best, least = offers[0], (inf, inf, inf)
     for offer in offers:
-        others = next_busiest if offer.total_seconds == busiest else busiest
-        end = max(offer.total_seconds + offer.extra_seconds, others)
-        if end < best_end or (end == best_end and _rest(offer) < _rest(best)):
-            best, best_end = offer, end
+        _, total, extra, answer = offer
+        others = next_busiest if total == busiest else busiest
+        end = total + extra
+        adds = (end if end > others else others, answer, extra)
+        if adds < least:
+            best, least = offer, adds
     return best
-
-
-def _rest(offer: Offer) -> tuple[float, float]:
-    return offer.answer_seconds, offer.extra_seconds
 
 
 def least_recently_used(resident: Resident, now: float) -> float:

@@ -29,7 +29,11 @@ class Ranking(Generic[Item, Key]):
         if known is not None:
             self._forget(item, known)
         self._keys[item] = key
-        insort(self._order, (key, item))
+        place, order = (key, item), self._order
+        if order and place < order[-1]:
+            insort(order, place)
+        else:  # as nearly always where keys are times
+            order.append(place)
         return True
 
     def drop(self, item: Item) -> bool:

@@ -6,6 +6,7 @@ the same expert, else to the tail: the queue is then its groups in order. Not ar
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -47,9 +48,13 @@ class Task(NamedTuple):
     deadline_seconds: float | None = None
 
 
+Turn = tuple[float, int, Task]
+"""When it is a task's turn among those of its group, as which of all tasks it came, and the task: in this order."""
+
+
 @dataclass(slots=True)
 class Group:
-    """Tasks for one expert on one executor by request; `turns` has these in the order in which they run.
+    """Tasks for one expert on one executor: `turns` in the order in which they run, `tasks` the same by request.
 
     `load_seconds` is booked until the expert is ready. `fresh` are how many of them it was loaded for and has not run
     yet; none after its first batch, except where the device thrashes.
@@ -57,40 +62,44 @@ class Group:
 
     expert: str
     number: int
-    tasks: dict[str, Task] = field(default_factory=dict)
-    turns: Ranking[str, tuple[float, int]] = field(default_factory=Ranking)
+    tasks: dict[str, Turn] = field(default_factory=dict)
+    turns: list[Turn] = field(default_factory=list)
     load_seconds: float = 0.0
     fresh: int = 0
     _dues: list[tuple[float, str]] = field(default_factory=list)
 
-    def put(self, task: Task, due_seconds: float, turn: tuple[float, int]) -> bool:
+    def put(self, task: Task, due_seconds: float, turn_seconds: float, number: int) -> bool:
         """Whether the task is the first by its turn, or the one due first."""
-        is_first = not self.tasks or due_seconds < self.due_seconds or turn[0] < self.turn_seconds
-        self.tasks[task.request] = task
-        self.turns.put(task.request, turn)
+        turn, turns = (turn_seconds, number, task), self.turns
+        is_first = not turns or due_seconds < self.due_seconds or turn_seconds < turns[0][0]
+        self.tasks[task.request] = turn
+        if is_first or turn < turns[-1]:
+            insort(turns, turn)
+        else:
+            turns.append(turn)
         heappush(self._dues, (due_seconds, task.request))
         return is_first
 
     def pop(self, request: str) -> Task:
-        self.turns.drop(request)
-        return self.tasks.pop(request)
+        turn = self.tasks.pop(request)
+        del self.turns[bisect_left(self.turns, turn)]
+        return turn[2]
 
-    def pop_first(self, count: int) -> None:
-        for request in self.turns.drop_first(count):
-            del self.tasks[request]
+    def pop_first(self, count: int) -> list[Task]:
+        popped = [task for _, _, task in self.turns[:count]]
+        del self.turns[:count]
+        for task in popped:
+            del self.tasks[task.request]
+        return popped
 
     @property
     def first(self) -> Task:
-        first = self.turns.first()
-        assert first is not None, f"nobody waits for {self.expert}"
-        return self.tasks[first]
+        return self.turns[0][2]
 
     @property
     def turn_seconds(self) -> float:
         """When it is the turn of its first task."""
-        least = self.turns.least()
-        assert least is not None, f"nobody waits for {self.expert}"
-        return least[0]
+        return self.turns[0][0]
 
     @property
     def due_seconds(self) -> float:
@@ -138,11 +147,13 @@ class Scheduler:
         self.cold: dict[str, Ranking[tuple[str, str], tuple[float, int]]] = {e.device: Ranking() for e in executors}
         """By device: (expert, executor) of the groups whose expert is absent, by when it is their turn to be loaded."""
         self._rare: dict[str, Ranking[tuple[str, str], tuple[float, int]]] = {e.device: Ranking() for e in executors}
+        self._reweighed: set[str] = set()
+        """Experts whose groups may have another place there, as soon as somebody looks."""
         self._experts, self._weight = experts, weight
         self._demand: dict[str, Counter[str]] = {e.device: Counter() for e in executors}
         self._loading = dict.fromkeys(self._demand, 0.0)
         self._on = {device: [q for q in self.queues.values() if q.executor.device == device] for device in self._demand}
-        self._able: dict[str, list[Queue]] = {}
+        self._able: dict[str, dict[str, list[Queue]]] = {}
         self._next_batch = self._next_group = 1
         self._turn = 0
 
@@ -162,8 +173,10 @@ class Scheduler:
         """Give the task to an executor whose device can hold the expert; returns the device. One such must exist."""
         able = self.able(task.expert, ledgers)
         if task.barred:
-            able = [queue for queue in able if queue.executor.device not in task.barred]
-        offer = self.policy.assign(self._offers(able, task.expert, ledgers), self._turn)
+            able = {device: queues for device, queues in able.items() if device not in task.barred}
+        lacking = self._lacking(task.expert, ledgers)
+        offers = (self._offers_in_order if self.policy.in_order else self._offers)(able, task.expert, lacking, ledgers)
+        offer = self.policy.assign(offers, self._turn)
         self._turn += 1
         queue = self.queues[offer.executor]
         device = queue.executor.device
@@ -172,12 +185,14 @@ class Scheduler:
         if group is None:
             group = queue.groups[task.expert] = Group(task.expert, self._next_group)
             self._next_group += 1
-            if device in self._lacking(task.expert, ledgers):
+            if device in lacking:
                 group.load_seconds = cost.load_seconds
                 self._book(queue, cost.load_seconds)
             queue.total_seconds += cost.fixed_seconds
+        if task.alone:  # it may be put once more: then nobody is reweighed for it
+            self._rank_reweighed(task.expert)
         due = self.policy.due_seconds(task.since_seconds, task.deadline_seconds, cost)
-        is_first = group.put(task, due, (self.policy.turn_seconds(task.since_seconds, due), self._turn))
+        is_first = group.put(task, due, self.policy.turn_seconds(task.since_seconds, due), self._turn)
         queue.total_seconds += cost.item_seconds
         if task.expert in queue.ready:
             queue.ready_seconds += cost.item_seconds
@@ -191,24 +206,18 @@ class Scheduler:
 
     def reweigh(self, expert: str) -> None:
         """Its weight changed, or how many wait for it: so may the turn of groups that wait for its load."""
-        for device, rare in self._rare.items():
-            if not rare or not self._demand[device].get(expert):
-                continue
-            for queue in self._on[device]:
-                if expert in queue.groups and (expert, queue.executor.name) in rare:
-                    self._rank_rare(queue, queue.groups[expert])
+        self._reweighed.add(expert)
 
     def reweigh_all(self) -> None:
         """All weights changed."""
-        for expert in {expert for rare in self._rare.values() for expert, _ in rare}:
-            self.reweigh(expert)
+        self._reweighed.update(expert for rare in self._rare.values() for expert, _ in rare)
 
-    def able(self, expert: str, ledgers: Mapping[str, Ledger]) -> list[Queue]:
-        """The executors whose device can hold the expert."""
+    def able(self, expert: str, ledgers: Mapping[str, Ledger]) -> dict[str, list[Queue]]:
+        """The executors whose device can hold the expert, by device."""
         able = self._able.get(expert)
         if able is None:
-            fitting = {name for name, ledger in ledgers.items() if ledger.ever_fits(expert)}
-            able = self._able[expert] = [q for q in self.queues.values() if q.executor.device in fitting]
+            able = {device: queues for device, queues in self._on.items() if ledgers[device].ever_fits(expert)}
+            self._able[expert] = able
         return able
 
     def forget_who_fits(self) -> None:
@@ -297,8 +306,11 @@ class Scheduler:
         slack, so that one load serves more of them. Dividing this by who waits would answer some sooner, by more loads.
         """
         turn = self.cold[device].least()
-        ranking = self.cold[device] if turn is not None and turn[0] <= now else self._rare[device]
-        return self._group(ranking.first())
+        if turn is not None and turn[0] <= now:
+            return self._group(self.cold[device].first())
+        for expert in tuple(self._reweighed):
+            self._rank_reweighed(expert)
+        return self._group(self._rare[device].first())
 
     def next_turn_seconds(self, device: str, now: float) -> float | None:
         """When the next turn to be loaded comes, that group is overdue, or the next to be loaded is held no more.
@@ -361,6 +373,7 @@ class Scheduler:
 
     def drop(self, request: str, expert: str, ledgers: Mapping[str, Ledger]) -> None:
         """Take a request's task out of whichever queue holds it."""
+        self._rank_reweighed(expert)
         for queue in self.queues.values():
             group = queue.groups.get(expert)
             if group is not None and request in group.tasks:
@@ -370,7 +383,10 @@ class Scheduler:
     def waiting(self, device: str, expert: str) -> tuple[str, ...]:
         """The requests queued for the expert on the device, in order."""
         return tuple(
-            request for queue in self._on[device] if expert in queue.groups for request in queue.groups[expert].turns
+            task.request
+            for queue in self._on[device]
+            if expert in queue.groups
+            for _, _, task in queue.groups[expert].turns
         )
 
     def is_fresh(self, device: str, expert: str) -> bool:
@@ -380,7 +396,7 @@ class Scheduler:
     def since_seconds(self, device: str, expert: str) -> list[float]:
         """Since when each of the tasks queued for the expert on the device is."""
         groups = (queue.groups[expert] for queue in self._on[device] if expert in queue.groups)
-        return [task.since_seconds for group in groups for task in group.tasks.values()]
+        return [task.since_seconds for group in groups for _, _, task in group.tasks.values()]
 
     def queue_of(self, request: str, expert: str) -> Queue | None:
         """Whose queue holds the request's task; None when nobody's does."""
@@ -390,33 +406,39 @@ class Scheduler:
                 return queue
         return None
 
-    def _offers(self, able: list[Queue], expert: str, ledgers: Mapping[str, Ledger]) -> list[Offer]:
-        """What CoServe weighs: K where requests for the expert wait, else K + B, and L where it has to be loaded.
+    def _offers(
+        self, able: Mapping[str, list[Queue]], expert: str, lacking: list[str], ledgers: Mapping[str, Ledger]
+    ) -> list[Offer]:
+        """Loads go on beside runs, in the device's slots: a backlog ends with the later of the two; and a second copy
+        counts for more."""
+        offers, costs = list[Offer](), self._experts[expert].costs
+        times = 1.0 if len(lacking) == len(ledgers) else SECOND_COPY
+        for device, queues in able.items():
+            first, another = costs[device].run_seconds(1), costs[device].item_seconds
+            load = costs[device].load_seconds * times if device in lacking else 0.0
+            slots = ledgers[device].device.load_slots
+            loaded, will_be_loaded = self._loading[device] / slots, (self._loading[device] + load) / slots
+            for queue in queues:
+                ran = queue.total_seconds - queue.loading_seconds
+                total = ran if ran > loaded else loaded
+                run = another if expert in queue.groups else first
+                end = ran + run
+                answer = max(ran, will_be_loaded) + run if load else end
+                extra = (end if end > will_be_loaded else will_be_loaded) - total
+                offers.append(Offer(queue.executor.name, total, extra, answer))
+        return offers
 
-        In ours loads go on beside runs, in the device's slots: a backlog ends with the later of the two; and a second
-        copy counts for more.
-        """
-        offers, costs, in_order = list[Offer](), self._experts[expert].costs, self.policy.in_order
-        lacking = self._lacking(expert, ledgers)
-        times = 1.0 if in_order or len(lacking) == len(ledgers) else SECOND_COPY
-        device = None
-        for queue in able:
-            if queue.executor.device != device:  # those of one device stand together
-                device = queue.executor.device
-                first, another = costs[device].run_seconds(1), costs[device].item_seconds
-                load = costs[device].load_seconds * times if device in lacking else 0.0
-                slots = ledgers[device].device.load_slots
-                loaded, will_be_loaded = self._loading[device] / slots, (self._loading[device] + load) / slots
-            run = another if expert in queue.groups else first
-            if in_order:
+    def _offers_in_order(
+        self, able: Mapping[str, list[Queue]], expert: str, lacking: list[str], ledgers: Mapping[str, Ledger]
+    ) -> list[Offer]:
+        """What CoServe weighs: K where requests for the expert wait, else K + B, and L where it has to be loaded."""
+        offers = list[Offer]()
+        for device, queues in able.items():
+            cost = self._experts[expert].costs[device]
+            load = cost.load_seconds if device in lacking else 0.0
+            for queue in queues:
+                run = cost.item_seconds if expert in queue.groups else cost.run_seconds(1)
                 offers.append(Offer(queue.executor.name, queue.total_seconds, run + load))
-                continue
-            ran = queue.total_seconds - queue.loading_seconds
-            total = ran if ran > loaded else loaded
-            end = ran + run
-            answer = max(ran, will_be_loaded) + run if load else end
-            extra = (end if end > will_be_loaded else will_be_loaded) - total
-            offers.append(Offer(queue.executor.name, total, extra, answer))
         return offers
 
     def _book(self, queue: Queue, seconds: float) -> None:
@@ -439,14 +461,8 @@ class Scheduler:
         limit = 1 if group.first.alone else most
         if not self.policy.groups:
             limit = min(limit, _in_a_row(queue, group.expert, limit))
-        tasks: list[Task] = []
-        for request in islice(group.turns, limit):
-            task = group.tasks[request]
-            if task.alone and tasks:
-                break
-            tasks.append(task)
-        group.pop_first(len(tasks))
-        return tasks
+        others = enumerate(group.turns[1:limit], start=1)
+        return group.pop_first(next((place for place, (_, _, task) in others if task.alone), limit))
 
     def _forget(self, queue: Queue, group: Group, tasks: list[Task], ledger: Ledger) -> None:
         """The tasks left the group: take their seconds off the backlog, and the group when it is empty."""
@@ -487,6 +503,18 @@ class Scheduler:
     def _run_seconds(self, device: str, group: Group) -> float:
         cost = self._experts[group.expert].costs[device]
         return cost.fixed_seconds + cost.item_seconds * len(group.tasks)
+
+    def _rank_reweighed(self, expert: str) -> None:
+        """Where it was reweighed, rank its groups that wait for a load by what that comes to."""
+        if expert not in self._reweighed:
+            return
+        self._reweighed.remove(expert)
+        for device, rare in self._rare.items():
+            if not rare or not self._demand[device].get(expert):
+                continue
+            for queue in self._on[device]:
+                if expert in queue.groups and (expert, queue.executor.name) in rare:
+                    self._rank_rare(queue, queue.groups[expert])
 
     def _rank_rare(self, queue: Queue, group: Group) -> None:
         expert, device = group.expert, queue.executor.device

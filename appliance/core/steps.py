@@ -36,7 +36,7 @@ class Steps:
         return limit is not None and self._waiting[expert] >= limit
 
     def is_held(self, expert: str) -> bool:
-        return self._held[expert] > 0
+        return self._held.get(expert, 0) > 0
 
     @property
     def held(self) -> frozenset[str]:

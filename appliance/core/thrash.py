@@ -37,11 +37,13 @@ class Sliding:
         self._sum = 0.0
 
     def add(self, value: float, now: float) -> None:
-        self.sum(now)
+        second = floor(now)
+        if self._steps and self._steps[-1][0] == second:
+            self._steps[-1] = second, value + self._steps[-1][1]
+        else:
+            self.sum(now)
+            self._steps.append((second, value))
         self._sum += value
-        if self._steps and self._steps[-1][0] == floor(now):
-            value += self._steps.pop()[1]
-        self._steps.append((floor(now), value))
 
     @property
     def ends_at(self) -> float | None:

@@ -265,6 +265,8 @@ class Device:
     def filled(self, items: int, most: int) -> int:
         """How many pictures really run when so many shall: up to the next batch that runs well, or the expert's
         largest if that is less."""
+        if not self.batch_sizes:
+            return items
         return min(next((size for size in self.batch_sizes if size >= items), items), max(items, most))
 
 
