@@ -20,7 +20,7 @@ from appliance.core.types import Batch, Device, Executor, Expert
 from appliance.lab import live
 from appliance.lab.contenders import Setup
 from appliance.lab.laps import Pictures
-from appliance.lab.simulate import SharedDisk, World, simulate
+from appliance.lab.simulate import SharedDisk, Takes, World, simulate
 from appliance.lab.telling import quantile
 from appliance.profiler.measure import Loading, Measured
 from appliance.profiler.settings import Knob, Settings, Space
@@ -181,15 +181,14 @@ def bandwidth(loading: Loading, at_once: int) -> float:
     return 1.0 / (loading.seconds(1, at_once) - loading.fixed_seconds)
 
 
-def _taking(
-    compiled: Mapping[str, Compiled], measured: Measured, settings: Settings, cores: int
-) -> Callable[[Batch, int, int], float]:
+def _taking(compiled: Mapping[str, Compiled], measured: Measured, settings: Settings, cores: int) -> Takes:
     """How long a batch takes beside so many others, and so many loads, as measured."""
     models = {(one.architecture, one.threads): one for one in measured.architectures}
     contention = {one.threads: one for one in measured.contention}
     costs = costs_of(compiled, measured, settings)
 
-    def takes(batch: Batch, runs: int, loads: int) -> float:
+    def takes(batch: Batch, running: Mapping[str, int], loading: Mapping[str, int]) -> float:
+        runs, loads = running[CPU], loading[CPU]
         count, kind = len(batch.requests), compiled[batch.expert].architecture
         model, single = models.get((kind, settings.threads)), models.get((kind, 1))
         seconds = costs[batch.expert].run_seconds(count) if model is None else model.run_seconds(count)
