@@ -95,8 +95,10 @@ class Installation:
 
     @property
     def split_bytes(self) -> int:
-        """Main memory that weights and activations share, as a profile may split it anew."""
-        return weights_budget(self.config, self.memory_bytes, len(self.gpus.used)) + activation_bytes(self.config)
+        """Main memory that weights, activations and what is pinned for GPUs share, as a profile may split it anew."""
+        gpus = len(self.gpus.used)
+        pinned = gpus * int(self.config.memory.gpu_host_tier)
+        return weights_budget(self.config, self.memory_bytes, gpus) + activation_bytes(self.config) + pinned
 
     @property
     def policy(self) -> Policy:

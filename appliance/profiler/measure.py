@@ -19,14 +19,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from threading import Event, Timer
-from typing import Any, TypeVar
+from threading import Event as Signal
+from threading import Timer
+from typing import Any, Protocol, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from appliance.catalog import Bundle
 from appliance.core import costs
+from appliance.core.types import Device, Event
 from appliance.drivers import devices
+from appliance.engine.engine import Engine
 from appliance.errors import ApplianceError, ConfigError, ModelError
 from appliance.lab.telling import Say
 from appliance.profile import Kind
@@ -257,15 +260,32 @@ class GpuLoads:
 Answer = TypeVar("Answer", Runs, GpuRuns)
 
 
-@dataclass(frozen=True, slots=True)
-class Gpu:
-    """What is measured of GPUs: the first, by its name, with its experts. `memory_bytes` are for weights, with gaps,
-    and for activations, running and kept."""
+class OpenGpu(Protocol):
+    """Makes the engine of a GPU: `Engine.on_gpu`, and what tests pretend."""
 
-    device: str
+    def __call__(
+        self,
+        device: Device,
+        compiled: Mapping[str, Compiled],
+        segment_path: Callable[[str], Path],
+        report: Callable[[Event], None],
+        *,
+        host_bytes: int,
+    ) -> Engine: ...
+
+
+@dataclass(frozen=True, slots=True)
+class GpuPart:
+    """The GPUs of a box by their names, each taken to be like the first, which is measured; and their experts.
+
+    `memory_bytes` are those of one, for weights, with gaps, and for activations, running and kept.
+    """
+
+    names: tuple[str, ...]
     compiled: Mapping[str, Compiled]
     segment_path: Callable[[str], Path]
     memory_bytes: int
+    open: OpenGpu = Engine.on_gpu
 
 
 def measured(
@@ -280,16 +300,16 @@ def measured(
     say: Say = lambda line: None,
     known: Measured | None = None,
     memory_bytes: int | None = None,
-    gpu: Gpu | None = None,
+    gpus: GpuPart | None = None,
 ) -> Measured:
     """Measure every architecture that `known` lacks, by each number of `threads` and up to so many executors; and on
-    the `gpu`, if there is one.
+    the first of the `gpus`, if there are any.
 
     Within the budget, but for one run or a child's start: less time means fewer repeats, and what had no turn at all is
     lacking, or in `failed`. What is `known` is kept as it is. A child may have `memory_bytes` of address space.
     """
     begun, whole_seconds = time.monotonic(), budget_seconds
-    budget_seconds *= 1.0 if gpu is None else 1 - _GPU_SHARE
+    budget_seconds *= 1.0 if gpus is None else 1 - _GPU_SHARE
     asked = _Asked(bundles, segment_path, tuple(threads), executors, repeats, memory_bytes or _memory_bytes())
     known = known or Measured((), Loading(), (), 0.0, {})
     groups = _new_groups(compiled, known, "cpu", threads)
@@ -304,8 +324,8 @@ def measured(
             failed[LOADS] = str(error)
     fresh = [one for architecture, runs in answers.items() for one in _architectures(groups[architecture][0], runs)]
     on_gpu = known.gpu
-    if gpu is not None:
-        found, more, failed_there = _on_gpu(asked, compiled, gpu, known, begun + whole_seconds, say)
+    if gpus is not None:
+        found, more, failed_there = _on_gpu(asked, compiled, gpus, known, begun + whole_seconds, say)
         on_gpu, fresh, failed = found, [*fresh, *more], failed | failed_there
     again = {(one.architecture, one.device, one.threads) for one in fresh}
     kept = (one for one in known.architectures if (one.architecture, one.device, one.threads) not in again)
@@ -389,16 +409,16 @@ class _Asked:
         """Raises the same."""
         return TypeAdapter(Loads).validate_python(self._answer("loads", experts, until))
 
-    def gpu_runs(self, gpu: Gpu, experts: Sequence[Compiled], until: float) -> GpuRuns:
+    def gpu_runs(self, gpus: GpuPart, experts: Sequence[Compiled], until: float) -> GpuRuns:
         """Of these experts as the CPU runs them, and the GPU beside it. Raises the same."""
-        return TypeAdapter(GpuRuns).validate_python(self._answer("runs", experts, until, gpu))
+        return TypeAdapter(GpuRuns).validate_python(self._answer("runs", experts, until, gpus))
 
-    def gpu_loads(self, gpu: Gpu, experts: Sequence[Compiled], until: float) -> GpuLoads:
+    def gpu_loads(self, gpus: GpuPart, experts: Sequence[Compiled], until: float) -> GpuLoads:
         """Raises the same."""
-        return TypeAdapter(GpuLoads).validate_python(self._answer("loads", experts, until, gpu))
+        return TypeAdapter(GpuLoads).validate_python(self._answer("loads", experts, until, gpus))
 
     def _answer(
-        self, measure: str, experts: Sequence[Compiled], until: float, gpu: Gpu | None = None
+        self, measure: str, experts: Sequence[Compiled], until: float, gpus: GpuPart | None = None
     ) -> dict[str, Any]:
         if until <= time.monotonic():
             raise ApplianceError("there was no time to measure it", "allow more time")
@@ -407,10 +427,10 @@ class _Asked:
         working = int(_ACTIVATIONS_SHARE * self.memory_bytes)
         job = Job(tuple(experts), bundles, paths, self.threads, self.executors, self.repeats, working, until)
         limit_bytes = self.memory_bytes
-        if gpu is not None:
-            there = tuple(gpu.compiled[one.expert] for one in experts)
-            paths |= {segment.id: gpu.segment_path(segment.id) for one in there for segment in one.segments}
-            job = replace(job, paths=paths, gpu=GpuJob(gpu.device, there, gpu.memory_bytes))
+        if gpus is not None:
+            there = tuple(gpus.compiled[one.expert] for one in experts)
+            paths |= {segment.id: gpus.segment_path(segment.id) for one in there for segment in one.segments}
+            job = replace(job, paths=paths, gpu=GpuJob(gpus.names[0], there, gpus.memory_bytes))
             limit_bytes = _GPU_ADDRESS_BYTES
         # By a file: the hundreds of tensors of a large network do not fit a request.
         with tempfile.NamedTemporaryFile(prefix="measure-", suffix=".json") as file:
@@ -428,9 +448,9 @@ class _Asked:
 
 
 @contextmanager
-def _given_up(child: Child, seconds: float) -> Iterator[Event]:
+def _given_up(child: Child, seconds: float) -> Iterator[Signal]:
     """Within, the child is killed after so many seconds, and the event says that it was."""
-    has_been = Event()
+    has_been = Signal()
 
     def give_up() -> None:
         has_been.set()
@@ -473,25 +493,26 @@ def _answers(
 
 
 def _on_gpu(
-    asked: _Asked, compiled: Mapping[str, Compiled], gpu: Gpu, known: Measured, until: float, say: Say
+    asked: _Asked, compiled: Mapping[str, Compiled], gpus: GpuPart, known: Measured, until: float, say: Say
 ) -> tuple[OnGpu, list[Architecture], dict[str, str]]:
     """Loads and contention, new architectures, and what failed."""
-    groups, found = _new_groups(gpu.compiled, known, "cuda", (1,)), known.gpu or OnGpu()
-    where, now = f" on {gpu.device}", time.monotonic()
+    groups, found = _new_groups(gpus.compiled, known, "cuda", (1,)), known.gpu or OnGpu()
+    name = gpus.names[0]
+    where, now = f" on {name}", time.monotonic()
     loads_share = 0.0 if found.from_host.bytes_per_second else _LOADS_SHARE
 
     def runs(experts: Sequence[Compiled], until: float) -> GpuRuns:
-        return asked.gpu_runs(gpu, [compiled[one.expert] for one in experts], until)
+        return asked.gpu_runs(gpus, [compiled[one.expert] for one in experts], until)
 
     answers, why = _answers(runs, groups, until - loads_share * (until - now), say, where)
-    failed = {f"{gpu.device} {architecture}": reason for architecture, reason in why.items()}
+    failed = {f"{name} {architecture}": reason for architecture, reason in why.items()}
     if loads_share:
         say(f"loading{where}")
         try:
-            rows = asked.gpu_loads(gpu, [compiled[one.expert] for one in _spread(groups, why)], until)
+            rows = asked.gpu_loads(gpus, [compiled[one.expert] for one in _spread(groups, why)], until)
             found = replace(found, from_disk=loads_fit(rows.from_disk), from_host=loads_fit(rows.from_host))
         except ApplianceError as error:
-            failed[f"{gpu.device} {LOADS}"] = str(error)
+            failed[f"{name} {LOADS}"] = str(error)
     if answers:
         found = replace(
             found,

@@ -15,13 +15,13 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
 from appliance import sandbox
 from appliance.core.slab import block_bytes, whole_pages
-from appliance.core.types import Device, Event
+from appliance.core.types import Device
 from appliance.drivers.runtime import CpuPlace
 from appliance.engine import cuda
 from appliance.engine.engine import Engine
@@ -37,6 +37,7 @@ from appliance.profiler.measure import (
     Job,
     Latency,
     Loads,
+    OpenGpu,
     Runs,
     ladder,
     plateau,
@@ -304,20 +305,6 @@ def _sets(groups: Sequence[Sequence[Compiled]], size: int) -> list[Sequence[Comp
     everybody = [one for group in groups for one in group]
     fitting = [group for group in groups if len(group) >= size] or [everybody]
     return [group[at : at + size] for group in fitting for at in range(0, len(group) - size + 1, size)]
-
-
-class OpenGpu(Protocol):
-    """Makes the engine of a GPU: `Engine.on_gpu`, and what tests pretend."""
-
-    def __call__(
-        self,
-        device: Device,
-        compiled: Mapping[str, Compiled],
-        segment_path: Callable[[str], Path],
-        report: Callable[[Event], None],
-        *,
-        host_bytes: int,
-    ) -> Engine: ...
 
 
 def _bench(job: Job) -> Bench:
