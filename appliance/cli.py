@@ -296,9 +296,10 @@ def profile(
 ) -> None:
     """Find the best configuration of this box by measurement, and write it as profiles/<box>.json.
 
-    It measures what batches and loads take here, searches executors, threads, batches, the split of memory and the
-    policy's hold in the simulator with these costs, and serves the best of them live beside the defaults. Nothing is
-    chosen that does not beat them live. Killed or interrupted, the same command goes on where it was.
+    It measures what batches and loads take here, on the CPU and on a GPU, searches executors, threads, batches, the
+    split of memory and the policy's hold in the simulator with these costs, and serves the best of them live beside
+    the defaults. Nothing is chosen that does not beat them live. Killed or interrupted, the same command goes on where
+    it was.
 
     Stop the service meanwhile: it would be measured too. Then set paths.profile to the file that is printed.
 

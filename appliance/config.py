@@ -118,12 +118,17 @@ class Memory(Settings):
         ByteSize(256_000_000), description="Budget of what running batches take beside the weights, in main memory."
     )
     gpu_weights: ByteSize | None = Field(
-        None, description="The same for weights on each GPU; by default four fifths of what is free there at the start."
+        None,
+        description="The same for weights on each GPU; from the profile by default, or else four fifths of what is "
+        "free there at the start, less what activations take.",
     )
-    gpu_activations: ByteSize = Field(ByteSize(1_000_000_000), description="The same for running batches on each GPU.")
+    gpu_activations: ByteSize = Field(
+        ByteSize(1_000_000_000), description="The same for running batches on each GPU; the profile may say otherwise."
+    )
     gpu_host_tier: ByteSize = Field(
         ByteSize(1_000_000_000),
-        description="Pinned main memory, for each GPU, in which weights that left it wait to come back.",
+        description="Pinned main memory, for each GPU, in which weights that left it wait to come back; the profile "
+        "may say otherwise.",
     )
 
 
@@ -140,10 +145,12 @@ class Executors(Settings):
     """Threads that run experts."""
 
     cpu: Annotated[int, Field(ge=1, le=64)] | None = Field(
-        None, description="CPU executors; from the profile by default."
+        None,
+        description="CPU executors; from the profile by default. One at least: it does what a GPU fails to do.",
     )
     gpus: Annotated[int, Field(ge=0, le=16)] | None = Field(
-        None, description="GPUs that run experts, one executor each; by default all that can."
+        None,
+        description="GPUs that run experts, one executor each; from the profile by default, or else all that can.",
     )
     load_slots: Annotated[int, Field(ge=1, le=16)] = Field(2, description="Loads in flight per device.")
 

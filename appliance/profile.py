@@ -16,12 +16,16 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from appliance.config import Config
+from appliance.core import costs
 from appliance.core.costs import Cost
 from appliance.errors import ConfigError
 
 Seconds = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Size = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0)]
+Kind = Literal["cpu", "cuda"]
+"""Of a device: costs are those of a kind, and all GPUs of a box are taken to be like the first."""
 MEMORY_TOLERANCE = 0.05
 """The kernel keeps a little more or less for itself from one version to the next."""
 
@@ -73,11 +77,36 @@ class Origin(Part):
 
 
 class Running(Part):
-    """K and B of an architecture on the CPU, with the profile's threads, and how far off they are (median)."""
+    """K and B of an architecture on one kind of device, on the CPU with the profile's threads, and how far off they are
+    (median)."""
 
     item_seconds: Seconds
     fixed_seconds: Seconds
     fit_error: Annotated[float, Field(ge=0)]
+
+
+class Loads(Part):
+    """Loads from one tier to one kind of device."""
+
+    fixed_seconds: Seconds = Field(description="Part of a load that does not depend on its bytes.")
+    bytes_per_second: Rate
+
+    def seconds(self, weights_bytes: int) -> float:
+        return self.fixed_seconds + weights_bytes / self.bytes_per_second
+
+
+class OnGpus(Part):
+    """What was found for the GPUs of a box, and measured on the first of them. What is None was not."""
+
+    count: Size | None = Field(None, description="GPUs that run experts; None: all that can.")
+    weights_bytes: Size | None = Field(
+        None, description="The split of each one's memory; None: as the settings have it."
+    )
+    activation_bytes: Size | None = None
+    host_tier_bytes: Size | None = Field(None, description="Pinned main memory for each.")
+    from_disk: Loads | None = None
+    from_host: Loads | None = Field(None, description="Of what is in pinned main memory.")
+    running: Mapping[str, Running] = Field({}, description="By architecture, as compiled for GPUs.")
 
 
 class Profile(Part):
@@ -91,19 +120,36 @@ class Profile(Part):
     activation_bytes: Size | None = None
     hold_share: Annotated[float, Field(ge=0)] | None = Field(None, description="The policy's; None: as it is.")
     load_fixed_seconds: Seconds = Field(0.002, description="Part of a load that does not depend on its bytes.")
-    disk_bytes_per_second: Annotated[float, Field(gt=0)] = Field(5e8, description="Read bandwidth for weights.")
+    disk_bytes_per_second: Rate = Field(5e8, description="Read bandwidth for weights.")
     running: Mapping[str, Running] = Field({}, description="By architecture; others as compiling measured them.")
-    gpu_speed: Annotated[float, Field(gt=0)] = Field(10.0, description="Times as fast as the CPU: a guess.")
+    gpus: OnGpus = OnGpus()
+    gpu_speed: Rate = Field(10.0, description="Times as fast as the CPU: a guess for what was not measured on a GPU.")
     origin: Origin | None = Field(None, description="None: it is for any box.")
 
-    def load_seconds(self, weights_bytes: int) -> float:
-        return self.load_fixed_seconds + weights_bytes / self.disk_bytes_per_second
+    def running_on(self, kind: Kind) -> Mapping[str, Running]:
+        """What was measured, by architecture."""
+        return self.running if kind == "cpu" else self.gpus.running
 
-    def cpu_cost(self, architecture: str, weights_bytes: int, compiled: Cost) -> Cost:
-        """K and B as measured on this box, or else as they were when the architecture was compiled; L from the bytes
-        and the disk."""
-        known = self.running.get(architecture, compiled)
-        return Cost(known.item_seconds, known.fixed_seconds, self.load_seconds(weights_bytes))
+    def load_seconds(self, kind: Kind, weights_bytes: int, host_share: float = 0.0) -> float:
+        """From the disk, but so large a share of the loads of a GPU from host memory. Into a GPU that was not measured
+        as into main memory: the disk is what is slow."""
+        disk = Loads(fixed_seconds=self.load_fixed_seconds, bytes_per_second=self.disk_bytes_per_second)
+        if kind == "cpu":
+            return disk.seconds(weights_bytes)
+        far = (self.gpus.from_disk or disk).seconds(weights_bytes)
+        near = far if self.gpus.from_host is None else self.gpus.from_host.seconds(weights_bytes)
+        return costs.mixed(far, near, host_share)
+
+    def cost(
+        self, kind: Kind, architecture: str, weights_bytes: int, compiled: tuple[float, float], host_share: float = 0.0
+    ) -> Cost:
+        """K and B as measured on this kind of device, or else what they were when the architecture was `compiled`, on a
+        GPU as many times as fast as is guessed; L from the bytes and where they are."""
+        load_seconds = self.load_seconds(kind, weights_bytes, host_share)
+        if (known := self.running_on(kind).get(architecture)) is not None:
+            return Cost(known.item_seconds, known.fixed_seconds, load_seconds)
+        speed = 1.0 if kind == "cpu" else self.gpu_speed
+        return Cost(compiled[0] / speed, compiled[1] / speed, load_seconds)
 
     def misfit(self, hardware: Hardware) -> str | None:
         """Why this is no profile of a box; None if it is."""
@@ -115,8 +161,15 @@ class Profile(Part):
 
     def applied(self, config: Config) -> Config:
         """The settings, with what they leave open as it is best here."""
-        memory = {"weights": self.weights_bytes, "activations": self.activation_bytes}
-        executors = {"cpu": self.cpu_executors, "load_slots": self.load_slots}
+        gpus = self.gpus
+        memory = {
+            "weights": self.weights_bytes,
+            "activations": self.activation_bytes,
+            "gpu_weights": gpus.weights_bytes,
+            "gpu_activations": gpus.activation_bytes,
+            "gpu_host_tier": gpus.host_tier_bytes,
+        }
+        executors = {"cpu": self.cpu_executors, "load_slots": self.load_slots, "gpus": gpus.count}
 
         def open_ones(wanted: Mapping[str, int | None], given: set[str]) -> dict[str, int]:
             return {name: value for name, value in wanted.items() if value is not None and name not in given}

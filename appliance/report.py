@@ -619,10 +619,11 @@ def _print_before_and_after(found: Mapping[str, Any], console: Console) -> None:
 
 def _print_fits(fits: Sequence[Mapping[str, Any]], console: Console) -> None:
     """The worst ones."""
-    table = Table("runs of", "threads", "a picture", "a batch", "fit error", title_justify="left")
+    table = Table("runs of", "on", "a picture", "a batch", "fit error", title_justify="left")
     for fit in sorted(fits, key=lambda fit: -fit["fit_error"])[:MOST_FITS]:
         times = (f"{fit[name] * 1e3:.2f} ms" for name in ("item_seconds", "fixed_seconds"))
-        table.add_row(escape(fit["expert"]), str(fit["threads"]), *times, f"{fit['fit_error']:.1%}")
+        on = "GPU" if fit["device"] == "cuda" else f"{fit['threads']} threads"
+        table.add_row(escape(fit["expert"]), on, *times, f"{fit['fit_error']:.1%}")
     if fits:
         console.print(table)
     if len(fits) > MOST_FITS:

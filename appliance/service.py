@@ -47,7 +47,6 @@ from appliance.drivers.outbox import Note, Outbox
 from appliance.drivers.recipes import Recipes
 from appliance.drivers.records import Quota, Records, Sort
 from appliance.engine.engine import Engine, Engines
-from appliance.engine.weights import Weights
 from appliance.errors import ApplianceError, BrokerError, DeviceError, OutOfMemory
 from appliance.feed import Fed, Feed
 from appliance.health import STUCK_SECONDS
@@ -237,9 +236,8 @@ class Service:
     def _engine(self, device: Device, installation: Installation) -> Engine:
         """Raises DeviceError or OutOfMemory when a GPU does not do what it says."""
         if device.name == CPU:
-            memory = Weights(installation.store.segment_path, budget_bytes=device.budget_bytes)
-            place = runtime.CpuPlace(installation.profile.threads)
-            return Engine.on(device, installation.compiled, memory, place, self._inbox.tell)
+            path, threads = installation.store.segment_path, installation.profile.threads
+            return Engine.in_main_memory(device, installation.compiled, path, self._inbox.tell, threads=threads)
         gpus, host_bytes = installation.gpus, int(installation.config.memory.gpu_host_tier)
         assert gpus.store is not None
         return Engine.on_gpu(device, gpus.compiled, gpus.store.segment_path, self._inbox.tell, host_bytes=host_bytes)

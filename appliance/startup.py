@@ -30,7 +30,7 @@ from appliance.drivers import devices, runtime
 from appliance.drivers.journal import Opening
 from appliance.engine import cuda
 from appliance.errors import ApplianceError, ConfigError
-from appliance.profile import Choice, Hardware, Profile
+from appliance.profile import Choice, Hardware, Kind, Profile
 from appliance.promise import activation_bytes, weights_budget
 from appliance.store.compile import Report, compile_bundles
 from appliance.store.store import PROVIDERS, Compiled, Store
@@ -65,6 +65,17 @@ def gpu_name(gpu: devices.Gpu) -> str:
     return f"cuda:{gpu.index}"
 
 
+def kind_of(device: str) -> Kind:
+    """Of the device that is called so."""
+    return "cpu" if device == CPU else "cuda"
+
+
+def host_share(compiled: Mapping[str, Compiled], tier_bytes: int) -> float:
+    """How likely a GPU finds in host memory what it has to load: as much of all weights as fits there."""
+    size = bytes_together(map(footprint, compiled.values()))
+    return min(tier_bytes / size, 1.0) if size else 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class Installation:
     """A box as it can serve: everything read, checked and compiled."""
@@ -84,8 +95,10 @@ class Installation:
 
     @property
     def split_bytes(self) -> int:
-        """Main memory that weights and activations share, as a profile may split it anew."""
-        return weights_budget(self.config, self.memory_bytes, len(self.gpus.used)) + activation_bytes(self.config)
+        """Main memory that weights, activations and what is pinned for GPUs share, as a profile may split it anew."""
+        gpus = len(self.gpus.used)
+        pinned = gpus * int(self.config.memory.gpu_host_tier)
+        return weights_budget(self.config, self.memory_bytes, gpus) + activation_bytes(self.config) + pinned
 
     @property
     def policy(self) -> Policy:
@@ -95,11 +108,12 @@ class Installation:
     def experts(self) -> dict[str, Expert]:
         """What the controller needs to know of each expert."""
         usage = probabilities(self.catalog)
+        near = host_share(self.gpus.compiled, int(self.config.memory.gpu_host_tier))
         return {
             name: Expert(
                 name,
                 {device: footprint(c) for device, c in self._compiled_by_device(name)},
-                {device: self._cost(device, c) for device, c in self._compiled_by_device(name)},
+                {device: self._cost(device, c, near) for device, c in self._compiled_by_device(name)},
                 min(self.catalog.bundles[name].manifest.model.max_batch, self.profile.batch_cap),
                 usage.get(name, 0.0),
             )
@@ -120,13 +134,9 @@ class Installation:
             if expert in self.compiled_on(device.name):
                 yield device.name, self.compiled_on(device.name)[expert]
 
-    def _cost(self, device: str, compiled: Compiled) -> Cost:
-        load_seconds = self.profile.load_seconds(compiled.bytes)
-        cost = Cost(compiled.item_seconds, compiled.fixed_seconds, load_seconds)
-        if device == CPU:
-            return self.profile.cpu_cost(compiled.architecture, compiled.bytes, cost)
-        speed = self.profile.gpu_speed
-        return Cost(cost.item_seconds / speed, cost.fixed_seconds / speed, load_seconds)
+    def _cost(self, device: str, compiled: Compiled, near: float) -> Cost:
+        once = compiled.item_seconds, compiled.fixed_seconds
+        return self.profile.cost(kind_of(device), compiled.architecture, compiled.bytes, once, near)
 
     @property
     def devices(self) -> tuple[Device, ...]:
@@ -232,9 +242,11 @@ def install(
     store = Store(config.paths.store)
     compiled, failed = _compiled(store, sound, report)
     unavailable = {name: refusal_of(error) for name, error in (broken | failed).items()}
-    gpus = _install_gpus(config, [bundle for bundle in sound if bundle.manifest.name in compiled])
-    choice = profiles.chosen(profile, hardware(gpus.used), graph_sha256(catalog, compiled))
+    there, trouble = _usable_gpus(config)
+    choice = profiles.chosen(profile, hardware(there), graph_sha256(catalog, compiled))
     config = choice.profile.applied(config)
+    used = there[: config.executors.gpus]
+    gpus = _install_gpus(config, used, trouble, [bundle for bundle in sound if bundle.manifest.name in compiled])
     return Installation(config, catalog, choice, store, compiled, unavailable, devices.memory_bytes(), gpus)
 
 
@@ -283,17 +295,23 @@ def _compiled(
     return made, {name: result for name, result in results.items() if isinstance(result, ApplianceError)}
 
 
-def _install_gpus(config: Config, bundles: Sequence[Bundle]) -> Gpus:
-    """Which GPUs can be used, and the experts compiled for them. One that cannot be is served by the CPU alone."""
+def _usable_gpus(config: Config) -> tuple[tuple[devices.Gpu, ...], dict[str, str]]:
+    """As many of the GPUs that can be used as the settings want, and why by its name another one cannot be."""
     wanted = config.executors.gpus
     if wanted == 0:
-        return Gpus()
+        return (), {}
     there = devices.gpus()
     trouble = {gpu_name(gpu): why for gpu in there if (why := _why_not(config, gpu)) is not None}
-    usable = [gpu for gpu in there if gpu_name(gpu) not in trouble]
+    usable = tuple(gpu for gpu in there if gpu_name(gpu) not in trouble)
     if wanted is not None and len(usable) < wanted:
         trouble.setdefault("gpu", f"executors.gpus is {wanted}, and {len(usable)} can be used")
-    used = tuple(usable[:wanted])
+    return usable[:wanted], trouble
+
+
+def _install_gpus(
+    config: Config, used: tuple[devices.Gpu, ...], trouble: Mapping[str, str], bundles: Sequence[Bundle]
+) -> Gpus:
+    """With the experts compiled for them. One that cannot be is served by the CPU alone."""
     if not used:
         return Gpus(trouble=trouble)
     store = Store(config.paths.store, "cuda")

@@ -27,7 +27,7 @@ from appliance.errors import MessageError
 from appliance.health import PROCESS, Drift, Passing, Underway, process_balance, weights_balance
 from appliance.inspections import Inspections
 from appliance.promise import DECODING_BYTES_PER_PIXEL, promised_bytes
-from appliance.startup import CPU, Installation, footprint
+from appliance.startup import CPU, Installation, footprint, kind_of
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,12 @@ class Telemetry:
         self._drift = Drift()
         self._next_trim = 0.0
         self._experts = installation.experts
-        self._relearning = Relearning({name: one.architecture for name, one in installation.compiled.items()})
+        self._relearning = Relearning(
+            {
+                device.name: {n: one.architecture for n, one in installation.compiled_on(device.name).items()}
+                for device in installation.devices
+            }
+        )
         self._footprints = {
             device.name: {name: footprint(compiled) for name, compiled in installation.compiled_on(device.name).items()}
             for device in installation.devices
@@ -268,16 +273,17 @@ class Telemetry:
 
     def _look_at_costs(self) -> None:
         """A profile that is not this box's, or no more. What compiling measured is rough, and nobody's promise."""
-        choice, promised = self._installation.choice, self._installation.profile.running
+        choice, profile = self._installation.choice, self._installation.profile
         if choice.trouble is not None:
             self._alarms.set(Alarm.PROFILE, {"detail": choice.trouble})
             return
-        cpu = sum(executor.device == CPU for executor in self._installation.executors)
-        sharing = cpu * self._installation.profile.threads / self._cores
+        # A GPU's executor prepares its pictures on the same cores.
+        threads = sum(profile.threads if e.device == CPU else 1 for e in self._installation.executors)
+        sharing = threads / self._cores
         off = {
-            kind[:ARCHITECTURE_DIGITS]: round(found.times_as_long, 2)
-            for (kind, device), found in self._relearning.learnt().items()
-            if device == CPU and kind in promised and found.is_far_off(sharing)
+            architecture[:ARCHITECTURE_DIGITS]: round(found.times_as_long, 2)
+            for (architecture, device), found in self._relearning.learnt().items()
+            if architecture in profile.running_on(kind_of(device)) and found.is_far_off(sharing)
         }
         if not off:
             self._alarms.set(Alarm.PROFILE, None)

@@ -20,7 +20,7 @@ from appliance.config import Config
 from appliance.core.costs import Cost
 from appliance.errors import ConfigError
 from appliance.lab.simulate import simulated
-from appliance.profile import DEFAULT, Choice, Found, Hardware, Origin, Profile, Running
+from appliance.profile import DEFAULT, Choice, Found, Hardware, Loads, OnGpus, Origin, Profile, Running
 from appliance.report import print_check
 from appliance.startup import Installation, checked, graph_sha256, hardware, install
 from tests.kit_box import ALARMS, INFER, RESULT, STATS, Box, compiled, hear_verdicts, picture, write_catalog
@@ -56,8 +56,26 @@ FULL = profile(
     activation_bytes=5_000_000,
     hold_share=0.5,
     running={"a": Running(item_seconds=0.5, fixed_seconds=0.25, fit_error=0.01)},
+    gpus=OnGpus(
+        count=0,
+        weights_bytes=40_000_000,
+        activation_bytes=20_000_000,
+        host_tier_bytes=30_000_000,
+        from_disk=Loads(fixed_seconds=0.003, bytes_per_second=1e9),
+        from_host=Loads(fixed_seconds=0.001, bytes_per_second=1e10),
+        running={"a": Running(item_seconds=0.05, fixed_seconds=0.5, fit_error=0.01)},
+    ),
 )
-SETTLED = {"executors.cpu": 3, "executors.load_slots": 4, "memory.weights": 10_000_000, "memory.activations": 5_000_000}
+SETTLED = {
+    "executors.cpu": 3,
+    "executors.gpus": 0,
+    "executors.load_slots": 4,
+    "memory.weights": 10_000_000,
+    "memory.activations": 5_000_000,
+    "memory.gpu_weights": 40_000_000,
+    "memory.gpu_activations": 20_000_000,
+    "memory.gpu_host_tier": 30_000_000,
+}
 
 
 @given(st.sets(st.sampled_from(sorted(SETTLED))))
@@ -76,10 +94,23 @@ def test_a_profile_that_settles_nothing_leaves_the_settings_as_they_are() -> Non
     assert DEFAULT.applied(Config()) == Config()
 
 
-def test_costs_are_those_that_were_measured_and_else_those_of_compiling() -> None:
-    compiling = Cost(1.0, 2.0, 3.0)
-    assert FULL.cpu_cost("a", 0, compiling) == Cost(0.5, 0.25, FULL.load_seconds(0))
-    assert FULL.cpu_cost("b", 0, compiling) == Cost(1.0, 2.0, FULL.load_seconds(0))
+def test_costs_are_those_that_were_measured_on_the_device_and_else_those_of_compiling() -> None:
+    size, once = 500_000_000, (1.0, 2.0)
+    from_disk = 0.002 + size / 5e8
+    assert FULL.cost("cpu", "a", size, once) == Cost(0.5, 0.25, from_disk)
+    assert FULL.cost("cpu", "b", size, once) == Cost(1.0, 2.0, from_disk)
+    assert FULL.cost("cuda", "a", size, once) == Cost(0.05, 0.5, 0.503), (
+        "never mind how much quicker it was guessed to be"
+    )
+    assert FULL.cost("cuda", "b", size, once) == Cost(0.1, 0.2, 0.503)
+    assert DEFAULT.cost("cuda", "a", size, once, host_share=1.0) == Cost(0.1, 0.2, from_disk), "nothing was measured"
+
+
+@given(st.floats(0, 1), st.integers(0, 10**9))
+def test_the_more_loads_of_a_gpu_find_host_memory_the_nearer_they_are_to_its_speed(share: float, size: int) -> None:
+    far, near = 0.003 + size / 1e9, 0.001 + size / 1e10
+    assert FULL.load_seconds("cuda", size, share) == pytest.approx(share * near + (1 - share) * far)
+    assert FULL.load_seconds("cpu", size, share) == FULL.load_seconds("cpu", size), "main memory has no tier before it"
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ from appliance.profiler.profiled import (
 )
 from appliance.profiler.rig import Outcome, Rig
 from appliance.profiler.settings import Settings
-from appliance.startup import install
+from appliance.startup import hardware, install
 from tests.kit_box import compiled, write_catalog
 from tests.kit_brokers import until
 from tests.kit_models import conv_net
@@ -150,7 +150,7 @@ def test_who_is_interrupted_before_the_search_keeps_the_defaults_and_the_measure
     assert first.phases == ["measure", "search"]
     assert first.found.measured.architectures
     assert any("the same command goes on" in line for line in first.said)
-    written = boxes.profile_of(first.found, tiny[0], "box1", "throughput", "graph")
+    written = boxes.profile_of(first.found, tiny[0], "box1", "throughput", "graph", hardware())
     assert written.applied(settings.Config()).executors.cpu == tiny[1].cpu_executors
     assert written.running.keys() == {one.architecture for one in tiny[0].compiled.values()}
 

@@ -33,6 +33,7 @@ def fit(expert: str, threads: int, error: float) -> dict[str, Any]:
     return {
         "architecture": f"sha-of-{expert}",
         "expert": expert,
+        "device": "cpu",
         "threads": threads,
         "samples": [{"items": items, "seconds": 0.01 * items} for items in (1, 2, 4)],
         "item_seconds": 0.01,
@@ -70,6 +71,7 @@ def found(**other: Any) -> dict[str, Any]:
         "fits": [fit("good", 1, 0.01), fit("good", 2, 0.02), fit("bad", 1, 0.2)],
         "loading": {"bytes_per_second": {"1": 1.7e9, "2": 1.9e9}, "fixed_seconds": 0.0005},
         "contention": [{"threads": 1, "beside_runs": {"1": 1.0, "2": 1.38}, "beside_loads": 1.2}],
+        "gpu": None,
         "failed": {},
         "importances": {"hold_share": 0.7, "cpu_executors": 0.3},
         "laps": [lap(0, DEFAULT, 52.0), lap(0, CHOSEN, 78.0), lap(0, Settings(1), 60.0)],
@@ -101,6 +103,26 @@ def test_the_page_shows_before_and_after_and_every_plot() -> None:
         assert said in text
     assert "http" not in html, "nothing is fetched"
     assert "<script" not in html
+
+
+def test_what_was_measured_on_a_gpu_is_shown_beside_the_cpu() -> None:
+    loading = {"bytes_per_second": {"1": 3e9}, "fixed_seconds": 0.0005}
+    empty = {"bytes_per_second": {}, "fixed_seconds": 0.0}
+    gpu = {"from_disk": empty, "from_host": loading, "beside_cpu": 1.25, "beside_loads": 1.0, "cpu_beside": 1.5}
+    on_gpu = fit("quick", 1, 0.3) | {"device": "cuda"}
+    other = {"gpu": gpu, "fits": [fit("good", 1, 0.01), on_gpu]}
+    text = text_of(page(found(**other)))
+    for said in (
+        "quick GPU",
+        "host memory to a GPU 1 at once 3.00 GB/s",
+        "beside all cores at work 1.25",
+        "1.50 times",
+    ):
+        assert said in text
+    assert "disk to a GPU" not in text, "that could not be measured"
+    assert "GPU" not in text_of(page(found()))
+    assert "GPU" in printed(**other)
+    assert "GPU" not in printed()
 
 
 def test_each_lap_and_sample_is_drawn_once() -> None:

@@ -15,7 +15,7 @@ TOLD = Cost(item_seconds=0.01, fixed_seconds=0.004, load_seconds=1.0)
 
 
 def learnt_of(runs: Iterable[tuple[int, float]]) -> Learnt | None:
-    learning = Relearning({"e0": "net"})
+    learning = Relearning({"cpu": {"e0": "net"}})
     for items, seconds in runs:
         learning.saw("e0", "cpu", items, seconds, TOLD)
     return learning.learnt().get(("net", "cpu"))
@@ -70,13 +70,13 @@ def test_what_has_changed_long_ago_is_forgotten(factor: float) -> None:
 
 
 def test_experts_of_one_architecture_learn_together_and_devices_apart() -> None:
-    learning = Relearning({"e0": "net", "e1": "net"})
+    learning = Relearning({"cpu": {"e0": "net", "e1": "net"}, "cuda:0": {"e0": "net-for-gpus"}})
     for number in range(LEAST_BATCHES):
         learning.saw(f"e{number % 2}", "cpu", 1, 0.1, TOLD)
         learning.saw("e0", "cuda:0", 1, 0.01, TOLD)
     assert {key: round(found.item_seconds, 3) for key, found in learning.learnt().items()} == {
         ("net", "cpu"): 0.1,
-        ("net", "cuda:0"): 0.01,
+        ("net-for-gpus", "cuda:0"): 0.01,
     }
 
 

@@ -21,6 +21,7 @@ from appliance.core.types import (
     Executor,
     Finished,
     Heard,
+    Load,
     Loaded,
     LoadFailed,
     Outcome,
@@ -28,12 +29,23 @@ from appliance.core.types import (
     Refusal,
     Run,
     RunFailed,
+    Segment,
     Tick,
 )
 from appliance.drivers import journal
 from appliance.drivers.journal import Journal, Opening
 from appliance.errors import ConfigError, RecordsError
-from appliance.lab.simulate import SharedDisk, World, controller_of, replay, simulate, simulated, under
+from appliance.lab.simulate import (
+    Following,
+    HostTier,
+    SharedDisk,
+    World,
+    controller_of,
+    replay,
+    simulate,
+    simulated,
+    under,
+)
 from tests.kit import BOXED, DOUBTFUL, SOUND, box, expert, inspection_graph, pretend, request
 
 
@@ -103,6 +115,58 @@ def test_a_disk_that_rested_is_as_quick_as_before() -> None:
     assert disk.next_seconds() == float("inf")
     disk.begin(100, 1, Loaded("cpu", "b"), 7.0)
     assert disk.next_seconds() == pytest.approx(8.0)
+
+
+def test_what_left_a_gpu_comes_back_from_host_memory_as_long_as_its_tier_has_room() -> None:
+    """Of three experts of 100 bytes the tier keeps two: whoever was brought or left last."""
+    names = ("a", "b", "c")
+    devices = (Device("gpu", 200, load_slots=1),)
+    tier = HostTier(200, 1000.0, fixed_seconds=0.5)
+    made = [expert(name, 100, on=("gpu",)) for name in names]
+    world = World(made, devices, lambda r, e: (SOUND,), disk=SharedDisk(100.0), tiers={"gpu": tier})
+
+    def load(name: str) -> Following:
+        there = world.obey(Load("gpu", name, (Segment(f"{name}-weights", 100),)))
+        assert there is not None
+        world.note(there.event)
+        return there
+
+    def evict(name: str) -> None:
+        world.obey(Evict("gpu", name, (Segment(f"{name}-weights", 100),)))
+
+    assert [load(name).disk_bytes for name in "ab"] == [100, 100]
+    evict("a")
+    assert load("c").disk_bytes == 100, "b leaves the tier for it, which has been unused for longer than a"
+    for name in "bc":
+        evict(name)
+    again = load("a")
+    assert again.disk_bytes is None
+    assert again.seconds == pytest.approx(0.5 + 0.1)
+    assert load("b").disk_bytes == 100
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcdef"), st.booleans()), max_size=40), st.integers(0, 60))
+def test_a_tier_never_holds_more_than_its_budget_and_what_it_held_is_not_read(
+    uses: list[tuple[str, bool]], budget: int
+) -> None:
+    sizes = {name: 5 * (number + 1) for number, name in enumerate("abcdef")}
+    tier = HostTier(budget, 1.0)
+    for name, is_brought in uses:
+        segment, was_there, before = Segment(name, sizes[name]), name in tier.held, {*tier.held}
+        if is_brought:
+            assert tier.bring(segment) == (0 if was_there else sizes[name])
+            assert (name in tier.held) == (sizes[name] <= budget)
+            assert name in tier.held or {*tier.held} == before, "nobody leaves for what has no room anyway"
+        else:
+            assert tier.touch(segment) == was_there
+        assert sum(tier.held.values()) <= budget
+
+
+def test_who_is_resident_on_a_gpu_at_the_start_is_in_its_tier_too() -> None:
+    made = [expert(name, 100, on=("gpu",)) for name in "ab"]
+    tier = HostTier(100, 1000.0)
+    World(made, [Device("gpu", 200)], lambda r, e: (), residents=[("gpu", "a"), ("gpu", "b")], tiers={"gpu": tier})
+    assert [*tier.held] == ["b-weights"]
 
 
 def test_who_is_resident_at_the_start_runs_at_once() -> None:

@@ -16,12 +16,22 @@ from appliance import catalog as catalogs
 from appliance import profile as profiles
 from appliance.catalog import Bundle
 from appliance.config import Config, Executors, Experts, Limits, Memory, Paths
-from appliance.core.types import Arrived, Publish, Request
+from appliance.core.types import Arrived, Load, Publish, Request, bytes_together
 from appliance.drivers.devices import Gpu, memory_bytes
 from appliance.errors import ApplianceError, CatalogError, ConfigError, ModelError
 from appliance.lab.shapes import manifest_text
+from appliance.profile import Found, Loads, OnGpus, Origin, Profile, Running
 from appliance.report import print_check
-from appliance.startup import Installation, checked, install, probabilities, waiting_to_compile
+from appliance.startup import (
+    Installation,
+    checked,
+    footprint,
+    graph_sha256,
+    hardware,
+    install,
+    probabilities,
+    waiting_to_compile,
+)
 from appliance.store.compile import compile_bundles
 from appliance.store.store import Compiled, Store
 from tests.kit_boards import write_board_catalog, write_product
@@ -142,6 +152,77 @@ def test_a_usable_gpu_has_experts_of_its_own_a_budget_and_one_executor(
     assert (len(off.devices), off.gpus.trouble) == (1, {})
 
 
+def test_a_profile_settles_how_many_gpus_run_experts_and_how_their_memory_is_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {"weights_bytes": 1 << 30, "activation_bytes": 1 << 20, "host_tier_bytes": 0}
+    made = _gpu_box(tmp_path, monkeypatch, found=OnGpus(**found, count=1))
+    gpu, _ = made.devices
+    assert (gpu.budget_bytes, gpu.activation_bytes) == (1 << 30, 1 << 20)
+    assert int(made.config.memory.gpu_host_tier) == 0
+    config = _with_catalog(tmp_path / "catalog", tmp_path)
+    without = install(config, profile=_profile(OnGpus(count=0)))
+    assert [device.name for device in without.devices] == ["cpu"]
+    assert (without.gpus.trouble, without.choice.trouble) == ({}, None), "it is as it shall be"
+    asked = config.model_copy(update={"executors": Executors(gpus=1)})
+    assert len(install(asked, profile=_profile(OnGpus(count=0))).devices) == 2, "what the settings say goes before it"
+
+
+def test_a_profile_that_uses_no_gpu_is_of_the_box_that_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = _gpu_box(tmp_path, monkeypatch)
+    settled = Profile(schema=2, name="box1", gpus=OnGpus(count=0), origin=_origin(made))
+    for _ in range(2):
+        chosen = install(made.config, profile=settled)
+        assert chosen.choice.trouble is None
+        assert len(chosen.devices) == 1
+
+
+@pytest.mark.parametrize(("times_as_long", "device"), [(0.1, "cuda:0"), (1000.0, "cpu")])
+def test_what_was_measured_on_a_gpu_decides_where_a_run_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times_as_long: float, device: str
+) -> None:
+    """By the guess every picture goes to the GPU."""
+    made = _gpu_box(tmp_path, monkeypatch)
+    assert _loaded_on(made) == {"cuda:0"}
+    running = {
+        one.architecture: Running(item_seconds=one.item_seconds * times_as_long, fixed_seconds=0.0, fit_error=0.0)
+        for one in made.gpus.compiled.values()
+    }
+    measured = install(made.config, profile=_profile(OnGpus(running=running)))
+    assert _loaded_on(measured) == {device}
+
+
+def test_loads_of_a_gpu_cost_what_its_tier_and_the_disk_make_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    far, near = Loads(fixed_seconds=1.0, bytes_per_second=1e30), Loads(fixed_seconds=0.5, bytes_per_second=1e30)
+    made = _gpu_box(tmp_path, monkeypatch)
+    size = bytes_together(footprint(one) for one in made.gpus.compiled.values())
+    for tier, seconds in ((0, 1.0), (size // 2, 0.75), (size, 0.5), (9 * size, 0.5)):
+        found = OnGpus(from_disk=far, from_host=near, host_tier_bytes=tier)
+        expert = install(made.config, profile=_profile(found)).experts["e0"]
+        assert expert.costs["cuda:0"].load_seconds == pytest.approx(seconds)
+        assert expert.costs["cpu"].load_seconds == pytest.approx(0.002, rel=0.1)
+
+
+def _loaded_on(made: Installation) -> set[str]:
+    """Where experts are loaded for a picture that comes alone."""
+    actions = made.controller().handle(Arrived(Request("r", "c-e0", 0.0)), 0.0)
+    return {action.device for action in actions if isinstance(action, Load)}
+
+
+def _profile(found: OnGpus) -> Profile:
+    return Profile(schema=2, name="box1", gpus=found)
+
+
+def _origin(made: Installation) -> Origin:
+    found = Found(
+        workload="usage", objective="throughput", trials=9, confirmed=3, predicted=9.0, live=8.0, default_live=7.0
+    )
+    graph = graph_sha256(made.catalog, made.compiled)
+    return Origin(version="1", made_at="now", hardware=hardware(made.gpus.used), graph_sha256=graph, found=found)
+
+
 def test_a_gpu_without_room_beside_activations_is_not_used_and_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,8 +272,9 @@ def _gpu_box(
     weights: int = 1_000_000,
     refuses: str = "",
     pin: tuple[str, ...] = (),
+    found: OnGpus | None = None,
 ) -> Installation:
-    """Two experts and a GPU, for which one of them may be no good."""
+    """Two experts and a GPU, for which one of them may be no good; with a profile of what was `found` for GPUs."""
 
     def compiling(store: Store, bundles: Sequence[Bundle], **more: Any) -> dict[str, Compiled | ApplianceError]:
         results = compile_bundles(store, bundles, **more)
@@ -201,7 +283,8 @@ def _gpu_box(
     monkeypatch.setattr("appliance.startup.devices.gpus", lambda: [Gpu(0, "Test GPU", 8 << 30, 5 << 30, "1")])
     monkeypatch.setattr("appliance.startup.cuda.usable_gpu", lambda index: None)
     monkeypatch.setattr("appliance.startup.compile_bundles", compiling)
-    return install(_config(folder, 2, weights).model_copy(update={"experts": Experts(pin=pin)}))
+    config = _config(folder, 2, weights).model_copy(update={"experts": Experts(pin=pin)})
+    return install(config, profile=None if found is None else _profile(found))
 
 
 def test_a_check_tells_what_fits(tmp_path: Path) -> None:

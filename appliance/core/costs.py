@@ -26,6 +26,11 @@ class Cost:
         return self.item_seconds * items + self.fixed_seconds
 
 
+def mixed(far_seconds: float, near_seconds: float, near_share: float) -> float:
+    """What a load takes on average that finds its bytes near so often, and else far."""
+    return far_seconds + near_share * (near_seconds - far_seconds)
+
+
 def fit(samples: Sequence[tuple[int, float]]) -> tuple[float, float]:
     """Least squares over (batch size, seconds) pairs: (K, B), B not below zero and K above it.
 

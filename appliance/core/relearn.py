@@ -65,15 +65,15 @@ class Learnt:
 
 
 class Relearning:
-    """`kinds` are the experts' architectures."""
+    """`kinds` are the experts' architectures, by device: graphs compiled for one differ from those for another."""
 
-    def __init__(self, kinds: Mapping[str, str]) -> None:
+    def __init__(self, kinds: Mapping[str, Mapping[str, str]]) -> None:
         self._kinds = kinds
         self._sums: dict[tuple[str, str], _Sums] = {}
 
     def saw(self, expert: str, device: str, items: int, seconds: float, cost: Cost) -> None:
         """A batch that ran to its end."""
-        key = (self._kinds.get(expert, expert), device)
+        key = (self._kinds[device][expert], device)
         self._sums.setdefault(key, _Sums()).add(items, seconds, cost.run_seconds(items))
 
     def learnt(self) -> dict[tuple[str, str], Learnt]:

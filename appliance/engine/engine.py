@@ -23,6 +23,7 @@ from appliance.core.types import (
     Run,
 )
 from appliance.drivers.images import Views
+from appliance.drivers.runtime import CpuPlace
 from appliance.engine import cuda
 from appliance.engine.cancellation import Cancellation
 from appliance.engine.device_weights import DeviceWeights
@@ -30,6 +31,7 @@ from appliance.engine.executors import Executors, Inspection, LoaderLane
 from appliance.engine.place import Place, SegmentMemory
 from appliance.engine.residents import Residents
 from appliance.engine.sessions import Sessions
+from appliance.engine.weights import Weights
 from appliance.errors import OutOfMemory
 from appliance.store.store import Compiled
 
@@ -56,6 +58,20 @@ class Engine:
         residents = Residents(compiled, memory, sessions)
         loaders = LoaderLane(device.name, device.load_slots, residents.bring, report, residents.hurry)
         return cls(device, memory, sessions, residents, loaders)
+
+    @classmethod
+    def in_main_memory(
+        cls,
+        device: Device,
+        compiled: Mapping[str, Compiled],
+        segment_path: Callable[[str], Path],
+        report: Tell,
+        *,
+        threads: int = 1,
+    ) -> Engine:
+        """Of the processors, so many threads to a run."""
+        memory = Weights(segment_path, budget_bytes=device.budget_bytes)
+        return cls.on(device, compiled, memory, CpuPlace(threads), report)
 
     @classmethod
     def on_gpu(

@@ -12,9 +12,7 @@ from queue import Empty, Queue
 
 from appliance.core.types import Acknowledge, Arrived, Event, Outcome, Publish, Quarantine, Reinstate, Request, Tick
 from appliance.drivers.album import Album, Subject
-from appliance.drivers.runtime import CpuPlace
 from appliance.engine.engine import Engine, Engines
-from appliance.engine.weights import Weights
 from appliance.errors import ApplianceError
 from appliance.startup import Installation
 
@@ -48,12 +46,12 @@ class BareLoop:
         )
         self._engines = Engines(
             {
-                device.name: Engine.on(
+                device.name: Engine.in_main_memory(
                     device,
                     installation.compiled_on(device.name),
-                    Weights(installation.store.segment_path, budget_bytes=device.budget_bytes),
-                    CpuPlace(installation.profile.threads),
+                    installation.store.segment_path,
                     self._events.put,
+                    threads=installation.profile.threads,
                 )
                 for device in installation.devices
             },

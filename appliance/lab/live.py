@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from math import inf
-from pathlib import Path
 from queue import Empty, Queue
 
 import psutil
@@ -43,10 +42,8 @@ from appliance.core.types import (
 )
 from appliance.drivers.devices import cores
 from appliance.drivers.images import Views
-from appliance.drivers.runtime import CpuPlace
 from appliance.engine.cancellation import Cancellation
 from appliance.engine.engine import Engine, Engines
-from appliance.engine.weights import Weights
 from appliance.errors import ApplianceError
 from appliance.lab import paper
 from appliance.lab.contenders import Pool, Setup, contender, pools
@@ -66,17 +63,19 @@ _KEEP_FREE = 0.2
 class Stage:
     """What a policy serves, whatever it is given to do it with: experts, how they follow each other, and pictures.
 
-    `answer` says what an expert finds in a request's picture. `threads` are those of each run.
+    `answer` says what an expert finds in a request's picture.
     """
 
     graph: ExpertGraph
     bundles: Mapping[str, Bundle]
-    segment_path: Callable[[str], Path]
     requests: Sequence[Request]
     answer: Answer
     pictures: Pictures
     batch_cap: int | None = None
-    threads: int = 1
+
+
+Open = Callable[[Device, Callable[[Event], None]], Engine]
+"""Makes the engine of a device, which reports there. Raises OutOfMemory or DeviceError."""
 
 
 def lap(name: str, made: Fleet, trace: Trace, pictures: Pictures, budget_bytes: int, bytes_per_second: float) -> Lap:
@@ -84,29 +83,30 @@ def lap(name: str, made: Fleet, trace: Trace, pictures: Pictures, budget_bytes: 
     uses_at = dict[str, list[float]]()
     policy = contender(name, uses_at)
     equipment = _equipment(policy, made, budget_bytes, bytes_per_second)
-    stage = Stage(paper.graph(made.board), made.bundles, made.segment_path, trace.requests, trace.answer, pictures)
+    stage = Stage(paper.graph(made.board), made.bundles, trace.requests, trace.answer, pictures)
+
+    def opened(device: Device, report: Callable[[Event], None]) -> Engine:
+        return Engine.in_main_memory(device, equipment.compiled, made.segment_path, report)
 
     def tell(begin: float) -> None:
         uses_at.update((expert, [begin + at for at in times]) for expert, times in trace.asked.items())
 
-    return served(
-        stage, policy, equipment.setup, equipment.compiled, how=equipment.how, asked=trace.asked.keys(), tell=tell
-    )
+    return served(stage, policy, equipment.setup, opened, how=equipment.how, asked=trace.asked.keys(), tell=tell)
 
 
 def served(
     stage: Stage,
     policy: Policy,
     setup: Setup,
-    compiled: Mapping[str, Compiled],
+    opened: Open,
     *,
     how: str = "",
     asked: Set[str] = frozenset(),
     tell: Callable[[float], None] = lambda begin: None,
 ) -> Lap:
-    """The stage served once. `tell` hears the second at which it begins. Raises ApplianceError when a request gets no
-    answer."""
-    box = _Served(stage, policy, setup, compiled)
+    """The stage served once. `tell` hears the second at which it begins. Raises ApplianceError when a device cannot be
+    opened, or a request gets no answer."""
+    box = _Served(stage, policy, setup, opened)
     try:
         begin, cpu_begin = time.monotonic(), time.process_time()
         tell(begin)
@@ -186,17 +186,27 @@ def _cost(compiled: Compiled, bytes_per_second: float) -> Cost:
     return Cost(compiled.item_seconds, compiled.fixed_seconds, compiled.bytes / bytes_per_second)
 
 
+def _engines(devices: Sequence[Device], opened: Open, report: Callable[[Event], None]) -> dict[str, Engine]:
+    """All of them, or what opening one raises, and none stays."""
+    engines: dict[str, Engine] = {}
+    try:
+        for device in devices:
+            engines[device.name] = opened(device, report)
+    except ApplianceError:
+        for engine in engines.values():
+            engine.loaders.stop()
+            engine.memory.close()
+        raise
+    return engines
+
+
 class _Served:
     """One policy on its box, from the first picture to the last verdict."""
 
-    def __init__(self, stage: Stage, policy: Policy, box: Setup, compiled: Mapping[str, Compiled]) -> None:
+    def __init__(self, stage: Stage, policy: Policy, box: Setup, opened: Open) -> None:
         self._stage, self._album = stage, album(stage.pictures)
         self._events: Queue[Event] = Queue()
-        place = CpuPlace(stage.threads)
-        self._engines = {
-            d.name: Engine.on(d, compiled, Weights(stage.segment_path, budget_bytes=d.budget_bytes), place, self._told)
-            for d in box.devices
-        }
+        self._engines = _engines(box.devices, opened, self._told)
         self._all = Engines(
             self._engines, box.executors, stage.bundles, self._look, self._told, batch_cap=stage.batch_cap
         )

@@ -9,11 +9,12 @@ from __future__ import annotations
 import heapq
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 from pathlib import Path
-from typing import Any, assert_never
+from types import MappingProxyType
+from typing import Any, NamedTuple, assert_never
 
 from appliance.core.controller import Controller
 from appliance.core.policies import POLICIES, Policy, tuned
@@ -47,6 +48,7 @@ from appliance.core.types import (
     Request,
     Run,
     RunFailed,
+    Segment,
     Tick,
     Verdict,
 )
@@ -148,13 +150,58 @@ class SharedDisk:
         self._now = now
 
 
+@dataclass(slots=True)
+class HostTier:
+    """Pinned main memory of one GPU (engine/pinned.py, without its gaps): what is brought to the GPU stays here, too,
+    and comes back without the disk, until others need the room; the longest unused leaves first."""
+
+    budget_bytes: int
+    bytes_per_second: float
+    fixed_seconds: float = 0.0
+    held: dict[str, int] = field(default_factory=dict)
+    """Bytes by segment, the longest unused first."""
+
+    def bring(self, segment: Segment) -> int:
+        """How many bytes the disk has to read for it. From now on it is here, if there is room for it at all."""
+        if self.touch(segment):
+            return 0
+        if segment.bytes <= self.budget_bytes:
+            self.held[segment.id] = segment.bytes
+            while sum(self.held.values()) > self.budget_bytes:
+                del self.held[next(iter(self.held))]
+        return segment.bytes
+
+    def touch(self, segment: Segment) -> bool:
+        """Whether it is here; then it is in use, or was until now, and others leave before it."""
+        size = self.held.pop(segment.id, None)
+        if size is not None:
+            self.held[segment.id] = size
+        return size is not None
+
+    def seconds(self, size: int) -> float:
+        """Of a load of so many bytes, all of which are here."""
+        return self.fixed_seconds + size / self.bytes_per_second
+
+
+class Following(NamedTuple):
+    """What comes of an action: an event after so many seconds, or once the disk has read so many bytes for it."""
+
+    event: Event
+    seconds: float = 0.0
+    disk_bytes: int | None = None
+
+
+Takes = Callable[[Batch, Mapping[str, int], Mapping[str, int]], float]
+"""Seconds that a run takes while so many runs, itself included, and so many loads are in work, by device."""
+
+
 class World:
     """Devices and executors that take exactly as long as their costs say, and answer as `answer` says.
 
     `fails(action)` may name a refusal for a load or a run that shall fail. With a `disk`, loads take as long as it
-    needs for their bytes beside each other, whatever their costs say. `residents` are (device, expert) of those that
-    are in memory at the start. `takes(batch, runs, loads)` is how many seconds a run takes that is one
-    of so many on its device, beside so many loads; as its costs say by default.
+    needs for their bytes beside each other, whatever their costs say; what one of the `tiers`, by device, has of them,
+    the disk does not read. `residents` are (device, expert) of those that are in memory at the start. `takes` says how
+    long a run takes; as its costs say by default.
     """
 
     def __init__(
@@ -165,7 +212,8 @@ class World:
         fails: Callable[[Load | Run], Refusal | None] = lambda action: None,
         disk: SharedDisk | None = None,
         residents: Sequence[tuple[str, str]] = (),
-        takes: Callable[[Batch, int, int], float] | None = None,
+        takes: Takes | None = None,
+        tiers: Mapping[str, HostTier] = MappingProxyType({}),
     ) -> None:
         self.experts = {expert.name: expert for expert in experts}
         self.devices = {device.name: PretendDevice(device) for device in devices}
@@ -174,27 +222,31 @@ class World:
         self.busy: set[str] = set()
         self._cancelled_runs: set[int] = set()
         self._answer, self._fails, self.disk, self._takes = answer, fails, disk, takes
+        self._tiers = tiers
         for device, name in residents:
             there = self.devices[device]
             segments = self.experts[name].footprints[device].distinct
             missing = tuple(segment for segment in segments if segment.id not in there.held)
-            there.load(Load(device, name, missing), self.experts[name])
+            load = Load(device, name, missing)
+            there.load(load, self.experts[name])
             there.loading.remove(name)
+            self._read_bytes(load)
 
-    def obey(self, action: Action) -> tuple[float, Event] | None:
-        """Do it; returns in how many seconds which event will tell of it. Raises IllegalMove."""
+    def obey(self, action: Action) -> Following | None:
+        """Do it; returns which event will tell of it, and when. Raises IllegalMove."""
         match action:
             case Load(device, expert):
                 refusal = self._fails(action)
                 self.devices[device].load(action, self.experts[expert])
-                seconds = self.experts[expert].costs[device].load_seconds
-                return seconds, LoadFailed(device, expert, refusal) if refusal else Loaded(device, expert)
+                return self._loading(action, LoadFailed(device, expert, refusal) if refusal else Loaded(device, expert))
             case CancelLoad(device, expert):
                 self.devices[device].cancel(expert)
             case HurryLoad(device, expert):
                 _require(expert in self.devices[device].loading, f"{expert} is hurried, but nobody loads it")
-            case Evict(device):
+            case Evict(device, _, segments):
                 self.devices[device].evict(action)
+                for segment in segments if device in self._tiers else ():
+                    self._tiers[device].touch(segment)
             case Run(batch):
                 return self._run(action, batch)
             case CancelRun(batch):
@@ -235,7 +287,20 @@ class World:
                 assert_never(event)
         return event
 
-    def _run(self, action: Run, batch: Batch) -> tuple[float, Event]:
+    def _loading(self, action: Load, event: Event) -> Following:
+        if self.disk is None:
+            return Following(event, self.experts[action.expert].costs[action.device].load_seconds)
+        read = self._read_bytes(action)
+        if read or action.device not in self._tiers:
+            return Following(event, disk_bytes=read)
+        return Following(event, self._tiers[action.device].seconds(sum(segment.bytes for segment in action.segments)))
+
+    def _read_bytes(self, load: Load) -> int:
+        """What the disk has to read: what is on its way to the device meanwhile makes it no longer."""
+        tier = self._tiers.get(load.device)
+        return sum(segment.bytes if tier is None else tier.bring(segment) for segment in load.segments)
+
+    def _run(self, action: Run, batch: Batch) -> Following:
         _require(batch.executor not in self.busy, f"{batch.executor} runs two batches at once")
         _require(0 < len(batch.requests) <= self.experts[batch.expert].max_batch, f"batch of {len(batch.requests)}")
         self.devices[batch.device].run(batch, self.experts[batch.expert].max_batch)
@@ -243,13 +308,14 @@ class World:
         if self._takes is None:
             seconds = self.experts[batch.expert].costs[batch.device].run_seconds(len(batch.requests))
         else:
-            there = self.devices[batch.device]
-            seconds = self._takes(batch, len(there.running), len(there.loading))
+            runs = {name: len(there.running) for name, there in self.devices.items()}
+            loads = {name: len(there.loading) for name, there in self.devices.items()}
+            seconds = self._takes(batch, runs, loads)
         refusal = self._fails(action)
         if refusal:
-            return seconds, RunFailed(batch, refusal)
+            return Following(RunFailed(batch, refusal), seconds)
         answers = tuple(self._answer(request, batch.expert) for request in batch.requests)
-        return seconds, Finished(batch, answers, seconds)
+        return Following(Finished(batch, answers, seconds), seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,11 +381,10 @@ def simulate(controller: Controller, world: World, arrivals: Sequence[Request]) 
             if following is None:
                 continue
             number += 1
-            seconds, after = following
-            if disk is not None and isinstance(action, Load):
-                disk.begin(sum(segment.bytes for segment in action.segments), number, after, now)
+            if disk is not None and following.disk_bytes is not None:
+                disk.begin(following.disk_bytes, number, following.event, now)
             else:
-                heapq.heappush(agenda, (now + seconds, number, after))
+                heapq.heappush(agenda, (now + following.seconds, number, following.event))
     return _summed_up(controller, world, taken, ended - started, scheduling)
 
 

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from appliance import __version__
 from appliance import profile as profiles
 from appliance.config import Config
+from appliance.core.slab import block_bytes
 from appliance.drivers.devices import cores
 from appliance.errors import CatalogError
 from appliance.lab import laps, paper
 from appliance.lab.fleet import MAX_BATCH, fleet
 from appliance.lab.telling import Say
-from appliance.profile import Found, Origin, Profile, Running
+from appliance.profile import Found, Hardware, Loads, OnGpus, Origin, Profile, Running
 from appliance.profiler import workload
-from appliance.profiler.measure import Architecture
+from appliance.profiler.measure import Architecture, GpuPart, Loading, Measured
 from appliance.profiler.profiled import Profiled
 from appliance.profiler.rig import ACTIVATIONS_TWICE, Rig, bandwidth
 from appliance.profiler.settings import Settings
 from appliance.profiler.workload import Workload
-from appliance.startup import Installation, footprint, graph_sha256, hardware, probabilities
+from appliance.startup import CPU, Installation, footprint, gpu_name, graph_sha256, probabilities
 
 
 def rig_of(made: Installation, work: Workload) -> Rig:
-    """The box as it serves, with its experts on the CPU. Raises CatalogError when none can be served."""
+    """The box as it serves. Raises CatalogError when no expert can be served."""
     if not made.compiled:
         raise CatalogError("no expert can be served", "see `appliance check`")
     return Rig(
@@ -39,18 +41,37 @@ def rig_of(made: Installation, work: Workload) -> Rig:
         made.split_bytes,
         cores(),
         work,
+        _gpus_of(made),
     )
+
+
+def _gpus_of(made: Installation) -> GpuPart | None:
+    """What its GPUs have in common: as much memory as the smallest."""
+    gpus = made.gpus
+    if not gpus.used or gpus.store is None or not gpus.compiled:
+        return None
+    budgets = [device.budget_bytes for device in made.devices if device.name != CPU]
+    memory_bytes = block_bytes(min(budgets)) + ACTIVATIONS_TWICE * int(made.config.memory.gpu_activations)
+    return GpuPart(tuple(map(gpu_name, gpus.used)), gpus.compiled, gpus.store.segment_path, memory_bytes)
 
 
 def default_of(made: Installation) -> Settings:
     """How the box is set without a profile of its own: what the settings say, and else what any box gets."""
-    config, memory = made.config, made.config.memory
-    return Settings(
+    config, memory, gpus = made.config, made.config.memory, _gpus_of(made)
+    count = 0 if gpus is None else len(gpus.names)
+    pinned = count * int(memory.gpu_host_tier)
+    usual = Settings(
         cpu_executors=config.executors.cpu or cores(),
+        gpu_executors=count,
         load_slots=config.executors.load_slots,
         batch_cap=min(profiles.DEFAULT.batch_cap, _largest_batch(made)),
-        weights_share=1 - ACTIVATIONS_TWICE * int(memory.activations) / made.split_bytes,
+        weights_share=1 - ACTIVATIONS_TWICE * int(memory.activations) / (made.split_bytes - pinned),
+        host_tier_share=pinned / made.split_bytes,
     )
+    if gpus is None:
+        return usual
+    working = ACTIVATIONS_TWICE * int(memory.gpu_activations)
+    return replace(usual, gpu_weights_share=1 - working / gpus.memory_bytes)
 
 
 def _largest_batch(made: Installation) -> int:
@@ -86,7 +107,7 @@ def made_rig(asked: laps.Workload, folder: Path, say: Say) -> Iterator[tuple[Rig
         yield rig, Settings(cpu_executors=cores(), batch_cap=MAX_BATCH, weights_share=weights / whole)
 
 
-def profile_of(found: Profiled, rig: Rig, name: str, objective: str, graph: str) -> Profile:
+def profile_of(found: Profiled, rig: Rig, name: str, objective: str, graph: str, here: Hardware) -> Profile:
     """What `profiles/<box>.json` says."""
     best, loading = found.settings, found.measured.loading
     return Profile(
@@ -101,13 +122,12 @@ def profile_of(found: Profiled, rig: Rig, name: str, objective: str, graph: str)
         hold_share=best.hold_share,
         load_fixed_seconds=loading.fixed_seconds,
         disk_bytes_per_second=bandwidth(loading, 1),
-        running={
-            one.architecture: _running(one, best) for one in found.measured.architectures if one.threads == best.threads
-        },
+        running=_running(found.measured.on("cpu", best.threads), best),
+        gpus=_on_gpus(found.measured, rig, best),
         origin=Origin(
             version=__version__,
             made_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            hardware=hardware(),
+            hardware=here,
             graph_sha256=graph,
             found=Found(
                 workload=rig.workload.name,
@@ -122,9 +142,38 @@ def profile_of(found: Profiled, rig: Rig, name: str, objective: str, graph: str)
     )
 
 
-def _running(one: Architecture, best: Settings) -> Running:
-    item_seconds, fixed_seconds = one.line(best.batch_cap)
-    return Running(item_seconds=item_seconds, fixed_seconds=fixed_seconds, fit_error=one.fit_error)
+def _running(models: Mapping[str, Architecture], best: Settings) -> dict[str, Running]:
+    found = {}
+    for name, one in models.items():
+        item_seconds, fixed_seconds = one.line(best.batch_cap)
+        found[name] = Running(item_seconds=item_seconds, fixed_seconds=fixed_seconds, fit_error=one.fit_error)
+    return found
+
+
+def _on_gpus(known: Measured, rig: Rig, best: Settings) -> OnGpus:
+    """What was measured on a GPU stays known where none is used; how its memory is split then, nobody has tried."""
+    if rig.gpus is None or known.gpu is None:
+        return OnGpus()
+    found = OnGpus(
+        count=best.gpu_executors,
+        from_disk=_loads(known.gpu.from_disk),
+        from_host=_loads(known.gpu.from_host),
+        running=_running(known.on("cuda"), best),
+    )
+    if not best.gpu_executors:
+        return found
+    split = {
+        "weights_bytes": rig.gpu_weights_bytes(best),
+        "activation_bytes": rig.gpu_activation_bytes(best),
+        "host_tier_bytes": rig.host_tier_bytes(best),
+    }
+    return found.model_copy(update=split)
+
+
+def _loads(loading: Loading) -> Loads | None:
+    if not loading.bytes_per_second:
+        return None
+    return Loads(fixed_seconds=loading.fixed_seconds, bytes_per_second=bandwidth(loading, 1))
 
 
 def profile_path(config: Config) -> Path:

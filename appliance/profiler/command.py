@@ -10,6 +10,7 @@ from appliance import __version__, profile
 from appliance import config as settings
 from appliance.lab import laps
 from appliance.lab.telling import Say
+from appliance.profile import Hardware
 from appliance.profiler import boxes, workload
 from appliance.profiler.profiled import Plan, Profiled, profiled, told
 from appliance.profiler.rig import Rig
@@ -46,20 +47,22 @@ def of_box(path: Path, pictures: Pictures, plan: Plan, out: Path | None, html: P
     config = settings.load(path)
     say("reading and compiling experts")
     made = install(config, profile=profile.DEFAULT)  # the one that is there may be of another time
-    rig, default = boxes.rig_of(made, pictures.of(made)), boxes.default_of(made)
+    rig, default, here = boxes.rig_of(made, pictures.of(made)), boxes.default_of(made), hardware(made.gpus.used)
+    if len({gpu.name for gpu in made.gpus.used}) > 1:
+        say(f"the GPUs differ: all are taken to be like {made.gpus.used[0].name}")
     found = profiled(rig, default, plan, say)
     to = place(out or boxes.profile_path(config), found.is_complete)
-    profile.save(boxes.profile_of(found, rig, config.box.name, plan.objective, boxes.graph_of(made)), to)
-    return _told(found, rig, plan, to, html)
+    profile.save(boxes.profile_of(found, rig, config.box.name, plan.objective, boxes.graph_of(made), here), to)
+    return _told(found, rig, plan, here, to, html)
 
 
 def of_made(asked: laps.Workload, plan: Plan, folder: Path, out: Path, html: Path | None, say: Say) -> dict[str, Any]:
     """Profile experts that are made for it."""
     with boxes.made_rig(asked, folder, say) as (rig, default):
-        found = profiled(rig, default, plan, say)
+        found, here = profiled(rig, default, plan, say), hardware()
         name, to = f"{asked.experts}-{asked.shape}", place(out, found.is_complete)
-        profile.save(boxes.profile_of(found, rig, name, plan.objective, ""), to)
-        return _told(found, rig, plan, to, html)
+        profile.save(boxes.profile_of(found, rig, name, plan.objective, "", here), to)
+        return _told(found, rig, plan, here, to, html)
 
 
 def place(wanted: Path, is_complete: bool) -> Path:
@@ -67,12 +70,12 @@ def place(wanted: Path, is_complete: bool) -> Path:
     return wanted if is_complete or not wanted.exists() else wanted.with_suffix(".interrupted.json")
 
 
-def _told(found: Profiled, rig: Rig, plan: Plan, path: Path, html: Path | None) -> dict[str, Any]:
+def _told(found: Profiled, rig: Rig, plan: Plan, here: Hardware, path: Path, html: Path | None) -> dict[str, Any]:
     """What `--json` prints, and what the page and the terminal show."""
     count = len(rig.workload.requests)
     result = {
         "version": __version__,
-        "hardware": hardware().model_dump(),
+        "hardware": here.model_dump(),
         "workload": rig.workload.name,
         "requests": count,
         "requests_per_lap": round(count * found.share),
@@ -95,6 +98,7 @@ def _told(found: Profiled, rig: Rig, plan: Plan, path: Path, html: Path | None) 
         "fits": [asdict(one) for one in found.measured.architectures],
         "loading": asdict(found.measured.loading),
         "contention": [asdict(one) for one in found.measured.contention],
+        "gpu": None if found.measured.gpu is None else asdict(found.measured.gpu),
         "failed": dict(found.measured.failed),
         "importances": dict(found.importances),
         "best_predicted": [{"settings": one.settings.told(), "value": one.value} for one in found.predicted],

@@ -1,11 +1,12 @@
-"""What this box's processors and disk take for its experts: batches of every size, loads, and both beside each other.
+"""What this box's devices and disk take for its experts: batches of every size, loads, and both beside each other.
 
 Each architecture is measured once, whatever the number of its experts, in a child process of its own: a crash or a
 leak ends with it and is told by the architecture's name, and the others are measured. The child runs what serving
 runs (`measure_child`) and answers with medians; here they become the numbers of the latency model.
 
-Processors and main memory only. The seam is the engine's `Place` and `SegmentMemory`: a GPU, and the tier of host
-memory before it, would be measured by another Engine in the child. That has not been run on a GPU.
+Of several GPUs the first is measured, for all: its batches of the sizes that run there, its loads from the disk and
+from pinned host memory, and what its runs and the CPU's take beside each other. **Not run on a GPU** yet: tests measure
+a pretend one, by the same seams.
 """
 
 from __future__ import annotations
@@ -16,20 +17,23 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from threading import Event, Timer
-from typing import Any
+from threading import Event as Signal
+from threading import Timer
+from typing import Any, Protocol, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from appliance.catalog import Bundle
 from appliance.core import costs
+from appliance.core.types import Device, Event
 from appliance.drivers import devices
+from appliance.engine.engine import Engine
 from appliance.errors import ApplianceError, ConfigError, ModelError
 from appliance.lab.telling import Say
+from appliance.profile import Kind
 from appliance.sandbox import Child
-from appliance.startup import CPU
 from appliance.store.store import Compiled
 
 LOADS = "loads"
@@ -45,6 +49,10 @@ _CHILD = "appliance.profiler.measure_child"
 _PLATEAU = 0.05
 _LOADS_SHARE = 0.15
 """Of the time, for loads by themselves."""
+_GPU_SHARE = 0.5
+"""Of the time, where there is one."""
+_GPU_ADDRESS_BYTES = 1 << 47
+"""For a child with a GPU: CUDA reserves addresses for all memory that any device might ever have."""
 _EXPERTS = 4
 """Of an architecture, at most: enough for as many loads in flight, and for runs that share no weights in caches."""
 _MEMORY_SHARE = 0.75
@@ -67,7 +75,7 @@ class Latency:
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """K and B of one architecture on one kind of device, and how well they tell what was measured.
+    """K and B of one architecture on one kind of device ("cpu", "cuda"), and how well they tell what was measured.
 
     `fit_error` and `worst_error` are the median and the largest of |K·n + B - seconds| / seconds over the samples.
     `best_batch` is the plateau: no larger batch takes five hundredths less per picture. `expert` is the one whose
@@ -138,14 +146,34 @@ class Contention:
 
 
 @dataclass(frozen=True, slots=True)
+class OnGpu:
+    """Loads of a GPU, and what goes on beside its runs; what could not be measured is 1, or an empty Loading.
+
+    Times as long: its runs `beside_cpu`, when every core has an executor at work, and `beside_loads`; and the runs of
+    these executors beside its own (`cpu_beside`), whose pictures are prepared by the same cores.
+    """
+
+    from_disk: Loading = field(default_factory=Loading)
+    from_host: Loading = field(default_factory=Loading)
+    beside_cpu: float = 1.0
+    beside_loads: float = 1.0
+    cpu_beside: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class Measured:
-    """All of it. `failed` says why by architecture, or by LOADS; the others are sound."""
+    """All of it. `failed` says why by architecture, or by LOADS, on a GPU behind its name; the others are sound."""
 
     architectures: tuple[Architecture, ...]
     loading: Loading
     contention: tuple[Contention, ...]
     seconds: float
     failed: Mapping[str, str]
+    gpu: OnGpu | None = None
+
+    def on(self, kind: Kind, threads: int = 1) -> dict[str, Architecture]:
+        """Those that were measured on this kind of device, the CPU with so many threads."""
+        return {one.architecture: one for one in self.architectures if (one.device, one.threads) == (kind, threads)}
 
     def as_json(self) -> dict[str, Any]:
         found: dict[str, Any] = _MEASURED.dump_python(self, mode="json")
@@ -177,6 +205,16 @@ class Job:
     repeats: int
     activation_bytes: int
     until: float
+    gpu: GpuJob | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GpuJob:
+    """The GPU on which to measure, the job's experts as compiled for it, and its bytes for weights and activations."""
+
+    device: str
+    experts: tuple[Compiled, ...]
+    memory_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +238,56 @@ class Loads:
     rows: Sequence[tuple[int, int, float]] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class GpuRuns:
+    """A child's answer about one architecture on a GPU: (pictures, seconds), and times as long (see OnGpu)."""
+
+    latencies: Sequence[tuple[int, float]] = ()
+    beside_cpu: float | None = None
+    beside_loads: float | None = None
+    cpu_beside: float | None = None
+    waited_share: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class GpuLoads:
+    """A child's answer about a GPU's loads by tier, in rows like those of Loads."""
+
+    from_disk: Sequence[tuple[int, int, float]] = ()
+    from_host: Sequence[tuple[int, int, float]] = ()
+
+
+Answer = TypeVar("Answer", Runs, GpuRuns)
+
+
+class OpenGpu(Protocol):
+    """Makes the engine of a GPU: `Engine.on_gpu`, and what tests pretend."""
+
+    def __call__(
+        self,
+        device: Device,
+        compiled: Mapping[str, Compiled],
+        segment_path: Callable[[str], Path],
+        report: Callable[[Event], None],
+        *,
+        host_bytes: int,
+    ) -> Engine: ...
+
+
+@dataclass(frozen=True, slots=True)
+class GpuPart:
+    """The GPUs of a box by their names, each taken to be like the first, which is measured; and their experts.
+
+    `memory_bytes` are those of one, for weights, with gaps, and for activations, running and kept.
+    """
+
+    names: tuple[str, ...]
+    compiled: Mapping[str, Compiled]
+    segment_path: Callable[[str], Path]
+    memory_bytes: int
+    open: OpenGpu = Engine.on_gpu
+
+
 def measured(
     compiled: Mapping[str, Compiled],
     bundles: Mapping[str, Bundle],
@@ -212,19 +300,22 @@ def measured(
     say: Say = lambda line: None,
     known: Measured | None = None,
     memory_bytes: int | None = None,
+    gpus: GpuPart | None = None,
 ) -> Measured:
-    """Measure every architecture that `known` lacks, by each number of `threads` and up to so many executors.
+    """Measure every architecture that `known` lacks, by each number of `threads` and up to so many executors; and on
+    the first of the `gpus`, if there are any.
 
     Within the budget, but for one run or a child's start: less time means fewer repeats, and what had no turn at all is
     lacking, or in `failed`. What is `known` is kept as it is. A child may have `memory_bytes` of address space.
     """
-    begun = time.monotonic()
+    begun, whole_seconds = time.monotonic(), budget_seconds
+    budget_seconds *= 1.0 if gpus is None else 1 - _GPU_SHARE
     asked = _Asked(bundles, segment_path, tuple(threads), executors, repeats, memory_bytes or _memory_bytes())
     known = known or Measured((), Loading(), (), 0.0, {})
-    groups = _new_groups(compiled, known, threads)
+    groups = _new_groups(compiled, known, "cpu", threads)
     loading, loads_share = known.loading, 0.0 if known.loading.bytes_per_second else _LOADS_SHARE
     until = begun + budget_seconds
-    answers, failed = _answers(asked, groups, until - loads_share * budget_seconds, say)
+    answers, failed = _answers(asked.runs, groups, until - loads_share * budget_seconds, say)
     if loads_share:
         say("loading")
         try:
@@ -232,13 +323,19 @@ def measured(
         except ApplianceError as error:
             failed[LOADS] = str(error)
     fresh = [one for architecture, runs in answers.items() for one in _architectures(groups[architecture][0], runs)]
-    again = {(one.architecture, one.threads) for one in fresh}
+    on_gpu = known.gpu
+    if gpus is not None:
+        found, more, failed_there = _on_gpu(asked, compiled, gpus, known, begun + whole_seconds, say)
+        on_gpu, fresh, failed = found, [*fresh, *more], failed | failed_there
+    again = {(one.architecture, one.device, one.threads) for one in fresh}
+    kept = (one for one in known.architectures if (one.architecture, one.device, one.threads) not in again)
     return Measured(
-        (*(one for one in known.architectures if (one.architecture, one.threads) not in again), *fresh),
+        (*kept, *fresh),
         loading,
         _contentions(known, list(answers.values()), threads),
         known.seconds + time.monotonic() - begun,
         failed,
+        on_gpu,
     )
 
 
@@ -312,19 +409,35 @@ class _Asked:
         """Raises the same."""
         return TypeAdapter(Loads).validate_python(self._answer("loads", experts, until))
 
-    def _answer(self, measure: str, experts: Sequence[Compiled], until: float) -> dict[str, Any]:
+    def gpu_runs(self, gpus: GpuPart, experts: Sequence[Compiled], until: float) -> GpuRuns:
+        """Of these experts as the CPU runs them, and the GPU beside it. Raises the same."""
+        return TypeAdapter(GpuRuns).validate_python(self._answer("runs", experts, until, gpus))
+
+    def gpu_loads(self, gpus: GpuPart, experts: Sequence[Compiled], until: float) -> GpuLoads:
+        """Raises the same."""
+        return TypeAdapter(GpuLoads).validate_python(self._answer("loads", experts, until, gpus))
+
+    def _answer(
+        self, measure: str, experts: Sequence[Compiled], until: float, gpus: GpuPart | None = None
+    ) -> dict[str, Any]:
         if until <= time.monotonic():
             raise ApplianceError("there was no time to measure it", "allow more time")
         paths = {segment.id: self.segment_path(segment.id) for one in experts for segment in one.segments}
         bundles = {one.expert: self.bundles[one.expert] for one in experts}
         working = int(_ACTIVATIONS_SHARE * self.memory_bytes)
         job = Job(tuple(experts), bundles, paths, self.threads, self.executors, self.repeats, working, until)
+        limit_bytes = self.memory_bytes
+        if gpus is not None:
+            there = tuple(gpus.compiled[one.expert] for one in experts)
+            paths |= {segment.id: gpus.segment_path(segment.id) for one in there for segment in one.segments}
+            job = replace(job, paths=paths, gpu=GpuJob(gpus.names[0], there, gpus.memory_bytes))
+            limit_bytes = _GPU_ADDRESS_BYTES
         # By a file: the hundreds of tensors of a large network do not fit a request.
         with tempfile.NamedTemporaryFile(prefix="measure-", suffix=".json") as file:
             file.write(TypeAdapter(Job).dump_json(job, by_alias=True))
             file.flush()
             left = max(until - time.monotonic(), 0.0) + _PATIENCE_SECONDS
-            with Child(_CHILD, memory_bytes=self.memory_bytes) as child, _given_up(child, left) as has_been:
+            with Child(_CHILD, memory_bytes=limit_bytes) as child, _given_up(child, left) as has_been:
                 try:
                     # As processor time, which several threads take at once; the clock's is watched beside it.
                     return child.ask({"measure": measure, "job": file.name}, seconds=left * (devices.cores() + 1))
@@ -335,9 +448,9 @@ class _Asked:
 
 
 @contextmanager
-def _given_up(child: Child, seconds: float) -> Iterator[Event]:
+def _given_up(child: Child, seconds: float) -> Iterator[Signal]:
     """Within, the child is killed after so many seconds, and the event says that it was."""
-    has_been = Event()
+    has_been = Signal()
 
     def give_up() -> None:
         has_been.set()
@@ -357,29 +470,68 @@ def _memory_bytes() -> int:
 
 
 def _answers(
-    asked: _Asked, groups: Mapping[str, Sequence[Compiled]], until: float, say: Say
-) -> tuple[dict[str, Runs], dict[str, str]]:
+    runs: Callable[[Sequence[Compiled], float], Answer],
+    groups: Mapping[str, Sequence[Compiled]],
+    until: float,
+    say: Say,
+    where: str = "",
+) -> tuple[dict[str, Answer], dict[str, str]]:
     """What each architecture's child says, and why by architecture where none does. They share the time alike."""
-    answers, failed = dict[str, Runs](), dict[str, str]()
+    answers, failed = dict[str, Answer](), dict[str, str]()
     for number, (architecture, experts) in enumerate(groups.items()):
         name = experts[0].expert
-        say(f"running {name}, {number + 1} of {len(groups)} architectures")
+        say(f"running {name}{where}, {number + 1} of {len(groups)} architectures")
         now = time.monotonic()
         try:
-            found = answers[architecture] = asked.runs(experts, now + (until - now) / (len(groups) - number))
+            found = answers[architecture] = runs(experts, now + (until - now) / (len(groups) - number))
             if found.waited_share > BUSY_SHARE:
                 say(f"something else is at work: {name} waited {found.waited_share:.0%} of its time for a processor")
         except ApplianceError as error:
             failed[architecture] = f"{name}: {error}"
-            say(f"{name} cannot be measured: {error}")
+            say(f"{name}{where} cannot be measured: {error}")
     return answers, failed
 
 
+def _on_gpu(
+    asked: _Asked, compiled: Mapping[str, Compiled], gpus: GpuPart, known: Measured, until: float, say: Say
+) -> tuple[OnGpu, list[Architecture], dict[str, str]]:
+    """Loads and contention, new architectures, and what failed."""
+    groups, found = _new_groups(gpus.compiled, known, "cuda", (1,)), known.gpu or OnGpu()
+    name = gpus.names[0]
+    where, now = f" on {name}", time.monotonic()
+    loads_share = 0.0 if found.from_host.bytes_per_second else _LOADS_SHARE
+
+    def runs(experts: Sequence[Compiled], until: float) -> GpuRuns:
+        return asked.gpu_runs(gpus, [compiled[one.expert] for one in experts], until)
+
+    answers, why = _answers(runs, groups, until - loads_share * (until - now), say, where)
+    failed = {f"{name} {architecture}": reason for architecture, reason in why.items()}
+    if loads_share:
+        say(f"loading{where}")
+        try:
+            rows = asked.gpu_loads(gpus, [compiled[one.expert] for one in _spread(groups, why)], until)
+            found = replace(found, from_disk=loads_fit(rows.from_disk), from_host=loads_fit(rows.from_host))
+        except ApplianceError as error:
+            failed[f"{name} {LOADS}"] = str(error)
+    if answers:
+        found = replace(
+            found,
+            beside_cpu=_no_gain([runs.beside_cpu for runs in answers.values()]),
+            beside_loads=_no_gain([runs.beside_loads for runs in answers.values()]),
+            cpu_beside=_no_gain([runs.cpu_beside for runs in answers.values()]),
+        )
+    fresh = [
+        _architecture(groups[architecture][0], "cuda", 1, runs.latencies, runs.waited_share)
+        for architecture, runs in answers.items()
+    ]
+    return found, fresh, failed
+
+
 def _new_groups(
-    compiled: Mapping[str, Compiled], known: Measured, threads: Sequence[int]
+    compiled: Mapping[str, Compiled], known: Measured, kind: Kind, threads: Sequence[int]
 ) -> dict[str, tuple[Compiled, ...]]:
     """Some experts by their architecture, the quickest first: what time they leave goes to the others."""
-    there = {(one.architecture, one.threads) for one in known.architectures}
+    there = {(one.architecture, one.threads) for one in known.architectures if one.device == kind}
     groups = dict[str, list[Compiled]]()
     for one in sorted(compiled.values(), key=lambda one: one.item_seconds):
         groups.setdefault(one.architecture, []).append(one)
@@ -397,22 +549,29 @@ def _spread(groups: Mapping[str, Sequence[Compiled]], failed: Mapping[str, str])
 def _architectures(expert: Compiled, runs: Runs) -> Iterator[Architecture]:
     """One for each number of threads."""
     for threads in dict.fromkeys(threads for threads, _, _ in runs.latencies):
-        samples = tuple(Latency(items, seconds) for count, items, seconds in runs.latencies if count == threads)
-        item_seconds, fixed_seconds = costs.fit([(sample.items, sample.seconds) for sample in samples])
-        yield Architecture(
-            expert.architecture,
-            CPU,
-            threads,
-            samples,
-            item_seconds,
-            fixed_seconds,
-            *errors(samples, item_seconds, fixed_seconds),
-            plateau(samples),
-            expert.expert,
-            expert.activation_item_bytes,
-            expert.activation_fixed_bytes,
-            runs.waited_share,
-        )
+        latencies = [(items, seconds) for count, items, seconds in runs.latencies if count == threads]
+        yield _architecture(expert, "cpu", threads, latencies, runs.waited_share)
+
+
+def _architecture(
+    expert: Compiled, kind: Kind, threads: int, latencies: Sequence[tuple[int, float]], waited_share: float
+) -> Architecture:
+    samples = tuple(Latency(items, seconds) for items, seconds in latencies)
+    item_seconds, fixed_seconds = costs.fit(latencies)
+    return Architecture(
+        expert.architecture,
+        kind,
+        threads,
+        samples,
+        item_seconds,
+        fixed_seconds,
+        *errors(samples, item_seconds, fixed_seconds),
+        plateau(samples),
+        expert.expert,
+        expert.activation_item_bytes,
+        expert.activation_fixed_bytes,
+        waited_share,
+    )
 
 
 def _contentions(known: Measured, answers: Sequence[Runs], threads: Sequence[int]) -> tuple[Contention, ...]:
@@ -434,6 +593,7 @@ def _contention(threads: int, answers: Sequence[Runs]) -> Contention:
     )
 
 
-def _no_gain(ratios: Sequence[float]) -> float:
-    """The median. Beside others nothing is quicker: what says so, or nothing at all, is noise."""
-    return max(statistics.median(ratios), 1.0) if ratios else 1.0
+def _no_gain(ratios: Sequence[float | None]) -> float:
+    """The median of those there are. Beside others nothing is quicker: what says so, or nothing at all, is noise."""
+    there = [ratio for ratio in ratios if ratio is not None]
+    return max(statistics.median(there), 1.0) if there else 1.0

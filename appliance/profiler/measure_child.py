@@ -1,38 +1,48 @@
 """The child process that measures: `python -m appliance.profiler.measure_child`, a job's file in, medians out.
 
-It has the engine that serves: loader lanes and direct reads bring the weights, executor threads decode an encoded
-picture, prepare it, run the architecture's session and read its findings. Only the controller is missing: this module
-hands out batches and loads by itself, so that it knows what goes on beside what.
+It has the engines that serve (`bench`): loader lanes and direct reads bring the weights, executor threads decode an
+encoded picture, prepare it, run the architecture's session and read its findings. Only the controller is missing.
+
+What is measured on a GPU was held by tests to a pretend device alone: **not run on a GPU** yet.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict
-from itertools import count, cycle, islice
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
-from queue import Queue
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
 from appliance import sandbox
-from appliance.core.types import Batch, Device, Event, Evict, Executor, Finished, Load, Loaded, Refusal, Run, Segment
-from appliance.drivers import images
-from appliance.drivers.images import Views
+from appliance.core.slab import block_bytes, whole_pages
+from appliance.core.types import Device
 from appliance.drivers.runtime import CpuPlace
-from appliance.engine.engine import Engine, Engines
+from appliance.engine import cuda
+from appliance.engine.engine import Engine
 from appliance.engine.weights import Weights
-from appliance.errors import LoadError, RunError
-from appliance.lab.laps import encoded_pictures
-from appliance.profiler.measure import AT_ONCE, REPEATS, Job, Latency, Loads, Runs, ladder, plateau
-from appliance.startup import footprint
+from appliance.errors import LoadError, OutOfMemory, RunError
+from appliance.profiler.bench import Bench, Crew, Lane, Opening, size_of
+from appliance.profiler.measure import (
+    AT_ONCE,
+    REPEATS,
+    GpuJob,
+    GpuLoads,
+    GpuRuns,
+    Job,
+    Latency,
+    Loads,
+    OpenGpu,
+    Runs,
+    ladder,
+    plateau,
+)
+from appliance.startup import CPU
 from appliance.store.store import Compiled
 
 Key = TypeVar("Key", bound=Hashable)
@@ -50,37 +60,50 @@ _ROUND_SECONDS = 0.05
 _SLOTS = 2
 """Loads in flight beside runs, as a service has them unless told otherwise."""
 _LOADS = "loads"
-_MAX_BYTES, _MAX_PIXELS = 1 << 24, 1 << 24
 
 
-def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """What `request["measure"]` names, `runs` or `loads`, of the job in the file `request["job"]`."""
+def answer(request: dict[str, Any], open_gpu: OpenGpu = Engine.on_gpu) -> dict[str, Any]:
+    """What `request["measure"]` names, `runs` or `loads`, of the job in the file `request["job"]`: on the GPU if it has
+    one."""
     job = TypeAdapter(Job).validate_json(Path(request["job"]).read_bytes())
-    return asdict(measured_runs(job) if request["measure"] == "runs" else measured_loads(job))
+    if job.gpu is None:
+        return asdict(measured_runs(job) if request["measure"] == "runs" else measured_loads(job))
+    if request["measure"] == "runs":
+        return asdict(measured_gpu_runs(job, job.gpu, open_gpu))
+    return asdict(measured_gpu_loads(job, job.gpu, open_gpu))
 
 
 def measured_runs(job: Job) -> Runs:
     """One architecture's batches: alone, beside others like them, and beside loads. Raises RunError or LoadError."""
     begun = time.monotonic()
     left = max(job.until - begun, 0.0)
-    with closing(_Bench(job)) as bench:
-        alone, waited_share = _alone(bench, job, begun + _RUNS_SHARE * left)
-        rounds = _rounds(alone)
+    with closing(_bench(job)) as bench:
+        sizes = ladder(_most(job))
+        keys = [(f"{threads}", items) for items in sizes for threads in job.threads]
+        alone, waited_share = _alone(bench, keys, begun + _RUNS_SHARE * left, job.repeats)
+        crews = {int(crew.engine): crew for crew in _crews(alone)}
+
+        def together(threads: int, executors: int) -> Callable[[], float]:
+            crew = replace(crews[threads], executors=executors)
+            return lambda: bench.together(crew)[crew.engine]
+
         beside_runs = sampled(
-            lambda key: bench.times_as_long_beside_runs(*key, *rounds[key[0]]),
-            [(threads, executors) for executors in _others(job.executors) for threads in rounds],
+            lambda key: bench.times_as_long(together(*key), together(key[0], 1)),
+            [(threads, executors) for executors in _others(job.executors) for threads in crews],
             until=begun + _BESIDE_RUNS_SHARE * left,
             most=job.repeats,
         )
-        with _Lane(job, _SLOTS) as lane:
+        with _lane(job, _SLOTS) as lane:
             beside_loads = sampled(
-                lambda threads: bench.times_as_long_beside_loads(threads, job.executors, *rounds[threads], lane),
-                list(rounds),
+                lambda threads: bench.times_as_long(
+                    _beside(lane, together(threads, job.executors)), together(threads, job.executors)
+                ),
+                list(crews),
                 until=begun + left,
                 most=job.repeats,
             )
     return Runs(
-        [(*key, seconds) for key, seconds in alone.items()],
+        [(int(engine), items, seconds) for (engine, items), seconds in alone.items()],
         [(*key, ratio) for key, ratio in medians(beside_runs).items()],
         list(medians(beside_loads).items()),
         waited_share,
@@ -89,36 +112,101 @@ def measured_runs(job: Job) -> Runs:
 
 def measured_loads(job: Job) -> Loads:
     """Loads of experts of one architecture at a time; of all where each has too few. Raises LoadError."""
-    groups = _groups(job.experts)
+    with _lane(job, max(AT_ONCE)) as lane:
+        return Loads(_load_rows(lane, job.experts, job.until, job.repeats))
+
+
+def measured_gpu_runs(job: Job, gpu: GpuJob, open_gpu: OpenGpu) -> GpuRuns:
+    """One architecture's batches on a GPU: of the sizes that run there, alone, beside a CPU that is at work on all
+    cores, and beside loads. Raises RunError, LoadError, OutOfMemory or DeviceError."""
+    begun = time.monotonic()
+    left = max(job.until - begun, 0.0)
+    with closing(_gpu_bench(job, gpu, open_gpu)) as bench:
+        most = _most(job)
+        keys = [(gpu.device, items) for items in sorted({*(n for n in cuda.BATCH_SIZES if n < most), most})]
+        alone, waited_share = _alone(bench, keys, begun + _RUNS_SHARE * left, job.repeats)
+        (crew,) = _crews(alone)
+        busy = Crew(CPU, job.executors, crew.items)
+        busy = replace(busy, rounds=_rounds(bench.together(busy)[CPU]))
+        found = sampled(
+            lambda engine: bench.times_as_long(
+                lambda: bench.together(crew, busy)[engine],
+                lambda: bench.together(busy if engine == CPU else crew)[engine],
+            ),
+            [gpu.device, CPU],
+            until=begun + _BESIDE_RUNS_SHARE * left,
+            most=job.repeats,
+        )
+        with _gpu_lane(job, gpu, open_gpu, slots=_SLOTS) as lane:
+
+            def alone_again() -> float:
+                return bench.together(crew)[gpu.device]
+
+            found |= sampled(
+                lambda _: bench.times_as_long(_beside(lane, alone_again), alone_again),
+                [_LOADS],
+                until=begun + left,
+                most=job.repeats,
+            )
+    beside = medians(found)
+    latencies = [(items, seconds) for (_, items), seconds in alone.items()]
+    return GpuRuns(latencies, beside.get(gpu.device), beside.get(_LOADS), beside.get(CPU), waited_share)
+
+
+def measured_gpu_loads(job: Job, gpu: GpuJob, open_gpu: OpenGpu) -> GpuLoads:
+    """Loads to a GPU, from the disk, and then from pinned memory that holds all. Raises the same."""
+    half = (time.monotonic() + job.until) / 2
+    with _gpu_lane(job, gpu, open_gpu, slots=max(AT_ONCE)) as lane:
+        from_disk = _load_rows(lane, gpu.experts, half, job.repeats)
+    pages = sum(whole_pages(segment.bytes) for segment in {s.id: s for e in gpu.experts for s in e.segments}.values())
+    with _gpu_lane(job, gpu, open_gpu, slots=max(AT_ONCE), host_bytes=pages) as lane:
+        lane.bring(gpu.experts)
+        lane.let_go(gpu.experts)
+        read = lane.hits["disk"]
+        from_host = _load_rows(lane, gpu.experts, job.until, job.repeats)
+        if lane.hits["disk"] != read:
+            raise LoadError(f"the host memory of {gpu.device} does not keep what it has room for", "report this")
+    return GpuLoads(from_disk, from_host)
+
+
+def _load_rows(lane: Lane, all_experts: Sequence[Compiled], until: float, repeats: int) -> list[tuple[int, int, float]]:
+    """How many were in flight, bytes of all, seconds until all were ready."""
+    groups = _groups(all_experts)
     sets = [experts for at_once in AT_ONCE for experts in _sets(groups, at_once)]
-    left = job.until - time.monotonic()
-    with _Lane(job, max(AT_ONCE)) as lane:
+    left = until - time.monotonic()
 
-        def load(number: int) -> float:
-            seconds = lane.bring(sets[number])
-            lane.let_go(sets[number])
-            return seconds
+    def load(number: int) -> float:
+        seconds = lane.bring(sets[number])
+        lane.let_go(sets[number])
+        return seconds
 
-        def bind(number: int) -> float:
-            """A load whose segments are in memory already."""
-            experts = groups[number][:1]
-            lane.bring(experts)
-            lane.let_go(experts, segments=())
-            seconds = lane.bring(experts)
-            lane.let_go(experts)
-            return seconds
+    def bind(number: int) -> float:
+        """A load whose segments are in memory already."""
+        experts = groups[number][:1]
+        lane.bring(experts)
+        lane.let_go(experts, segments=())
+        seconds = lane.bring(experts)
+        lane.let_go(experts)
+        return seconds
 
-        until = job.until - (1 - _BINDS_SHARE) * left
-        bound = medians(sampled(bind, range(len(groups)), until=until, most=job.repeats))
-        loaded = medians(sampled(load, range(len(sets)), until=job.until, most=job.repeats))
+    bound = medians(sampled(bind, range(len(groups)), until=until - (1 - _BINDS_SHARE) * left, most=repeats))
+    loaded = medians(sampled(load, range(len(sets)), until=until, most=repeats))
     if not loaded:
         raise LoadError("there was no time to load anything", "allow more time")
-    return Loads(
-        [
-            *((1, 0, seconds) for seconds in bound.values()),
-            *((len(sets[number]), size_of(sets[number]), seconds) for number, seconds in loaded.items()),
-        ]
-    )
+    return [
+        *((1, 0, seconds) for seconds in bound.values()),
+        *((len(sets[number]), size_of(sets[number]), seconds) for number, seconds in loaded.items()),
+    ]
+
+
+def _beside(lane: Lane, run: Callable[[], float]) -> Callable[[], float]:
+    """The run while the lane loads."""
+
+    def beside() -> float:
+        with lane.loading():
+            return run()
+
+    return beside
 
 
 def sampled(
@@ -157,11 +245,6 @@ def medians(found: Mapping[Key, Sequence[float]]) -> dict[Key, float]:
     return {key: statistics.median(values) for key, values in found.items()}
 
 
-def size_of(experts: Sequence[Compiled]) -> int:
-    """What has to be read for all of them."""
-    return sum(segment.bytes for segment in _distinct(experts))
-
-
 def waited_seconds() -> float:
     """How long threads of this process were ready to run while others had the processors; 0 where nobody counts."""
     total = 0
@@ -180,27 +263,33 @@ def _settled(found: Mapping[Key, Sequence[float]]) -> dict[Key, list[float]]:
     return {key: list(values[1:] or values) for key, values in found.items() if values}
 
 
-def _alone(bench: _Bench, job: Job, until: float) -> tuple[dict[tuple[int, int], float], float]:
-    """Seconds by threads and pictures, and the share of the time for which these runs waited for a processor."""
-    keys = [(threads, items) for items in ladder(bench.most) for threads in job.threads]
+def _most(job: Job) -> int:
+    """Pictures in a batch."""
+    return min(job.bundles[one.expert].manifest.model.max_batch for one in job.experts)
+
+
+def _alone(
+    bench: Bench, keys: Sequence[tuple[str, int]], until: float, repeats: int
+) -> tuple[dict[tuple[str, int], float], float]:
+    """Seconds by engine and pictures, and the share of the time for which these runs waited for a processor."""
     waited, begun = waited_seconds(), time.monotonic()
-    found = medians(sampled(lambda key: bench.seconds(*key), keys, until=until, most=job.repeats))
+    found = medians(sampled(lambda key: bench.seconds(*key), keys, until=until, most=repeats))
     if not found:
-        raise RunError(f"there was no time to run {job.experts[0].expert}", "allow more time")
+        raise RunError("there was no time to run anything", "allow more time")
     return found, (waited_seconds() - waited) / (time.monotonic() - begun)
 
 
-def _rounds(alone: Mapping[tuple[int, int], float]) -> dict[int, tuple[int, int]]:
-    """By threads, what is measured beside others: batches of the plateau's size, and so many one after the other."""
-    rounds = {}
-    for threads in dict.fromkeys(threads for threads, _ in alone):
-        best = plateau([Latency(items, seconds) for (of, items), seconds in alone.items() if of == threads])
-        rounds[threads] = best, math.ceil(_ROUND_SECONDS / alone[threads, best])
-    return rounds
+def _crews(alone: Mapping[tuple[str, int], float]) -> list[Crew]:
+    """By engine, what is measured beside others: batches of the plateau's size, and so many one after the other."""
+    crews = []
+    for engine in dict.fromkeys(engine for engine, _ in alone):
+        best = plateau([Latency(items, seconds) for (of, items), seconds in alone.items() if of == engine])
+        crews.append(Crew(engine, 1, best, _rounds(alone[engine, best])))
+    return crews
 
 
-def _distinct(experts: Sequence[Compiled]) -> tuple[Segment, ...]:
-    return tuple(dict.fromkeys(segment for one in experts for segment in one.segments))
+def _rounds(seconds: float) -> int:
+    return math.ceil(_ROUND_SECONDS / seconds)
 
 
 def _groups(experts: Sequence[Compiled]) -> list[list[Compiled]]:
@@ -218,167 +307,56 @@ def _sets(groups: Sequence[Sequence[Compiled]], size: int) -> list[Sequence[Comp
     return [group[at : at + size] for group in fitting for at in range(0, len(group) - size + 1, size)]
 
 
-class _Lane:
-    """Loads as a service makes them, into a memory of its own: what others hold there is read here for real."""
+def _bench(job: Job) -> Bench:
+    """Of the CPU: one copy of the weights, and an engine for each number of threads."""
+    memory = Weights(job.paths.__getitem__, budget_bytes=size_of(job.experts))
 
-    def __init__(self, job: Job, slots: int) -> None:
-        self._experts, self._told = job.experts, Queue[tuple[float, Event]]()
-        size = size_of(job.experts)
-        self._memory = Weights(lambda id: job.paths[id], budget_bytes=size)  # spares stay, as in a service
-        device = Device(_LOADS, size, slots, activation_bytes=0)
-        compiled = {one.expert: one for one in job.experts}
-        self._engine = Engine.on(device, compiled, self._memory, CpuPlace(), self._tell)
-
-    def __enter__(self) -> _Lane:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._engine.loaders.stop()
-        self._memory.trim()
-
-    def bring(self, experts: Sequence[Compiled]) -> float:
-        """Seconds until all are ready. Raises LoadError when one cannot be brought."""
-        begun = time.perf_counter()
-        for one in experts:
-            self._engine.loaders.load(Load(_LOADS, one.expert, footprint(one).distinct))
-        told = [self._told.get() for _ in experts]
-        for _, event in told:
-            if not isinstance(event, Loaded):
-                raise LoadError(getattr(event, "refusal", Refusal("", "")).detail)
-        return max(at for at, _ in told) - begun
-
-    def let_go(self, experts: Sequence[Compiled], segments: Sequence[Segment] | None = None) -> None:
-        """Evict them and their segments, or only these."""
-        freed = _distinct(experts) if segments is None else tuple(segments)
-        for one in experts[:-1]:
-            self._engine.residents.evict(Evict(_LOADS, one.expert, ()))
-        self._engine.residents.evict(Evict(_LOADS, experts[-1].expert, freed))
-
-    @contextmanager
-    def loading(self) -> Iterator[None]:
-        """Within, as many loads as a service has are in flight, over and over."""
-        ending = threading.Event()
-        turns = cycle(self._experts)
-
-        def load() -> None:
-            while not ending.is_set():
-                experts = list(islice(turns, min(_SLOTS, len(self._experts))))
-                self.bring(experts)
-                self.let_go(experts)
-
-        with ThreadPoolExecutor(1) as pool:
-            loads = pool.submit(load)
-            try:
-                yield
-            finally:
-                ending.set()
-            loads.result()
-
-    def _tell(self, event: Event) -> None:
-        self._told.put((time.perf_counter(), event))
-
-
-class _Bench:
-    """One architecture's experts in memory, and executors for them: an engine for each number of threads."""
-
-    def __init__(self, job: Job) -> None:
-        self._experts, self._told, self._ids = job.experts, Queue[Event](), count()
-        self._is_turned = False
-        self._pictures = encoded_pictures()
-        self._reference = self._decoded(0)
-        self.most = min(job.bundles[one.expert].manifest.model.max_batch for one in job.experts)
-        self._memory = Weights(lambda id: job.paths[id], budget_bytes=size_of(job.experts))
-        self._engines = {f"{threads}": self._engine(job, threads) for threads in job.threads}
-        executors = [Executor(f"{name}-{n}", name) for name in self._engines for n in range(job.executors)]
-        self._all = Engines(self._engines, executors, job.bundles, self._look, self._told.put)
-        for name in self._engines:
-            for one in self._experts:
-                self._all.obey(Load(name, one.expert, footprint(one).distinct))
-                self._heard()
-
-    def close(self) -> None:
-        self._all.stop()
-        for engine in self._engines.values():
-            for one in self._experts:
-                engine.residents.evict(Evict(engine.device.name, one.expert, ()))
-        self._memory.drop([segment for segment in _distinct(self._experts) if self._memory.is_mapped(segment)])
-        self._memory.close()
-
-    def seconds(self, threads: int, items: int) -> float:
-        """Of one batch alone."""
-        return self._together(threads, 1, items, 1)
-
-    def times_as_long_beside_runs(self, threads: int, executors: int, items: int, rounds: int) -> float:
-        return self._times_as_long(
-            lambda: self._together(threads, executors, items, rounds),
-            lambda: self._together(threads, 1, items, rounds),
-        )
-
-    def times_as_long_beside_loads(self, threads: int, executors: int, items: int, rounds: int, lane: _Lane) -> float:
-        def beside() -> float:
-            with lane.loading():
-                return self._together(threads, executors, items, rounds)
-
-        return self._times_as_long(beside, lambda: self._together(threads, executors, items, rounds))
-
-    def _times_as_long(self, beside: Callable[[], float], without: Callable[[], float]) -> float:
-        """A pair, of which now one and now the other is first: a box that becomes slower favours neither."""
-        self._is_turned = not self._is_turned
-        if self._is_turned:
-            seconds = beside()
-            return seconds / without()
-        seconds = without()
-        return beside() / seconds
-
-    def _together(self, threads: int, executors: int, items: int, rounds: int) -> float:
-        """The median of batches while so many executors are at work: none rests before all had so many rounds."""
-        done, seconds = [0] * executors, list[float]()
-        for number in range(executors):
-            self._run(threads, number, items)
-        at_work = executors
-        while at_work:
-            finished = self._heard()
-            assert isinstance(finished, Finished)
-            seconds.append(finished.seconds)
-            number = int(finished.batch.executor.rpartition("-")[2])
-            done[number] += 1
-            if min(done) < rounds:
-                self._run(threads, number, items)
-            else:
-                at_work -= 1
-        return statistics.median(seconds)
-
-    def _run(self, threads: int, number: int, items: int) -> None:
-        """Executors run different experts where there are several: weights that they share would stay in caches."""
-        expert = self._experts[number % len(self._experts)].expert
-        requests = tuple(str(next(self._ids)) for _ in range(items))
-        self._all.obey(Run(Batch(next(self._ids), f"{threads}-{number}", f"{threads}", expert, requests)))
-
-    def _heard(self) -> Event:
-        """Raises RunError or LoadError when it is that something failed."""
-        match self._told.get():
-            case Loaded() as event:
-                return event
-            case Finished(batch, answers) as event:
-                for one in answers:
-                    if isinstance(one, Refusal):
-                        raise RunError(f"{batch.expert}: {one.detail}")
-                return event
-            case event:
-                raise RunError(getattr(event, "refusal", Refusal("", "")).detail)
-
-    def _engine(self, job: Job, threads: int) -> Engine:
-        compiled = {one.expert: one for one in job.experts}
+    def opening(threads: int) -> Opening:
         device = Device(f"{threads}", size_of(job.experts), 1, job.activation_bytes)
-        return Engine.on(device, compiled, self._memory, CpuPlace(threads), self._told.put)
+        return lambda tell: Engine.on(device, _by_name(job.experts), memory, CpuPlace(threads), tell)
 
-    def _look(self, request: str) -> Views:
-        """A picture that nobody has decoded before, and a golden one for experts that compare."""
-        return Views(self._decoded(int(request)), self._reference)
+    engines = {f"{threads}": opening(threads) for threads in job.threads}
+    return Bench(engines, dict.fromkeys(engines, job.experts), job.bundles, dict.fromkeys(engines, job.executors))
 
-    def _decoded(self, number: int) -> images.Picture:
-        payload = self._pictures[number % len(self._pictures)]
-        return images.decode(payload, max_bytes=_MAX_BYTES, max_pixels=_MAX_PIXELS)
+
+def _gpu_bench(job: Job, gpu: GpuJob, open_gpu: OpenGpu) -> Bench:
+    """Of a GPU with its one executor, beside the CPU with one for each core."""
+    device = Device(CPU, size_of(job.experts), 1, job.activation_bytes)
+    engines: dict[str, Opening] = {
+        gpu.device: _on_gpu(job, gpu, open_gpu, slots=1, host_bytes=0),
+        CPU: lambda tell: Engine.in_main_memory(device, _by_name(job.experts), job.paths.__getitem__, tell),
+    }
+    experts = {gpu.device: gpu.experts, CPU: job.experts}
+    return Bench(engines, experts, job.bundles, {gpu.device: 1, CPU: job.executors})
+
+
+def _lane(job: Job, slots: int) -> Lane:
+    device = Device(_LOADS, size_of(job.experts), slots, activation_bytes=0)
+    return Lane(
+        job.experts,
+        lambda tell: Engine.in_main_memory(device, _by_name(job.experts), job.paths.__getitem__, tell),
+    )
+
+
+def _gpu_lane(job: Job, gpu: GpuJob, open_gpu: OpenGpu, *, slots: int, host_bytes: int = 0) -> Lane:
+    return Lane(gpu.experts, _on_gpu(job, gpu, open_gpu, slots=slots, host_bytes=host_bytes))
+
+
+def _on_gpu(job: Job, gpu: GpuJob, open_gpu: OpenGpu, *, slots: int, host_bytes: int) -> Opening:
+    """An engine beside which there is room for another: what they leave is for activations, running and kept.
+
+    Raises OutOfMemory where that is nothing.
+    """
+    size = size_of(gpu.experts)
+    working = (gpu.memory_bytes - 2 * block_bytes(size)) // (2 * 2)
+    if working <= 0:
+        raise OutOfMemory(f"{gpu.device} has {gpu.memory_bytes} bytes, and {size} are wanted twice", "free some")
+    device = Device(gpu.device, size, slots, working, cuda.BATCH_SIZES)
+    return lambda tell: open_gpu(device, _by_name(gpu.experts), job.paths.__getitem__, tell, host_bytes=host_bytes)
+
+
+def _by_name(experts: Sequence[Compiled]) -> dict[str, Compiled]:
+    return {one.expert: one for one in experts}
 
 
 if __name__ == "__main__":

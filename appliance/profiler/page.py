@@ -183,7 +183,7 @@ def _memory(found: Found) -> str:
 
 
 def _fit_plots(found: Found) -> Iterator[str]:
-    """A plot per architecture, a line per number of threads."""
+    """A plot per architecture, a line per number of threads; what is compiled for GPUs has others."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for fit in sorted(found["fits"], key=lambda fit: -fit["fit_error"]):
         groups.setdefault(fit["architecture"], []).append(fit)
@@ -195,11 +195,16 @@ def _fit_plots(found: Found) -> Iterator[str]:
         yield f"<p>The {_PLOTTED} worst fits of {len(groups)} architectures are drawn.</p>"
 
 
+def _runner(fit: Mapping[str, Any]) -> str:
+    return "GPU" if fit["device"] == "cuda" else _threads(fit["threads"])
+
+
 def _fitted(fit: Mapping[str, Any], threads: int) -> Curve:
     points = [(sample["items"], sample["seconds"] * 1e3) for sample in fit["samples"]]
     ends = (0, points[-1][0])
     line = [(n, (fit["item_seconds"] * n + fit["fixed_seconds"]) * 1e3) for n in ends]
-    return Curve(_threads(fit["threads"]), "ours" if fit["threads"] == threads else "other", points, line)
+    kind = "ours" if fit["device"] == "cuda" or fit["threads"] == threads else "other"
+    return Curve(_runner(fit), kind, points, line)
 
 
 def _threads(count: int) -> str:
@@ -207,14 +212,14 @@ def _threads(count: int) -> str:
 
 
 def _fit_table(found: Found) -> str:
-    heads = ("architecture of", "threads", "K", "B", "error", "worst", "best batch", "waited")
+    heads = ("architecture of", "runs on", "K", "B", "error", "worst", "best batch", "waited")
     return table(heads, [("", _fit_cells(fit)) for fit in found["fits"]])
 
 
 def _fit_cells(fit: Mapping[str, Any]) -> Sequence[str]:
     return (
         fit["expert"],
-        str(fit["threads"]),
+        _runner(fit),
         f"{fit['item_seconds'] * 1e3:.2f} ms",
         f"{fit['fixed_seconds'] * 1e3:.2f} ms",
         f"{fit['fit_error']:.1%}",
@@ -225,10 +230,17 @@ def _fit_cells(fit: Mapping[str, Any]) -> Sequence[str]:
 
 
 def _loading(found: Found) -> str:
-    loading = found["loading"]
-    rates = ((f"{count} at once", f"{rate / 1e9:.2f} GB/s") for count, rate in loading["bytes_per_second"].items())
-    fixed = ("before the first byte", f"{loading['fixed_seconds'] * 1e3:.2f} ms")
-    return table(("loads", ""), [("", row) for row in (*rates, fixed)])
+    tiers = {"disk": found["loading"]}
+    if found["gpu"] is not None:
+        tiers |= {"disk to a GPU": found["gpu"]["from_disk"], "host memory to a GPU": found["gpu"]["from_host"]}
+    rows = [row for tier, loading in tiers.items() if loading["bytes_per_second"] for row in _rates(tier, loading)]
+    return table(("loads from", "", ""), [("", row) for row in rows])
+
+
+def _rates(tier: str, loading: Mapping[str, Any]) -> Iterator[Sequence[str]]:
+    for at_once, rate in loading["bytes_per_second"].items():
+        yield tier, f"{at_once} at once", f"{rate / 1e9:.2f} GB/s"
+    yield tier, "before the first byte", f"{loading['fixed_seconds'] * 1e3:.2f} ms"
 
 
 def _contention(found: Found) -> str:
@@ -241,7 +253,13 @@ def _contention(found: Found) -> str:
         ("", (_threads(one["threads"]), "all at work beside loads", f"{one['beside_loads']:.2f} times more"))
         for one in found["contention"]
     ]
-    return table(("runs of", "executors", "as long"), lines) if lines else ""
+    if (gpu := found["gpu"]) is not None:
+        lines += [
+            ("", ("GPU", "beside all cores at work", f"{gpu['beside_cpu']:.2f} times")),
+            ("", ("GPU", "beside loads", f"{gpu['beside_loads']:.2f} times")),
+            ("", ("all cores", "beside a GPU at work", f"{gpu['cpu_beside']:.2f} times")),
+        ]
+    return table(("runs of", "beside", "as long"), lines) if lines else ""
 
 
 def _how(found: Found) -> str:

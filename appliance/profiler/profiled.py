@@ -25,12 +25,12 @@ from appliance.profiler.settings import Settings
 
 OBJECTIVES = ("throughput", "deadlines", "p99")
 _MEASURE_SHARE, _SEARCH_SHARE = 0.15, 0.2
-"""Of the time, at most; what is left is for confirming live."""
+"""Of the time, at most, for measuring each kind of device and for the search; what is left is for confirming live."""
 _ARCHITECTURE_SECONDS = 20.0
 """For measuring each, at most: more repeats tell nothing new."""
 _LEAST_MEASURING_SECONDS, _AMPLE_SECONDS = 6.0, 30.0
-"""For measuring: at least so long, whatever the time, or its children have hardly started; and from so long on, who has
-measured nothing is not given more."""
+"""For measuring each kind of device: at least so long, whatever the time, or its children have hardly started; and
+from so long on, who has measured nothing is not given more."""
 LEAST_TRIALS, _MOST_TRIALS = 12, 5000
 """The guesses and a few more, whatever the time."""
 _VAIN_TRIALS = 200
@@ -220,12 +220,15 @@ class _Run:
     def _measured(self) -> Measured:
         if self._known.measured is not None:
             return self._known.measured
-        architectures = len({one.architecture for one in self._rig.compiled.values()})
-        budget_seconds = min(_MEASURE_SHARE * self._plan.budget_seconds, _ARCHITECTURE_SECONDS * architectures)
-        budget_seconds = max(budget_seconds, _LEAST_MEASURING_SECONDS)
+        gpus = self._rig.gpus
+        kinds = [self._rig.compiled] if gpus is None else [self._rig.compiled, gpus.compiled]
+        architectures = sum(len({one.architecture for one in compiled.values()}) for compiled in kinds)
+        budget_seconds = len(kinds) * _MEASURE_SHARE * self._plan.budget_seconds
+        budget_seconds = min(budget_seconds, _ARCHITECTURE_SECONDS * architectures)
+        budget_seconds = max(budget_seconds, len(kinds) * _LEAST_MEASURING_SECONDS)
         self._plan.begun("measure", budget_seconds)
         found = self._measure(budget_seconds)
-        while not found.loading.bytes_per_second and 0 < budget_seconds < _AMPLE_SECONDS:
+        while not found.loading.bytes_per_second and 0 < budget_seconds < len(kinds) * _AMPLE_SECONDS:
             budget_seconds *= 2  # on a busy box the little that is left for loads is over before a child has started
             found = self._measure(budget_seconds)
         if not found.loading.bytes_per_second:
@@ -244,6 +247,7 @@ class _Run:
             executors=self._rig.cores,
             budget_seconds=budget_seconds,
             say=self._say,
+            gpus=self._rig.gpus,
         )
 
     def _judge(self, known: Measured) -> Callable[[Settings, float], Judged]:
@@ -350,9 +354,11 @@ def winner(laps: Sequence[Lap], default: Settings, objective: str) -> Settings:
 def diverse(ranked: Sequence[Trial]) -> list[Trial]:
     """The best of each number of executors and threads first, then the next best of all: where a prediction is wrong,
     it is so for all that share these."""
-    first, rest = dict[tuple[int, int], Trial](), list[Trial]()
+    first, rest = dict[tuple[int, int, int], Trial](), list[Trial]()
     for trial in ranked:
-        if first.setdefault((trial.settings.cpu_executors, trial.settings.threads), trial) is not trial:
+        settings = trial.settings
+        key = settings.cpu_executors, settings.gpu_executors, settings.threads
+        if first.setdefault(key, trial) is not trial:
             rest.append(trial)
     return [*first.values(), *rest][:CANDIDATES]
 
@@ -366,6 +372,12 @@ def guesses(rig: Rig, default: Settings) -> list[Settings]:
         replace(default, weights_share=min(default.weights_share + 0.05, 0.97)),
         replace(default, batch_cap=max(default.batch_cap // 2, 1)),
     ]
+    if rig.gpus is not None:
+        around += [
+            replace(default, gpu_executors=0),
+            replace(default, gpu_executors=len(rig.gpus.names), cpu_executors=1),
+            replace(default, host_tier_share=0.0),
+        ]
     return [settings for settings in around if rig.holds(settings)]
 
 
@@ -390,5 +402,6 @@ def _key(rig: Rig, default: Settings, plan: Plan) -> str:
     """Names what is searched: another workload, box or memory is another search."""
     asks = [(request.component, request.arrived_seconds, request.deadline_seconds) for request in rig.workload.requests]
     experts = {name: (one.architecture, one.bytes) for name, one in rig.compiled.items()}
-    described = repr((asks, experts, rig.memory_bytes, rig.cores, default, plan.objective, plan.seed))
+    gpus = None if rig.gpus is None else (rig.gpus.names, rig.gpus.memory_bytes, sorted(rig.gpus.compiled))
+    described = repr((asks, experts, rig.memory_bytes, rig.cores, gpus, default, plan.objective, plan.seed))
     return hashlib.sha256(described.encode()).hexdigest()[:16]

@@ -6,26 +6,31 @@ the same controller.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from appliance.catalog import Bundle
 from appliance.core.controller import Controller
-from appliance.core.costs import Cost
+from appliance.core.costs import Cost, mixed
 from appliance.core.graph import ExpertGraph
 from appliance.core.policies import APPLIANCE, Policy
-from appliance.core.types import Batch, Device, Executor, Expert
+from appliance.core.slab import SLACK, block_bytes
+from appliance.core.types import Batch, Device, Event, Executor, Expert, Footprint
+from appliance.engine import cuda
+from appliance.engine.engine import Engine
 from appliance.lab import live
 from appliance.lab.contenders import Setup
 from appliance.lab.laps import Pictures
-from appliance.lab.simulate import SharedDisk, World, simulate
+from appliance.lab.simulate import HostTier, SharedDisk, World, simulate
 from appliance.lab.telling import quantile
-from appliance.profiler.measure import Loading, Measured
+from appliance.profile import DEFAULT
+from appliance.profiler.measure import Architecture, GpuPart, Loading, Measured, OnGpu
 from appliance.profiler.settings import Knob, Settings, Space
 from appliance.profiler.workload import Workload
-from appliance.startup import CPU, footprint
+from appliance.startup import CPU, footprint, host_share
 from appliance.store.store import Compiled
 
 ACTIVATIONS_TWICE = 2
@@ -52,7 +57,11 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Rig:
-    """`memory_bytes` are for weights and activations together; `chances` how likely a request asks each expert."""
+    """`compiled` are the experts as the CPU runs them; as GPUs do, they are in their part.
+
+    `memory_bytes` are of main memory, for weights, activations and what is pinned; `chances` how likely a request asks
+    each expert.
+    """
 
     graph: ExpertGraph
     compiled: Mapping[str, Compiled]
@@ -63,6 +72,7 @@ class Rig:
     memory_bytes: int
     cores: int
     workload: Workload
+    gpus: GpuPart | None = None
 
     @property
     def thread_counts(self) -> list[int]:
@@ -75,28 +85,69 @@ class Rig:
         largest = max(bundle.manifest.model.max_batch for bundle in self.bundles.values())
         threads = {"threads": Knob(1, self.cores)} if self.cores > 1 else {}
         return {
+            # One at least: it does what a GPU fails to do, and whatever a GPU that is lost leaves.
             "cpu_executors": Knob(1, 2 * self.cores),
             **threads,
             "load_slots": Knob(1, 4),
             "batch_cap": Knob(1, largest, is_log=True),
             "weights_share": Knob(0.5, 0.98),
             "hold_share": Knob(0.0, 1.0),
+            **({} if self.gpus is None else _gpu_space(self.gpus)),
         }
 
-    def activation_bytes(self, settings: Settings) -> int:
-        return (self.memory_bytes - self.weights_bytes(settings)) // ACTIVATIONS_TWICE
+    def compiled_on(self, device: str) -> Mapping[str, Compiled]:
+        """The experts as this device runs them."""
+        if device == CPU:
+            return self.compiled
+        assert self.gpus is not None
+        return self.gpus.compiled
+
+    def most_items(self, expert: str, settings: Settings) -> int:
+        """In a batch."""
+        return min(self.bundles[expert].manifest.model.max_batch, settings.batch_cap)
+
+    def devices(self, settings: Settings) -> tuple[Device, ...]:
+        slots = settings.load_slots
+        cpu = Device(CPU, self.weights_bytes(settings), slots, self.activation_bytes(settings))
+        weights, working = self.gpu_weights_bytes(settings), self.gpu_activation_bytes(settings)
+        return (*(Device(name, weights, slots, working, cuda.BATCH_SIZES) for name in self._used(settings)), cpu)
+
+    def host_tier_bytes(self, settings: Settings) -> int:
+        """Main memory that is pinned for each GPU in use."""
+        used = self._used(settings)
+        return int(self.memory_bytes * settings.host_tier_share) // len(used) if used else 0
 
     def weights_bytes(self, settings: Settings) -> int:
-        return int(self.memory_bytes * settings.weights_share)
+        return int(self._main_bytes(settings) * settings.weights_share)
+
+    def activation_bytes(self, settings: Settings) -> int:
+        return (self._main_bytes(settings) - self.weights_bytes(settings)) // ACTIVATIONS_TWICE
+
+    def gpu_weights_bytes(self, settings: Settings) -> int:
+        """Of each GPU. They lie in a block with room for gaps."""
+        return 0 if self.gpus is None else int(self.gpus.memory_bytes * settings.gpu_weights_share / (1 + SLACK))
+
+    def gpu_activation_bytes(self, settings: Settings) -> int:
+        if self.gpus is None:
+            return 0
+        return (self.gpus.memory_bytes - block_bytes(self.gpu_weights_bytes(settings))) // ACTIVATIONS_TWICE
+
+    def _main_bytes(self, settings: Settings) -> int:
+        """Main memory that is not pinned."""
+        return self.memory_bytes - len(self._used(settings)) * self.host_tier_bytes(settings)
+
+    def _used(self, settings: Settings) -> tuple[str, ...]:
+        return () if self.gpus is None else self.gpus.names[: settings.gpu_executors]
 
     def holds(self, settings: Settings) -> bool:
-        """Whether every expert has room with one picture, and processors are not shared more than twice over."""
-        prints = [footprint(one) for one in self.compiled.values()]
+        """Whether every expert has room with one picture on the CPU and some have on the GPUs, and processors are not
+        shared more than twice over."""
+        *gpus, cpu = self.devices(settings)
         return (
             settings.threads in self.thread_counts
             and settings.cpu_executors * settings.threads <= 2 * self.cores
-            and max(one.weights_bytes for one in prints) <= self.weights_bytes(settings)
-            and max(one.activation_bytes(1) for one in prints) <= self.activation_bytes(settings)
+            and all(_has_room(cpu, footprint(one)) for one in self.compiled.values())
+            and all(any(_has_room(gpu, footprint(o)) for o in self.compiled_on(gpu.name).values()) for gpu in gpus)
         )
 
     def predicted(self, settings: Settings, measured: Measured, share: float = 1.0) -> Outcome:
@@ -112,7 +163,8 @@ class Rig:
             workload.answer,
             disk=SharedDisk(bandwidth(measured.loading, settings.load_slots)),
             residents=box.residents,
-            takes=_taking(self.compiled, measured, settings, self.cores),
+            takes=Taking(self, measured, settings),
+            tiers=_tiers(measured, box.devices, self.host_tier_bytes(settings)),
         )
         found = simulate(controller, world, workload.requests)
         late = sum(not verdict.outcome.is_answer for verdict in found.verdicts)
@@ -124,56 +176,106 @@ class Rig:
         )
 
     def served(self, settings: Settings, measured: Measured, share: float = 1.0) -> Outcome:
-        """Live. Raises ApplianceError when a picture gets no answer."""
+        """Live. Raises ApplianceError when a GPU cannot be opened, or a picture gets no answer."""
         workload, policy = self.workload.beginning(share), policy_of(settings)
         stage = live.Stage(
-            self.graph,
-            self.bundles,
-            self.segment_path,
-            workload.requests,
-            workload.answer,
-            self.pictures,
-            settings.batch_cap,
-            settings.threads,
+            self.graph, self.bundles, workload.requests, workload.answer, self.pictures, settings.batch_cap
         )
-        lap = live.served(stage, policy, self._setup(settings, measured, policy), self.compiled)
+
+        def opened(device: Device, report: Callable[[Event], None]) -> Engine:
+            compiled = self.compiled_on(device.name)
+            if device.name == CPU or self.gpus is None:
+                return Engine.in_main_memory(device, compiled, self.segment_path, report, threads=settings.threads)
+            host_bytes = self.host_tier_bytes(settings)
+            return self.gpus.open(device, compiled, self.gpus.segment_path, report, host_bytes=host_bytes)
+
+        try:
+            lap = live.served(stage, policy, self._setup(settings, measured, policy), opened)
+        finally:
+            gc.collect()  # a lap's sessions keep a GPU's memory, which the next lap asks for, until they are gone
         return Outcome(lap.images_per_second, lap.wait_seconds(0.99), lap.late / len(lap.waits_seconds), lap.loads)
 
     def _setup(self, settings: Settings, measured: Measured, policy: Policy) -> Setup:
-        device = Device(CPU, self.weights_bytes(settings), settings.load_slots, self.activation_bytes(settings))
-        costs = costs_of(self.compiled, measured, settings)
+        devices = self.devices(settings)
+        compiled = {device.name: self.compiled_on(device.name) for device in devices}
+        costs = {name: costs_of(self, name, measured, settings) for name in compiled}
         experts = {
             name: Expert(
                 name,
-                {CPU: footprint(one)},
-                {CPU: costs[name]},
-                min(self.bundles[name].manifest.model.max_batch, settings.batch_cap),
+                {device: footprint(there[name]) for device, there in compiled.items() if name in there},
+                {device: known[name] for device, known in costs.items() if name in known},
+                self.most_items(name, settings),
                 self.chances.get(name, 0.0),
             )
-            for name, one in self.compiled.items()
+            for name in self.compiled
         }
-        ranked = sorted(experts, key=lambda name: (-experts[name].probability, name))
-        sizes = [(name, experts[name].footprints[CPU].weights_bytes) for name in ranked]
-        executors = tuple(Executor(f"{CPU}-{number}", CPU) for number in range(settings.cpu_executors))
-        return Setup((device,), executors, experts, tuple(policy.place(sizes, {CPU: device.budget_bytes})))
+        executors = (
+            *(Executor(f"{name}-0", name) for name in self._used(settings)),
+            *(Executor(f"{CPU}-{number}", CPU) for number in range(settings.cpu_executors)),
+        )
+        return Setup(devices, executors, experts, tuple(_residents(experts, devices, policy)))
+
+
+def _gpu_space(gpus: GpuPart) -> Space:
+    """What may be chosen where there are GPUs, each with one executor."""
+    return {
+        "gpu_executors": Knob(0, len(gpus.names)),
+        "gpu_weights_share": Knob(0.3, 0.95),
+        "host_tier_share": Knob(0.0, 0.7),
+    }
+
+
+def _has_room(device: Device, wanted: Footprint) -> bool:
+    assert device.activation_bytes is not None
+    return wanted.weights_bytes <= device.budget_bytes and wanted.activation_bytes(1) <= device.activation_bytes
+
+
+def _residents(experts: Mapping[str, Expert], devices: Sequence[Device], policy: Policy) -> Iterator[tuple[str, str]]:
+    """Who is in memory at the start: the most probable on the first device that has room, each once."""
+    left = sorted(experts, key=lambda name: (-experts[name].probability, name))
+    for device in devices:
+        prints = {name: experts[name].footprints.get(device.name) for name in left}
+        sizes = [
+            (name, one.weights_bytes) for name, one in prints.items() if one is not None and _has_room(device, one)
+        ]
+        placed = policy.place(sizes, {device.name: device.budget_bytes})
+        here = {name for _, name in placed}
+        left = [name for name in left if name not in here]
+        yield from placed
 
 
 def policy_of(settings: Settings) -> Policy:
     return replace(APPLIANCE, hold_share=settings.hold_share)
 
 
-def costs_of(compiled: Mapping[str, Compiled], measured: Measured, settings: Settings) -> dict[str, Cost]:
-    """By expert; what was not measured is as compiling found it."""
-    known = {one.architecture: one for one in measured.architectures if one.threads == settings.threads}
-    loading = measured.loading
+def costs_of(rig: Rig, device: str, measured: Measured, settings: Settings) -> dict[str, Cost]:
+    """By expert, on this device; what was not measured is as compiling found it, and as a profile guesses for a GPU."""
+    known, compiled = _models(measured, device, settings), rig.compiled_on(device)
+    near = 0.0 if device == CPU else host_share(compiled, rig.host_tier_bytes(settings))
+    speed = 1.0 if device == CPU else DEFAULT.gpu_speed
     found = {}
     for name, one in compiled.items():
-        load_seconds = loading.seconds(one.bytes)
+        load_seconds = _load_seconds(measured, device, one.bytes, near)
         if (model := known.get(one.architecture)) is not None:
             found[name] = Cost(*model.line(settings.batch_cap), load_seconds)
         else:
-            found[name] = Cost(one.item_seconds, one.fixed_seconds, load_seconds)
+            found[name] = Cost(one.item_seconds / speed, one.fixed_seconds / speed, load_seconds)
     return found
+
+
+def _models(measured: Measured, device: str, settings: Settings) -> dict[str, Architecture]:
+    return measured.on("cpu", settings.threads) if device == CPU else measured.on("cuda")
+
+
+def _load_seconds(measured: Measured, device: str, size: int, near: float) -> float:
+    """From the disk, but so large a share of a GPU's loads from pinned memory."""
+    far = measured.loading.seconds(size)
+    if device == CPU or measured.gpu is None:
+        return far
+    if measured.gpu.from_disk.bytes_per_second:
+        far = measured.gpu.from_disk.seconds(size)
+    from_host = measured.gpu.from_host
+    return mixed(far, from_host.seconds(size), near) if from_host.bytes_per_second else far
 
 
 def bandwidth(loading: Loading, at_once: int) -> float:
@@ -181,23 +283,62 @@ def bandwidth(loading: Loading, at_once: int) -> float:
     return 1.0 / (loading.seconds(1, at_once) - loading.fixed_seconds)
 
 
-def _taking(
-    compiled: Mapping[str, Compiled], measured: Measured, settings: Settings, cores: int
-) -> Callable[[Batch, int, int], float]:
-    """How long a batch takes beside so many others, and so many loads, as measured."""
-    models = {(one.architecture, one.threads): one for one in measured.architectures}
-    contention = {one.threads: one for one in measured.contention}
-    costs = costs_of(compiled, measured, settings)
+def _tiers(measured: Measured, devices: Sequence[Device], tier_bytes: int) -> dict[str, HostTier]:
+    """The pinned memory of each GPU, where it is known how quick it is."""
+    if measured.gpu is None or not measured.gpu.from_host.bytes_per_second:
+        return {}
+    from_host = measured.gpu.from_host
+    return {
+        device.name: HostTier(tier_bytes, bandwidth(from_host, 1), from_host.fixed_seconds)
+        for device in devices
+        if device.name != CPU
+    }
 
-    def takes(batch: Batch, runs: int, loads: int) -> float:
-        count, kind = len(batch.requests), compiled[batch.expert].architecture
-        model, single = models.get((kind, settings.threads)), models.get((kind, 1))
-        seconds = costs[batch.expert].run_seconds(count) if model is None else model.run_seconds(count)
-        if (beside := contention.get(settings.threads)) is not None:
+
+class Taking:
+    """How long a batch takes beside other runs and loads, as measured.
+
+    Only one GPU was: to its runs, those of another one are like an executor of the CPU, for it prepares its pictures
+    there.
+    """
+
+    def __init__(self, rig: Rig, measured: Measured, settings: Settings) -> None:
+        self._rig, self._settings = rig, settings
+        self._devices = {device.name: device for device in rig.devices(settings)}
+        self._models = {name: _models(measured, name, settings) for name in self._devices}
+        self._costs = {name: costs_of(rig, name, measured, settings) for name in self._devices}
+        self._single = measured.on("cpu")
+        self._contention = {one.threads: one for one in measured.contention}
+        self._on_gpu = measured.gpu or OnGpu()
+
+    def __call__(self, batch: Batch, running: Mapping[str, int], loading: Mapping[str, int]) -> float:
+        gpus = sum(count for device, count in running.items() if device != CPU)
+        busy = running[CPU] * self._settings.threads
+        if batch.device == CPU:
+            seconds = self._on_cpu(batch, running[CPU], loading[CPU])
+            return seconds * self._slowed(self._on_gpu.cpu_beside if gpus else 1.0, busy)
+        most = self._rig.most_items(batch.expert, self._settings)
+        seconds = self._alone(batch, self._devices[batch.device].filled(len(batch.requests), most))
+        seconds *= self._on_gpu.beside_loads if loading[batch.device] else 1.0
+        return seconds * self._slowed(self._on_gpu.beside_cpu, busy + gpus - 1)
+
+    def _slowed(self, times_as_long: float, busy: int) -> float:
+        """By as large a part of what was measured with all cores at work as so many busy threads are of these."""
+        return 1.0 + (times_as_long - 1.0) * min(busy / self._rig.cores, 1.0)
+
+    def _alone(self, batch: Batch, count: int) -> float:
+        model = self._models[batch.device].get(self._kind(batch))
+        return (model or self._costs[batch.device][batch.expert]).run_seconds(count)
+
+    def _kind(self, batch: Batch) -> str:
+        return self._rig.compiled_on(batch.device)[batch.expert].architecture
+
+    def _on_cpu(self, batch: Batch, runs: int, loads: int) -> float:
+        count, cores = len(batch.requests), self._rig.cores
+        seconds, single = self._alone(batch, count), self._single.get(self._kind(batch))
+        if (beside := self._contention.get(self._settings.threads)) is not None:
             seconds *= beside.times_as_long(runs) * (beside.beside_loads if loads else 1.0)
-        if single is None or (alone := contention.get(1)) is None:
+        if single is None or (alone := self._contention.get(1)) is None:
             return seconds
         # However runs are cut into threads, the cores do no more per second than with a thread on each.
         return max(seconds, runs * single.run_seconds(count) * alone.times_as_long(cores) / cores)
-
-    return takes

@@ -12,9 +12,9 @@ from typing import Any
 class Settings:
     """One configuration of a box.
 
-    The shares say how memory is split: of main memory and of a GPU's, so much is for weights and the rest for
-    activations. `hold_share` is the
-    policy's: for so large a share of its seconds a load is held for which somebody has to leave.
+    The shares say how memory is split: of main memory, `host_tier_share` is pinned for the GPUs in use; of what is
+    left, and of a GPU's, so much is for weights and the rest for activations. `hold_share` is the policy's: for so
+    large a share of its seconds a load is held for which somebody has to leave.
     """
 
     cpu_executors: int
@@ -24,6 +24,7 @@ class Settings:
     batch_cap: int = 16
     weights_share: float = 0.8
     gpu_weights_share: float = 0.8
+    host_tier_share: float = 0.0
     hold_share: float = 0.25
 
     def told(self) -> dict[str, Any]:
