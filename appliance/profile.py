@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from appliance.config import Config
 from appliance.core.costs import Cost
+from appliance.core.types import Precision
 from appliance.errors import ConfigError
 
 Seconds = Annotated[float, Field(ge=0)]
@@ -89,6 +90,7 @@ class Profile(Part):
     batch_cap: Count = Field(16, description="Largest batch, whatever an expert allows.")
     weights_bytes: Size | None = Field(None, description="The split of main memory; None: as the settings have it.")
     activation_bytes: Size | None = None
+    precision: Precision | None = Field(None, description="Of experts; None: as the settings have it.")
     hold_share: Annotated[float, Field(ge=0)] | None = Field(None, description="The policy's; None: as it is.")
     load_fixed_seconds: Seconds = Field(0.002, description="Part of a load that does not depend on its bytes.")
     disk_bytes_per_second: Annotated[float, Field(gt=0)] = Field(5e8, description="Read bandwidth for weights.")
@@ -117,8 +119,9 @@ class Profile(Part):
         """The settings, with what they leave open as it is best here."""
         memory = {"weights": self.weights_bytes, "activations": self.activation_bytes}
         executors = {"cpu": self.cpu_executors, "load_slots": self.load_slots}
+        experts = {"precision": self.precision}
 
-        def open_ones(wanted: Mapping[str, int | None], given: set[str]) -> dict[str, int]:
+        def open_ones(wanted: Mapping[str, int | str | None], given: set[str]) -> dict[str, int | str]:
             return {name: value for name, value in wanted.items() if value is not None and name not in given}
 
         return config.model_copy(
@@ -127,6 +130,7 @@ class Profile(Part):
                 "executors": config.executors.model_copy(
                     update=open_ones(executors, config.executors.model_fields_set)
                 ),
+                "experts": config.experts.model_copy(update=open_ones(experts, config.experts.model_fields_set)),
             }
         )
 

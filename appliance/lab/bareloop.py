@@ -16,7 +16,7 @@ from appliance.drivers.runtime import CpuPlace
 from appliance.engine.engine import Engine, Engines
 from appliance.engine.weights import Weights
 from appliance.errors import ApplianceError
-from appliance.startup import Installation
+from appliance.startup import CPU, Installation
 
 STALLED_SECONDS = 60.0
 
@@ -58,7 +58,7 @@ class BareLoop:
                 for device in installation.devices
             },
             installation.executors,
-            installation.catalog.bundles,
+            installation.bundles_on(CPU),
             self._album.look,
             self._events.put,
             batch_cap=installation.profile.batch_cap,
