@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import tomllib
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
+from onnx import helper, numpy_helper
 from typer.testing import CliRunner
 
 from appliance import catalog as catalogs
 from appliance.core.types import Box, Finding
 from appliance.errors import ExportError
-from export import agreement, bundle, proof, quantise, variants
+from export import agreement, bundle, proof, quantise, toml, variants
 from export.__main__ import app
 from tests.kit_int8 import EXPERT, Line, blacken, write_line
 from tests.kit_models import attention_net, conv_net
@@ -91,6 +96,29 @@ def test_a_variant_that_was_calibrated_on_black_pictures_is_refused_with_its_num
     assert line.bundle.manifest.variants.int8 is None, "the one that was there is not kept either"
     assert not list(line.bundle.folder.glob("int8-*"))
     catalogs.verify(line.bundle)
+
+
+def test_a_network_that_ends_in_large_numbers_keeps_its_end_in_full_precision(tmp_path: Path) -> None:
+    line = write_line(tmp_path)
+    _add_to_logits(line, 10_000.0)
+    _, variant = variants.make(line.job)
+    assert (variant.scope, variant.agreement >= 0.99) == ("layers", True)
+    assert variant.bytes < 0.35 * line.bundle.manifest.model.bytes
+
+
+def _add_to_logits(line: Line, offset: float) -> None:
+    """Which changes no softmax; but in 8 bits a step of what goes from 0 to ten thousand is 40 wide."""
+    folder = line.bundle.folder
+    model = onnx.load(folder / "model.onnx")
+    next(node for node in model.graph.node if "logits" in node.output).output[0] = "raw"
+    model.graph.node.append(helper.make_node("Add", ["raw", "offset"], ["logits"], "lift"))
+    model.graph.initializer.append(numpy_helper.from_array(np.array(offset, np.float32), "offset"))
+    onnx.save(model, folder / "model.onnx")
+    manifest = tomllib.loads((folder / "expert.toml").read_text("utf-8"))
+    content = (folder / "model.onnx").read_bytes()
+    manifest["model"] |= {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    del manifest["golden"]
+    (folder / "expert.toml").write_text(toml.dumps(manifest), "utf-8")
 
 
 def test_too_few_pictures_are_refused_with_the_number_that_is_needed(made: Line, tmp_path: Path) -> None:
