@@ -52,7 +52,7 @@ class Line:
         return Line(folder)
 
 
-def write_line(folder: Path, *, boards: int = 12) -> Line:
+def write_line(folder: Path, *, boards: int = 14) -> Line:
     """The pictures are of the products' test tiles, sound boards among them, in folders named after what is true."""
     line = Line(folder)
     shutil.copytree(SHIPPED / EXPERT, line.catalog / EXPERT)

@@ -73,7 +73,10 @@ def test_a_variant_says_of_what_and_how_it_was_made(made: Line) -> None:
     assert variant.made_from == made.bundle.manifest.model.sha256
     assert (variant.calibrated, variant.judged) == ((many + 1) // 2, many // 2 + golden_samples)
     assert variant.tolerance["logits"] >= 0.001
+    assert many % 2 == 1, "or who judges could not be told from who calibrates"
     assert variant.runtime.startswith("onnxruntime 1.")
+    scales = [tensor.dims for tensor in onnx.load(made.variant_path).graph.initializer if tensor.name.endswith("scale")]
+    assert max(scales, key=len)[0] > 1, "each channel has a scale of its own"
 
 
 def test_the_same_pictures_make_the_same_variant(made: Line, tmp_path: Path) -> None:
@@ -194,8 +197,8 @@ def test_findings_of_a_detector_are_the_same_where_their_boxes_overlap_by_half()
     assert agreement.compare([(box(0), box(50))], [(box(52), box(2))], [None]).share == 1.0
     moved = agreement.compare([(box(0), box(50))], [(box(0), box(58))], [None])
     assert (moved.verdicts, moved.findings) == (1.0, 0.5)
-    twice = agreement.compare([(box(0),)], [(box(0), box(1))], [None])
-    assert twice.findings == pytest.approx(2 / 3)
+    twice = agreement.compare([(box(0), box(1))], [(box(0),)], [None])
+    assert twice.findings == pytest.approx(2 / 3), "one is not found twice"
 
 
 def test_a_recall_that_falls_is_a_miss_however_many_pictures_agree() -> None:

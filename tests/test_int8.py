@@ -107,6 +107,9 @@ def test_both_precisions_lie_in_the_store_beside_each_other(line: Line) -> None:
     assert made.store.prune(made.catalog) == 0
     for experts in (INT8, FULL):
         assert waiting_to_compile(_config(line, experts)) == []
+    shutil.rmtree(line.folder / "store")
+    for experts in (INT8, FULL):
+        assert [bundle.precision for bundle in waiting_to_compile(_config(line, experts))] == [experts.precision]
 
 
 def test_a_damaged_variant_leads_to_full_precision_and_a_line_in_check(line: Line) -> None:
