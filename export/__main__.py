@@ -68,12 +68,14 @@ def main(
 ) -> None:
     """Turn PyTorch experts, or foreign ONNX files, into verified bundles."""
     try:
-        todo: Sequence[Job] = ()
+        todo: list[Job] = []
         if all_of is not None and one_of is None:
-            todo = [Job(entry, all_of.parent, out) for entry in manifest.read(all_of).experts]
+            todo += [Job(entry, all_of.parent, out) for entry in manifest.read(all_of).experts]
+            _check_samples(todo, int8)
             outcomes = _export_many(todo, jobs, resume, as_json)
         elif one_of is not None and all_of is None:
-            todo = [_one_of(one_of, name, checkpoint, architecture, from_onnx, samples, out)]
+            todo += [_one_of(one_of, name, checkpoint, architecture, from_onnx, samples, out)]
+            _check_samples(todo, int8)
             outcomes = [_export_one(todo[0], resume)]
         elif all_of is not None or not int8:
             raise ExportError("nothing to export", "give --all MANIFEST or --manifest MANIFEST, or --int8 alone")
@@ -117,17 +119,22 @@ def _export_one(job: Job, resume: bool) -> Outcome:
     return many.export_one(job)
 
 
+def _check_samples(todo: Sequence[Job], int8: bool) -> None:
+    """Before an hour of exporting, not after it."""
+    for job in todo:
+        if int8 and job.entry.samples is None:
+            raise ExportError(
+                f"--int8 needs pictures, and {job.entry.name} names none", "give a folder of them: samples = …"
+            )
+
+
 def _of_exported(todo: Sequence[Job], outcomes: Sequence[Outcome], agreement: float) -> list[VariantJob]:
     """Of the bundles that were exported, with the samples that the manifest names."""
-    wanted = []
-    for job, outcome in zip(todo, outcomes, strict=True):
-        if outcome.passed:
-            name, version = job.key
-            samples = job.root / (job.entry.samples or "")
-            if job.entry.samples is None:
-                raise ExportError(f"{name} names no samples", "give a folder of published pictures: samples = …")
-            wanted.append(VariantJob(job.out / name / str(version), samples, agreement))
-    return wanted
+    return [
+        VariantJob(job.out / job.entry.name / str(job.entry.version), job.root / job.entry.samples, agreement)
+        for job, outcome in zip(todo, outcomes, strict=True)
+        if outcome.passed and job.entry.samples is not None
+    ]
 
 
 def _of_all(out: Path, name: str | None, samples: Path | None, agreement: float) -> list[VariantJob]:

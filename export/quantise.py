@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.version_converter
 from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -27,6 +28,8 @@ Feed = NDArray[np.float32]
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 """What holds nearly all weights, and takes nearly all time."""
 
+CHANNELS_OPSET = 13
+"""The first whose DequantizeLinear has an axis."""
 _BATCH_ERROR = 1e-4
 """Of a batch beside its pictures alone, relative to the largest output: rounding, and no more."""
 
@@ -44,7 +47,7 @@ def quantise(request: dict[str, Any]) -> dict[str, Any]:
     target = folder / "int8.onnx"
     try:
         # Symbolic shapes would need sympy, and change nothing for networks whose only free size is the batch.
-        quant_pre_process(source, folder / "plain.onnx", skip_symbolic_shape=True)
+        quant_pre_process(modern(source, folder), folder / "plain.onnx", skip_symbolic_shape=True)
         _quantise(folder / "plain.onnx", target, _Pictures(feeds, request["calibrate"]), request["scope"])
     except Exception as error:  # the tool raises many kinds
         raise ModelError(f"it cannot be quantised: {first_line(error)}") from error
@@ -56,8 +59,20 @@ def quantise(request: dict[str, Any]) -> dict[str, Any]:
             _check_batch(session, request, judged, outputs)
         np.savez(folder / f"{name}.npz", allow_pickle=False, **outputs)
     made = onnx.load(target)
-    opset = max(entry.version for entry in made.opset_import if entry.domain in ("", "ai.onnx"))
-    return {"opset": opset, "ir_version": made.ir_version}
+    return {"opset": _opset(made), "ir_version": made.ir_version}
+
+
+def _opset(model: onnx.ModelProto) -> int:
+    return max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=1)
+
+
+def modern(source: Path, folder: Path) -> Path:
+    """The file, or one of the same network with an opset in which channels may have scales of their own."""
+    model = read(source)
+    if _opset(model) >= CHANNELS_OPSET:
+        return source
+    onnx.save(onnx.version_converter.convert_version(model, CHANNELS_OPSET), folder / "modern.onnx")
+    return folder / "modern.onnx"
 
 
 class _Pictures(CalibrationDataReader):  # type: ignore[misc]

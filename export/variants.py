@@ -154,8 +154,8 @@ def _made(whole: Bundle, shown: Sequence[Shown], asked: float) -> tuple[bytes, V
             found = agreement.compare(
                 proof.decisions(whole.manifest, full, sizes), proof.decisions(whole.manifest, int8, sizes), truths
             )
-            if not (wrong := found.misses(asked)):
-                content = (work / "int8.onnx").read_bytes()
+            content = (work / "int8.onnx").read_bytes()
+            if not (wrong := [*found.misses(asked), *_no_gain(content, whole)]):
                 tolerance = _tolerance(whole, golden, int8)
                 return content, _described(
                     whole, shown, content, found, {**reply, "scope": scope, "tolerance": tolerance}
@@ -165,6 +165,12 @@ def _made(whole: Bundle, shown: Sequence[Shown], asked: float) -> tuple[bytes, V
         f"{whole.manifest.name}: in int8 {'; '.join(refused)}",
         "give more pictures, and such as the line publishes; or ask for less with --agreement",
     )
+
+
+def _no_gain(content: bytes, whole: Bundle) -> list[str]:
+    """Where hardly anything can be quantised, scales and zero points only add to it."""
+    size, full = len(content), whole.manifest.model.bytes
+    return [] if size < full else [f"it has {size} bytes, the network {full}"]
 
 
 def _quantised(work: Path, whole: Bundle, calibrate: int, scope: str) -> dict[str, Any]:

@@ -16,10 +16,11 @@ from typer.testing import CliRunner
 from appliance import catalog as catalogs
 from appliance.core.types import Box, Finding
 from appliance.errors import ExportError
-from export import agreement, bundle, proof, quantise, toml, variants
+from export import agreement, bundle, manifest, proof, quantise, toml, variants
 from export.__main__ import app
+from export.manifest import Entry
 from tests.kit_int8 import EXPERT, Line, blacken, write_line
-from tests.kit_models import attention_net, conv_net
+from tests.kit_models import attention_net, conv_net, noise, run_plain, save
 
 SOUND, OPEN, SHORT = Finding("sound", 0.9, False), Finding("open", 0.8, True), Finding("short", 0.8, True)
 
@@ -79,13 +80,6 @@ def test_a_variant_says_of_what_and_how_it_was_made(made: Line) -> None:
     assert max(scales, key=len)[0] > 1, "each channel has a scale of its own"
 
 
-def test_the_same_pictures_make_the_same_variant(made: Line, tmp_path: Path) -> None:
-    again = write_line(tmp_path)
-    variants.make(again.job)  # in another child, where sets have another order
-    assert again.variant_path.read_bytes() == made.variant_path.read_bytes()
-    assert again.bundle.manifest == made.bundle.manifest
-
-
 def test_a_variant_that_was_calibrated_on_black_pictures_is_refused_with_its_numbers(
     made: Line, tmp_path: Path
 ) -> None:
@@ -117,11 +111,11 @@ def _add_to_logits(line: Line, offset: float) -> None:
     model.graph.node.append(helper.make_node("Add", ["raw", "offset"], ["logits"], "lift"))
     model.graph.initializer.append(numpy_helper.from_array(np.array(offset, np.float32), "offset"))
     onnx.save(model, folder / "model.onnx")
-    manifest = tomllib.loads((folder / "expert.toml").read_text("utf-8"))
+    document = tomllib.loads((folder / "expert.toml").read_text("utf-8"))
     content = (folder / "model.onnx").read_bytes()
-    manifest["model"] |= {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-    del manifest["golden"]
-    (folder / "expert.toml").write_text(toml.dumps(manifest), "utf-8")
+    document["model"] |= {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    del document["golden"]
+    (folder / "expert.toml").write_text(toml.dumps(document), "utf-8")
 
 
 def test_too_few_pictures_are_refused_with_the_number_that_is_needed(made: Line, tmp_path: Path) -> None:
@@ -145,7 +139,8 @@ def test_one_command_makes_the_variants_that_are_not_there_as_they_should_be(mad
     assert _report(line) == {"passed": 1, "failed": 0, "already_there": 1}
     line.variant_path.write_bytes(b"damaged")
     assert _report(line) == {"passed": 1, "failed": 0, "already_there": 0}
-    assert line.variant_path.read_bytes() == made.variant_path.read_bytes()
+    assert line.variant_path.read_bytes() == made.variant_path.read_bytes(), "the same pictures make the same variant"
+    assert line.bundle.manifest == made.bundle.manifest
     blacken(proof.picture_files(line.pictures)[-1])
     assert not variants.is_done(line.job), "other pictures"
 
@@ -158,6 +153,46 @@ def _report(line: Line) -> dict[str, int]:
     (expert,) = report.pop("experts")
     assert (expert["expert"], expert["precision"]) == (EXPERT, "int8")
     return dict(report)
+
+
+def test_an_expert_is_exported_with_its_variant_at_once(made: Line, tmp_path: Path) -> None:
+    source, path = made.bundle, tmp_path / "experts.toml"
+    entry = Entry(
+        name="theirs",
+        onnx=str(source.model_path),
+        samples=str(made.pictures),
+        inputs=source.manifest.inputs,
+        head=source.manifest.head,
+    )
+    manifest.write((entry,), path)
+    flags = ["--manifest", str(path), "--int8", "--out", str(tmp_path / "out"), "--json"]
+    result = CliRunner().invoke(app, flags)
+    assert result.exit_code == 0, result.output
+    experts = json.loads(result.stdout)["experts"]
+    assert [(expert["expert"], expert["precision"]) for expert in experts] == [("theirs", "full"), ("theirs", "int8")]
+    assert experts[1]["agreement"] >= 0.99
+    assert catalogs.verified_int8(catalogs.read_bundle(tmp_path / "out" / "theirs" / "1")) is not None
+
+
+def test_a_manifest_without_samples_is_refused_before_anything_is_exported(made: Line, tmp_path: Path) -> None:
+    source, path = made.bundle, tmp_path / "experts.toml"
+    entry = Entry(name="e", onnx=str(source.model_path), inputs=source.manifest.inputs, head=source.manifest.head)
+    manifest.write((entry,), path)
+    result = CliRunner().invoke(app, ["--all", str(path), "--int8", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 1
+    assert "--int8 needs pictures, and e names none" in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_network_of_an_old_opset_is_brought_to_one_with_a_scale_for_each_channel(tmp_path: Path) -> None:
+    net = conv_net()
+    net.opset_import[0].version = 11
+    old = save(net, tmp_path / "old.onnx")
+    new = quantise.modern(old, tmp_path)
+    assert onnx.load(new).opset_import[0].version == quantise.CHANNELS_OPSET
+    before, after = (run_plain(path, {"image": noise(2)})["logits"] for path in (old, new))
+    np.testing.assert_array_equal(before, after)
+    assert quantise.modern(new, tmp_path) == new
 
 
 def test_without_pictures_the_command_says_where_they_belong(tmp_path: Path) -> None:
