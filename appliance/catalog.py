@@ -1,7 +1,7 @@
 """Reads `models_onnx/`: expert manifests, the expert graph and product recipes, each checked once as it enters.
 
     models_onnx/graph.toml                            components, edges, usage
-    models_onnx/<expert>/<version>/expert.toml        one bundle: manifest, model.onnx, golden.npz
+    models_onnx/<expert>/<version>/expert.toml        one bundle: manifest, model.onnx, golden.npz, perhaps a variant
     models_onnx/products/<product>/recipe.toml        placements of a product and its golden picture
 
 A catalogue knows which experts exist, not which are loaded. It opens no model and decodes no picture.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -21,7 +21,8 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from appliance.core.graph import Condition, Edge, ExpertGraph, Table, compile_graph
-from appliance.errors import CatalogError, DigestMismatch, GraphError
+from appliance.core.types import Precision
+from appliance.errors import CatalogError, DigestMismatch, GraphError, VariantError
 
 MAX_MANIFEST_BYTES = 4 << 20  # a recipe of 10,000 placements has 1.2 MB
 
@@ -57,6 +58,26 @@ class GoldenFile(Manifest):
     tolerance: Annotated[float, Field(gt=0)] = Field(description="Largest absolute difference of an output.")
 
 
+class Variant(ModelFile):
+    """The network once more in another precision, made from the bundle's own, and what it showed beside that."""
+
+    file: FileName
+    made_from: Sha256 = Field(description="SHA-256 of the network that it was made from.")
+    scope: Literal["all", "layers"] = Field(description="Quantised: every operator that can be, or inner layers only.")
+    tolerance: Mapping[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict, description="By output, the largest absolute difference from the golden one."
+    )
+    agreement: Share = Field(description="With the network that it was made from, over the pictures that judged it.")
+    judged: Annotated[int, Field(ge=1)] = Field(description="Pictures that judged it, none of which calibrated it.")
+    calibrated: Annotated[int, Field(ge=1)] = Field(description="Pictures that calibrated it.")
+    samples_sha256: Sha256 = Field(description="Of all these pictures.")
+    runtime: str = Field(description="What made it: name and version.")
+
+
+class Variants(Manifest):
+    int8: Variant | None = None
+
+
 class InputSpec(Manifest):
     """How a picture becomes one float32 graph input of shape (N, C, height, width)."""
 
@@ -75,9 +96,9 @@ class InputSpec(Manifest):
 
     @model_validator(mode="after")
     def _channel_counts_agree(self) -> InputSpec:
-        for field, values in (("mean", self.mean), ("std", self.std)):
+        for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) not in (1, self.channels):
-                raise ValueError(f"{field} has {len(values)} values for {self.channels} channels")
+                raise ValueError(f"{name} has {len(values)} values for {self.channels} channels")
         return self
 
 
@@ -138,6 +159,7 @@ class ExpertManifest(Manifest):
     golden: GoldenFile | None = None
     inputs: Annotated[tuple[InputSpec, ...], Field(min_length=1, max_length=4)]
     head: Head
+    variants: Variants = Variants()
     provenance: Mapping[str, str] = Field(default_factory=dict)
 
     @property
@@ -218,10 +240,16 @@ class Recipe(Manifest):
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """An expert version on disk."""
+    """An expert version on disk.
+
+    Of a bundle `in_int8` the manifest's network is the variant, whose outputs may be off the golden ones by as much as
+    `tolerances` say; all else is as before.
+    """
 
     folder: Path
     manifest: ExpertManifest
+    precision: Precision = "full"
+    tolerances: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def model_path(self) -> Path:
@@ -233,8 +261,21 @@ class Bundle:
 
     @property
     def mark(self) -> str:
-        """Names this version of this expert: made from all that its manifest says, the digests of its files too."""
-        return hashlib.sha256(self.manifest.model_dump_json().encode()).hexdigest()[:14]
+        """Names this version of this expert: made from all that its manifest says, the digests of its files too.
+
+        A variant has its own, and does not change that of the network that it was made from.
+        """
+        return hashlib.sha256(self.manifest.model_dump_json(exclude={"variants"}).encode()).hexdigest()[:14]
+
+    @property
+    def in_int8(self) -> Bundle | None:
+        """The bundle with its int8 variant in place of its network; None if it has none."""
+        variant = self.manifest.variants.int8
+        if variant is None:
+            return None
+        model = ModelFile.model_validate(variant.model_dump(include=set(ModelFile.model_fields)))
+        manifest = self.manifest.model_copy(update={"model": model, "variants": Variants()})
+        return Bundle(self.folder, manifest, "int8", variant.tolerance)
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,6 +354,20 @@ def verify(bundle: Bundle) -> None:
             raise CatalogError(f"{path} cannot be read: {error.strerror}", "export the expert again") from error
         if found != expected:
             raise DigestMismatch(str(path), expected, found)
+
+
+def verified_int8(bundle: Bundle) -> Bundle | None:
+    """The bundle in int8, if it has such a variant. Raises VariantError when that cannot serve."""
+    variant, found = bundle.manifest.variants.int8, bundle.in_int8
+    if variant is None or found is None:
+        return None
+    try:
+        if variant.made_from != bundle.manifest.model.sha256:
+            raise VariantError(f"{found.model_path} was made from another {bundle.manifest.model.file}")
+        verify(found)
+    except CatalogError as error:
+        raise VariantError(error.what) from error
+    return found
 
 
 def sha256_of(path: Path) -> str:

@@ -22,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from appliance.core.types import Precision
 from appliance.errors import ConfigError
 from appliance.tls import Certificates
 
@@ -138,6 +139,10 @@ class Experts(Settings):
     pin: tuple[Level, ...] = Field((), description="These are loaded at the start and never evicted.")
     preload: tuple[Level, ...] = Field(
         (), description="These are loaded at the start, in this order, as far as memory is free."
+    )
+    precision: Precision = Field(
+        "full",
+        description="`int8`: the CPU serves experts that have an int8 variant in it; from the profile by default.",
     )
 
 

@@ -15,7 +15,7 @@ from typing import Annotated, Final, Literal
 from pydantic import AwareDatetime, BaseModel, ConfigDict, StringConstraints, ValidationError
 
 from appliance.config import Config, Level
-from appliance.core.types import BoardName, BoardVerdict, PartVerdict, Refusal, StandIn, Step, Verb, Verdict
+from appliance.core.types import BoardName, BoardVerdict, PartVerdict, Precision, Refusal, StandIn, Step, Verb, Verdict
 from appliance.errors import MessageError
 
 LEVEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -357,12 +357,14 @@ class FindingBody(BaseModel):
 
 
 class StepBody(BaseModel):
-    """Which expert ran, in which version, with which weights, where, how long, and from which score on it fails."""
+    """Which expert ran, in which version and precision, with which weights, where, how long, and from which score on it
+    fails."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     expert: str
     version: str
+    precision: Precision
     weights_sha256: str
     threshold: float
     executor: str
@@ -486,9 +488,11 @@ class AcknowledgementBody(Body):
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """An expert as one executor runs it. `weights_sha256` names the weights as they were compiled for its device."""
+    """An expert as one executor runs it. `weights_sha256` names the weights as they were compiled for its device, in
+    this precision."""
 
     version: str
+    precision: Precision
     weights_sha256: str
     threshold: float
     device: str
@@ -640,6 +644,7 @@ def _step_body(step: Step, serving: Serving) -> StepBody:
     return StepBody(
         expert=step.expert,
         version=serving.version,
+        precision=serving.precision,
         weights_sha256=serving.weights_sha256,
         threshold=serving.threshold,
         executor=step.executor,

@@ -4,7 +4,8 @@
     ├── ConfigError              appliance.toml: unknown key, wrong value, missing file
     ├── CatalogError             a manifest, recipe or graph under models_onnx/ is wrong
     │   ├── GraphError           cycle, unknown expert, impossible condition
-    │   └── DigestMismatch       a file's bytes are not the ones its manifest names
+    │   ├── DigestMismatch       a file's bytes are not the ones its manifest names
+    │   └── VariantError         an expert's int8 variant cannot serve; the expert does, in full precision
     ├── ModelError               an ONNX file cannot serve
     │   ├── GoldenMismatch       it answers its own golden samples otherwise than it should
     │   └── UnsafeModel          it crashed, or broke a limit of, the child process that checked it
@@ -60,6 +61,13 @@ class DigestMismatch(CatalogError):
             "restore the file, or export the expert again",
         )
         self.path, self.expected, self.found = path, expected, found
+
+
+class VariantError(CatalogError):
+    reason = "variant"
+
+    def __init__(self, what: str, remedy: str = "") -> None:
+        super().__init__(what, remedy or "restore it, or make it again: appliance export --int8")
 
 
 class ModelError(ApplianceError):

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from appliance.config import Config
 from appliance.core import costs
 from appliance.core.costs import Cost
+from appliance.core.types import Precision
 from appliance.errors import ConfigError
 
 Seconds = Annotated[float, Field(ge=0)]
@@ -118,6 +119,7 @@ class Profile(Part):
     batch_cap: Count = Field(16, description="Largest batch, whatever an expert allows.")
     weights_bytes: Size | None = Field(None, description="The split of main memory; None: as the settings have it.")
     activation_bytes: Size | None = None
+    precision: Precision | None = Field(None, description="Of experts; None: as the settings have it.")
     hold_share: Annotated[float, Field(ge=0)] | None = Field(None, description="The policy's; None: as it is.")
     load_fixed_seconds: Seconds = Field(0.002, description="Part of a load that does not depend on its bytes.")
     disk_bytes_per_second: Rate = Field(5e8, description="Read bandwidth for weights.")
@@ -170,8 +172,9 @@ class Profile(Part):
             "gpu_host_tier": gpus.host_tier_bytes,
         }
         executors = {"cpu": self.cpu_executors, "load_slots": self.load_slots, "gpus": gpus.count}
+        experts = {"precision": self.precision}
 
-        def open_ones(wanted: Mapping[str, int | None], given: set[str]) -> dict[str, int]:
+        def open_ones(wanted: Mapping[str, int | str | None], given: set[str]) -> dict[str, int | str]:
             return {name: value for name, value in wanted.items() if value is not None and name not in given}
 
         return config.model_copy(
@@ -180,6 +183,7 @@ class Profile(Part):
                 "executors": config.executors.model_copy(
                     update=open_ones(executors, config.executors.model_fields_set)
                 ),
+                "experts": config.experts.model_copy(update=open_ones(experts, config.experts.model_fields_set)),
             }
         )
 

@@ -41,6 +41,7 @@ def print_check(found: Mapping[str, Any], console: Console) -> None:
     table.add_row("machine", f"{megabytes(found['memory_bytes'])} of memory for this process, {gpus}")
     table.add_row("executors", ", ".join(found["executors"]))
     table.add_row("compiled experts", escape(found["store"]))
+    table.add_row("int8", _int8(found["int8"]))
     table.add_row("profile", escape(found["profile"]))
     console.print(table)
     console.print(escape(found["graph"]), soft_wrap=True, highlight=False)
@@ -55,6 +56,9 @@ def print_check(found: Mapping[str, Any], console: Console) -> None:
         console.print(f"[red]{escape(found['profile_trouble'])}[/red]", soft_wrap=True)
     for name, why in found["gpu_trouble"].items():
         console.print(f"[red]{name} is not used:[/red] {escape(why)}")
+    for name, why in found["int8"]["refused"].items():
+        says = f"[red]{name} serves in full precision, not in int8[/red] ({why['reason']}): {escape(why['detail'])}"
+        console.print(says, soft_wrap=True)
     for name, why in found["gpu_unavailable"].items():
         says = f"[red]{name} runs on no GPU[/red] ({why['reason']}): {escape(why['detail'])}"
         console.print(says, soft_wrap=True)
@@ -72,6 +76,12 @@ def print_check(found: Mapping[str, Any], console: Console) -> None:
         console.print(_unused(found["unused"], found["freed_bytes"]))
     if not found["unavailable"] and not found["too_large"]:
         console.print("[green]Everything in the catalogue can serve.[/green]")
+
+
+def _int8(found: Mapping[str, Any]) -> str:
+    if found["precision"] == "int8":
+        return f"{found['experts']} experts, {megabytes(found['saved_bytes'])} less of networks"
+    return f"not asked for (experts.precision); {found['variants']} experts have a variant"
 
 
 def _print_products(products: Sequence[Mapping[str, Any]], console: Console) -> None:
@@ -529,10 +539,10 @@ def print_record(body: Mapping[str, Any], console: Console) -> None:
         _print_parts(body["parts"], console)
         return
     steps = Table(box=None, pad_edge=False)
-    for title in ("expert", "version", "weights", "fails from", "executor", "device", "ms"):
+    for title in ("expert", "version", "precision", "weights", "fails from", "executor", "device", "ms"):
         steps.add_column(title)
     for step in body["steps"]:
-        keys = ("expert", "version", "weights_sha256", "threshold", "executor", "device", "milliseconds")
+        keys = ("expert", "version", "precision", "weights_sha256", "threshold", "executor", "device", "milliseconds")
         steps.add_row(*(escape(str(step.get(key, "not recorded"))) for key in keys))
     console.print(steps)
 

@@ -87,6 +87,8 @@ def serve(config: Config, *, stopping: threading.Event | None = None) -> None:
         installation = _without_crashing(install(config, _note_compiled), records)
         for expert, refusal in installation.unavailable.items():
             log.error("expert_unavailable expert=%s reason=%s detail=%s", expert, refusal.reason, refusal.detail)
+        for expert, refusal in installation.variants.refused.items():
+            log.error("variant_refused expert=%s reason=%s detail=%s", expert, refusal.reason, refusal.detail)
         for expert, refusal in installation.gpus.unavailable.items():
             log.error("gpu_expert_unavailable expert=%s reason=%s detail=%s", expert, refusal.reason, refusal.detail)
         broker = stack.enter_context(Broker.embedded(config)) if config.broker.embedded else None
@@ -106,7 +108,7 @@ def _quotas(config: Config) -> dict[Sort, Quota]:
 
 def _without_crashing(installation: Installation, records: Records) -> Installation:
     """The box without the experts that ended former processes again and again."""
-    crashes, bundles = records.crashes(), installation.catalog.bundles
+    crashes, bundles = records.crashes(), installation.bundles_on(CPU)
     found = {name: suspects.blamed(crashes.get(bundles[name].mark, ())) for name in installation.compiled}
     blamed = {name: refusal for name, refusal in found.items() if refusal is not None}
     return replace(installation, unavailable={**installation.unavailable, **blamed})
@@ -130,9 +132,9 @@ def _note_compiled(expert: str, result: Compiled | ApplianceError) -> None:
 
 def _store_checks(installation: Installation) -> Iterator[StoreCheck]:
     compiled, gpus = installation.compiled, installation.gpus
-    for store, serving in ((installation.store, compiled), (gpus.store, gpus.compiled)):
-        if store is not None:
-            yield StoreCheck(store, installation.catalog.bundles, serving)
+    yield StoreCheck(installation.store, installation.bundles_on(CPU), compiled)
+    if gpus.store is not None:
+        yield StoreCheck(gpus.store, installation.catalog.bundles, gpus.compiled)
 
 
 class Service:
@@ -160,7 +162,7 @@ class Service:
             installation, records, self._recipes, self._boards, serving, self._outbox, self._left
         )
         self._engines = self._make_engines(engines)
-        marks = {name: bundle.mark for name, bundle in installation.catalog.bundles.items()}
+        marks = {name: bundle.mark for name, bundle in installation.bundles_on(CPU).items()}
         self._orders = Orders(records, self._engines, self._inspections, self._inbox, marks)
         self._join_broker()
         self.telemetry = self._make_telemetry()
@@ -181,7 +183,7 @@ class Service:
         return Engines(
             engines,
             made.executors,
-            made.catalog.bundles,
+            made.bundles_on(CPU),
             self._inspections.album.look,
             self._inbox.tell,
             batch_cap=made.profile.batch_cap,

@@ -25,11 +25,11 @@ from appliance.core.graph import draw
 from appliance.core.memory import Ledger
 from appliance.core.policies import POLICIES, Policy
 from appliance.core.slab import SLACK
-from appliance.core.types import Device, Executor, Expert, Footprint, Overflow, Refusal, bytes_together
+from appliance.core.types import Device, Executor, Expert, Footprint, Overflow, Precision, Refusal, bytes_together
 from appliance.drivers import devices, runtime
 from appliance.drivers.journal import Opening
 from appliance.engine import cuda
-from appliance.errors import ApplianceError, ConfigError
+from appliance.errors import ApplianceError, ConfigError, VariantError
 from appliance.profile import Choice, Hardware, Kind, Profile
 from appliance.promise import activation_bytes, weights_budget
 from appliance.store.compile import Report, compile_bundles
@@ -77,6 +77,15 @@ def host_share(compiled: Mapping[str, Compiled], tier_bytes: int) -> float:
 
 
 @dataclass(frozen=True, slots=True)
+class Variants:
+    """The bundles of the experts that the CPU serves in int8, and why others that have a variant are served in full
+    precision all the same."""
+
+    served: Mapping[str, Bundle] = field(default_factory=dict)
+    refused: Mapping[str, Refusal] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Installation:
     """A box as it can serve: everything read, checked and compiled."""
 
@@ -88,6 +97,7 @@ class Installation:
     unavailable: Mapping[str, Refusal]
     memory_bytes: int
     gpus: Gpus = Gpus()
+    variants: Variants = Variants()
 
     @property
     def profile(self) -> Profile:
@@ -123,6 +133,10 @@ class Installation:
     def compiled_on(self, device: str) -> Mapping[str, Compiled]:
         """The experts as this device runs them."""
         return self.compiled if device == CPU else self.gpus.compiled
+
+    def bundles_on(self, device: str) -> Mapping[str, Bundle]:
+        """The bundles that these were compiled from."""
+        return {**self.catalog.bundles, **self.variants.served} if device == CPU else self.catalog.bundles
 
     def without(self, device: str, why: str) -> Installation:
         """The same box, with a GPU less."""
@@ -160,10 +174,14 @@ class Installation:
     @property
     def serving(self) -> dict[tuple[str, str], Serving]:
         """What verdicts name of whom was asked, by executor and expert."""
-        heads = {name: bundle.manifest.head for name, bundle in self.catalog.bundles.items()}
+        bundles = {executor.device: self.bundles_on(executor.device) for executor in self.executors}
         return {
             (executor.name, name): Serving(
-                str(compiled.version), compiled.weights_sha256, heads[name].threshold, executor.device
+                str(compiled.version),
+                bundles[executor.device][name].precision,
+                compiled.weights_sha256,
+                bundles[executor.device][name].manifest.head.threshold,
+                executor.device,
             )
             for executor in self.executors
             for name, compiled in self.compiled_on(executor.device).items()
@@ -240,14 +258,17 @@ def install(
     for name, error in broken.items():
         report(name, error)
     store = Store(config.paths.store)
-    compiled, failed = _compiled(store, sound, report)
-    unavailable = {name: refusal_of(error) for name, error in (broken | failed).items()}
+    precision = profile.applied(config).experts.precision
+    compiled, failed, variants = _compiled_in(precision, store, sound, report)
     there, trouble = _usable_gpus(config)
     choice = profiles.chosen(profile, hardware(there), graph_sha256(catalog, compiled))
     config = choice.profile.applied(config)
+    if config.experts.precision != precision:  # it was that of a profile of another box
+        compiled, failed, variants = _compiled_in(config.experts.precision, store, sound, report)
+    unavailable = {name: refusal_of(error) for name, error in (broken | failed).items()}
     used = there[: config.executors.gpus]
     gpus = _install_gpus(config, used, trouble, [bundle for bundle in sound if bundle.manifest.name in compiled])
-    return Installation(config, catalog, choice, store, compiled, unavailable, devices.memory_bytes(), gpus)
+    return Installation(config, catalog, choice, store, compiled, unavailable, devices.memory_bytes(), gpus, variants)
 
 
 def hardware(gpus: Sequence[devices.Gpu] = ()) -> Hardware:
@@ -277,6 +298,35 @@ def _verified(catalog: Catalog) -> tuple[list[Bundle], dict[str, ApplianceError]
             broken[name] = error
         else:
             sound.append(bundle)
+    return sound, broken
+
+
+def _compiled_in(
+    precision: Precision, store: Store, bundles: Sequence[Bundle], report: Report
+) -> tuple[dict[str, Compiled], dict[str, ApplianceError], Variants]:
+    """The experts in the store by name, why the others cannot be, and which of them in int8.
+
+    An expert whose variant cannot serve is compiled in full precision, as all are that have none.
+    """
+    variants, refused = _sound_variants(bundles) if precision == "int8" else ({}, {})
+    compiled, failed = _compiled(store, list(variants.values()), report)
+    refused |= failed
+    whole, failed = _compiled(store, [b for b in bundles if b.manifest.name not in compiled], report)
+    served = {name: variants[name] for name in compiled}
+    told = Variants(served, {name: refusal_of(error) for name, error in refused.items()})
+    return dict(sorted((compiled | whole).items())), failed, told
+
+
+def _sound_variants(bundles: Sequence[Bundle]) -> tuple[dict[str, Bundle], dict[str, ApplianceError]]:
+    """The bundles in int8, of those that have it, and what is wrong with the others' variants."""
+    sound, broken = dict[str, Bundle](), dict[str, ApplianceError]()
+    for bundle in bundles:
+        try:
+            found = catalogs.verified_int8(bundle)
+        except VariantError as error:
+            broken[bundle.manifest.name] = error
+        else:
+            sound |= {} if found is None else {bundle.manifest.name: found}
     return sound, broken
 
 
@@ -349,8 +399,10 @@ def _check_named(config: Config, catalog: Catalog) -> None:
 
 def waiting_to_compile(config: Config) -> list[Bundle]:
     """The bundles that `install` would have to compile."""
-    store = Store(config.paths.store)
-    return [b for b in catalogs.load(config.paths.catalog).bundles.values() if store.find(b) is None]
+    store, bundles = Store(config.paths.store), catalogs.load(config.paths.catalog).bundles.values()
+    is_int8 = profiles.load(config.paths.profile).applied(config).experts.precision == "int8"
+    wanted = [(bundle.in_int8 if is_int8 else None) or bundle for bundle in bundles]
+    return [bundle for bundle in wanted if store.find(bundle) is None]
 
 
 def probabilities(catalog: Catalog) -> dict[str, float]:
@@ -419,6 +471,7 @@ def checked(
     return {
         **_what_is_there(made),
         **_what_fits(made),
+        "int8": _what_int8_does(made),
         "products": list(forecast(made)),
         "damaged": {str(damage.path): damage.reason for damage in damaged},
         "unused": unused,
@@ -457,6 +510,20 @@ def _what_is_there(made: Installation) -> dict[str, Any]:
         "gpus": [gpu.name for gpu in made.gpus.used],
         "gpu_trouble": dict(made.gpus.trouble),
         "executors": [executor.name for executor in made.executors],
+    }
+
+
+def _what_int8_does(made: Installation) -> dict[str, Any]:
+    """How many experts are served in int8, what their files have less, and which variants cannot be used and why."""
+    served, full = made.variants.served, made.catalog.bundles
+    saved = sum(full[name].manifest.model.bytes - bundle.manifest.model.bytes for name, bundle in served.items())
+    variants = sum(bundle.manifest.variants.int8 is not None for bundle in full.values())
+    return {
+        "precision": made.config.experts.precision,
+        "variants": variants,
+        "experts": len(served),
+        "saved_bytes": saved,
+        "refused": _told(made.variants.refused),
     }
 
 

@@ -84,6 +84,7 @@ class Telemetry:
         self.alarm_of_experts()
         self._alarm_of_budget()
         self._alarm_of_gpus()
+        self._alarm_of_variants()
         self._look_at_costs()
 
     def ordered(self, order: Order) -> None:
@@ -325,6 +326,11 @@ class Telemetry:
             why = "has no room beside the other experts of experts.pin without what the GPU lacks, and may leave"
             wrong["unpinned"] = dict.fromkeys(unpinned, why)
         self._alarms.set(Alarm.GPU, wrong or None)
+
+    def _alarm_of_variants(self) -> None:
+        refused = self._installation.variants.refused
+        wrong = {name: {"reason": why.reason, "detail": why.detail} for name, why in refused.items()}
+        self._alarms.set(Alarm.VARIANTS, {"experts": wrong} if wrong else None)
 
     def _alarm_of_budget(self) -> None:
         made, wanted = self._installation, int(self._config.memory.weights)

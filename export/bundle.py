@@ -1,12 +1,15 @@
-"""Writes a bundle: model, golden samples and manifest in one folder that appears complete or not at all."""
+"""Writes a bundle: model, golden samples and manifest in one folder that appears complete or not at all; and adds a
+variant to one that is there."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import os
+import re
 import shutil
 import tempfile
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from appliance import catalog
-from appliance.catalog import ExpertManifest
-from appliance.errors import ApplianceError
+from appliance.catalog import Bundle, ExpertManifest, Variant
+from appliance.errors import ApplianceError, ExportError
 from export import toml
 from export.manifest import Entry
 from export.proof import Arrays
@@ -28,6 +31,8 @@ SOURCE_KEY = "checkpoint_sha256"
 """Provenance: digest of the checkpoint or foreign file that the bundle was made from."""
 
 _UNFINISHED = ".exporting-"
+_VARIANTS = re.compile(r"^\[variants[.\]].*?(?=^\[(?!variants[.\]])|^#|\Z)", re.MULTILINE | re.DOTALL)
+"""In a manifest: these tables, to the next other one, or what is said above it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +79,51 @@ def is_done(entry: Entry, source_sha256: str, out: Path) -> bool:
 
 def sweep(out: Path) -> None:
     """Remove what a killed export left half-written. One export at a time writes to a catalogue."""
-    for folder in out.glob(f"{_UNFINISHED}*"):
-        shutil.rmtree(folder, ignore_errors=True)
+    for left in out.glob(f"{_UNFINISHED}*"):
+        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
+
+
+def add_int8(bundle: Bundle, content: bytes, variant: Variant) -> None:
+    """Put a variant into a bundle, in place of one that is there. What serves without it is not touched.
+
+    The manifest that names it comes last, by one rename. Raises ExportError when that has no place for it.
+    """
+    _replace_file(bundle.folder / variant.file, content)
+    _write_variants(bundle.folder, {"variants": {"int8": variant.model_dump()}})
+    _remove_files(bundle, but=variant.file)
+
+
+def remove_int8(bundle: Bundle) -> None:
+    """Take the variant out of a bundle, if it has one."""
+    if bundle.manifest.variants.int8 is not None:
+        _write_variants(bundle.folder, {})
+    _remove_files(bundle)
+
+
+def _write_variants(folder: Path, section: Mapping[str, object]) -> None:
+    """The manifest with this in place of its variants; the rest stays as somebody may have written it by hand."""
+    path = folder / "expert.toml"
+    old = path.read_text("utf-8")
+    new = _VARIANTS.sub("", old).rstrip() + "\n" + (f"\n{toml.dumps(section)}" if section else "")
+    wanted = {key: value for key, value in tomllib.loads(old).items() if key != "variants"} | dict(section)
+    if tomllib.loads(new) != wanted:
+        raise ExportError(f"{path} has [variants] in a form that is not ours", "remove them from it")
+    _replace_file(path, new.encode("utf-8"))
+
+
+def _replace_file(path: Path, content: bytes) -> None:
+    """Whole or not at all; what a kill leaves is swept from the catalogue's folder."""
+    handle, beside = tempfile.mkstemp(prefix=_UNFINISHED, dir=path.parents[2])
+    os.close(handle)
+    _write_file(Path(beside), content)
+    Path(beside).chmod(0o644)
+    Path(beside).replace(path)
+
+
+def _remove_files(bundle: Bundle, but: str = "") -> None:
+    for path in bundle.folder.glob("int8-*.onnx"):
+        if path.name != but:
+            path.unlink()
 
 
 def _manifest(entry: Entry, proven: Proven, golden: bytes) -> Mapping[str, object]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -75,11 +75,12 @@ def main(
     figures: Annotated[
         Path | None, typer.Option(help="Folder with normal/ and anomaly/ test pictures of the moulded figure.")
     ] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Judge the int8 variants of those that have one.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The report for machines.")] = False,
 ) -> None:
     """Missed defects, false alarms and localisation of the shipped experts."""
     try:
-        report = evaluate(catalog.load(folder), figures)
+        report = evaluate(_in_int8(catalog.load(folder)) if int8 else catalog.load(folder), figures)
     except ApplianceError as error:
         typer.echo(f"evaluate: {error}", err=True)
         raise typer.Exit(1) from error
@@ -117,6 +118,10 @@ def evaluate(shipped: Catalog, figures: Path | None) -> Report:
         },
         figures=_judge_figures(experts[FIGURE], figures) if figures is not None and FIGURE in experts else None,
     )
+
+
+def _in_int8(shipped: Catalog) -> Catalog:
+    return replace(shipped, bundles={name: bundle.in_int8 or bundle for name, bundle in shipped.bundles.items()})
 
 
 def _expert(bundle: Bundle) -> Expert:

@@ -1,4 +1,5 @@
-"""Exports hundreds of experts in worker processes, each bundle complete or absent, and says which failed and why.
+"""Exports hundreds of experts in worker processes, each bundle complete or absent, and says which failed and why; and
+makes their variants in the same way.
 
 A worker that dies takes nobody along: those it was busy with are tried once more, each in a process of its own.
 """
@@ -16,9 +17,11 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
+from appliance.core.types import Precision
 from appliance.errors import ApplianceError, ExportError
-from export import bundle
+from export import bundle, variants
 from export.manifest import Entry
+from export.variants import VariantJob
 
 Done = Callable[["Outcome"], None]
 
@@ -38,7 +41,10 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one expert. `why` is empty when it passed; `was_there` when --resume found it complete."""
+    """What became of one expert. `why` is empty when it passed; `was_there` when --resume found it complete.
+
+    Of an int8 variant also how many pictures judged it, how far it agrees, and the bytes of the network it stands for.
+    """
 
     expert: str
     version: int
@@ -48,6 +54,13 @@ class Outcome:
     max_batch: int = 0
     why: str = ""
     was_there: bool = False
+    precision: Precision = "full"
+    judged: int = 0
+    agreement: float | None = None
+    full_bytes: int = 0
+
+
+Work = Job | VariantJob
 
 
 def export_one(job: Job) -> Outcome:
@@ -70,20 +83,37 @@ def export_one(job: Job) -> Outcome:
     )
 
 
-def export_all(jobs: Sequence[Job], workers: int, resume: bool, done: Done) -> list[Outcome]:
+def make_variant(job: VariantJob) -> Outcome:
+    """Make, judge and keep one int8 variant. Raises ApplianceError when it may not serve."""
+    started = time.monotonic()
+    whole, made = variants.make(job)
+    return Outcome(
+        *job.key,
+        True,
+        time.monotonic() - started,
+        made.bytes,
+        made.max_batch,
+        precision="int8",
+        judged=made.judged,
+        agreement=made.agreement,
+        full_bytes=whole.manifest.model.bytes,
+    )
+
+
+def export_all(jobs: Sequence[Work], workers: int, resume: bool, done: Done) -> list[Outcome]:
     """All of them, in the order given; `done` is told of each as it ends."""
     for out in {job.out for job in jobs}:
         out.mkdir(parents=True, exist_ok=True)
         bundle.sweep(out)
     outcomes: dict[tuple[str, int], Outcome] = {}
 
-    def note(job: Job, outcome: Outcome) -> None:
+    def note(job: Work, outcome: Outcome) -> None:
         outcomes[job.key] = outcome
         done(outcome)
 
     for job in jobs:
         if resume and is_done(job):
-            note(job, Outcome(job.entry.name, job.entry.version, True, 0.0, was_there=True))
+            note(job, Outcome(*job.key, True, 0.0, was_there=True, precision=_precision(job)))
     waiting = [job for job in jobs if job.key not in outcomes]
     suspects = []
     while waiting:
@@ -98,7 +128,9 @@ def export_all(jobs: Sequence[Job], workers: int, resume: bool, done: Done) -> l
     return [outcomes[job.key] for job in jobs]
 
 
-def is_done(job: Job) -> bool:
+def is_done(job: Work) -> bool:
+    if isinstance(job, VariantJob):
+        return variants.is_done(job)
     try:
         source = (job.root / job.entry.source).read_bytes()
     except (OSError, ExportError):
@@ -114,13 +146,13 @@ def _converted(job: Job) -> bundle.Proven:
     return convert.convert(job.entry, job.root)
 
 
-def _run_pool(jobs: Sequence[Job], workers: int, note: Callable[[Job, Outcome], None]) -> list[Job]:
+def _run_pool(jobs: Sequence[Work], workers: int, note: Callable[[Work, Outcome], None]) -> list[Work]:
     """Run the jobs until done or until a worker dies; returns those that were being worked on when one died.
 
     No more are handed out than there are workers, so that the dead one's job is among few.
     """
-    waiting: Iterator[Job] = iter(jobs)
-    running: dict[Future[Outcome], Job] = {}
+    waiting: Iterator[Work] = iter(jobs)
+    running: dict[Future[Outcome], Work] = {}
     # A fresh interpreter each: a forked torch inherits locks of threads that no longer exist.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=_begin_worker) as pool:
@@ -137,19 +169,23 @@ def _run_pool(jobs: Sequence[Job], workers: int, note: Callable[[Job, Outcome], 
             return list(running.values())
 
 
-def _attempt(job: Job) -> Outcome:
+def _attempt(job: Work) -> Outcome:
     """The border of a worker: whatever is wrong with one expert is its outcome, never the run's end."""
     started = time.monotonic()
     try:
-        return export_one(job)
+        return make_variant(job) if isinstance(job, VariantJob) else export_one(job)
     except ApplianceError as error:
         return _failed(job, str(error), time.monotonic() - started)
     except Exception as error:
         return _failed(job, f"{type(error).__name__}: {error}", time.monotonic() - started)
 
 
-def _failed(job: Job, why: str, seconds: float = 0.0) -> Outcome:
-    return Outcome(job.entry.name, job.entry.version, False, seconds, why=why)
+def _failed(job: Work, why: str, seconds: float = 0.0) -> Outcome:
+    return Outcome(*job.key, False, seconds, why=why, precision=_precision(job))
+
+
+def _precision(job: Work) -> Precision:
+    return "int8" if isinstance(job, VariantJob) else "full"
 
 
 def _begin_worker() -> None:

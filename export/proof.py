@@ -70,13 +70,18 @@ def read_samples(entry: Entry, root: Path) -> Samples:
     """The sample pictures as graph inputs, prepared as the appliance will prepare them."""
     if entry.samples is None:
         raise ExportError(f"{entry.name} names no samples", "give a folder of published pictures: samples = …")
-    paths = sorted(path for path in (root / entry.samples).glob("*") if _is_picture(path))[:MAX_SAMPLES]
+    paths = picture_files(root / entry.samples)[:MAX_SAMPLES]
     if not paths:
         raise ExportError(f"{root / entry.samples} holds no pictures", "put a few real published pictures there")
     pictures = [decoded(path.read_bytes()) for path in paths]
-    references = [_reference_of(path) for path in paths] if entry.draft.needs_reference else []
+    references = [reference_of(path) for path in paths] if entry.draft.needs_reference else []
     feeds = {spec.name: prepared(pictures if spec.source == "picture" else references, spec) for spec in entry.inputs}
     return Samples(feeds, tuple((picture.shape[1], picture.shape[0]) for picture in pictures))
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """The published pictures in a folder and in the folders in it, in the order of their names; no references."""
+    return sorted(path for pattern in ("*", "*/*") for path in folder.glob(pattern) if _is_picture(path))
 
 
 def noise(entry: Entry) -> Samples:
@@ -86,6 +91,22 @@ def noise(entry: Entry) -> Samples:
     pictures = [generator.integers(256, size=(height, width, 3), dtype=np.uint8) for _ in range(_NOISE_SAMPLES)]
     feeds = {spec.name: prepared(pictures, spec) for spec in entry.inputs}
     return Samples(feeds, ((width, height),) * _NOISE_SAMPLES)
+
+
+def reference_of(picture: Path) -> images.Picture:
+    """What a published picture is compared with. Raises ExportError when there is none, or more than one."""
+    beside = reference_paths(picture)
+    if len(beside) != 1:
+        raise ExportError(
+            f"{picture} has {len(beside)} references, its expert compares with one",
+            f"put {picture.stem}.reference.png beside it",
+        )
+    return decoded(beside[0].read_bytes())
+
+
+def reference_paths(picture: Path) -> list[Path]:
+    """The references that lie beside a picture."""
+    return [path for path in picture.parent.glob(f"{picture.stem}.reference.*") if path.suffix.lower() in _SUFFIXES]
 
 
 def decoded(payload: bytes) -> images.Picture:
@@ -173,13 +194,3 @@ def _decision(findings: Sequence[Finding]) -> list[tuple[str, bool]]:
 
 def _is_picture(path: Path) -> bool:
     return path.suffix.lower() in _SUFFIXES and not path.stem.endswith(".reference")
-
-
-def _reference_of(picture: Path) -> images.Picture:
-    beside = [path for path in picture.parent.glob(f"{picture.stem}.reference.*") if path.suffix.lower() in _SUFFIXES]
-    if len(beside) != 1:
-        raise ExportError(
-            f"{picture} has {len(beside)} references, its expert compares with one",
-            f"put {picture.stem}.reference.png beside it",
-        )
-    return decoded(beside[0].read_bytes())

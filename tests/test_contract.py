@@ -349,8 +349,8 @@ NOW = datetime(2026, 1, 31, 8, 15, tzinfo=UTC)
 
 
 SERVING = {
-    ("cpu-0", "resistor"): Serving("1.2", "12" * 32, 0.5, "cpu"),
-    ("cuda-1", "solder"): Serving("3", "34" * 32, 0.25, "cuda:0"),
+    ("cpu-0", "resistor"): Serving("1.2", "int8", "12" * 32, 0.5, "cpu"),
+    ("cuda-1", "solder"): Serving("3", "full", "34" * 32, 0.25, "cuda:0"),
 }
 
 
@@ -400,6 +400,7 @@ def test_a_verdict_says_everything_but_the_picture() -> None:
             {
                 "expert": "resistor",
                 "version": "1.2",
+                "precision": "int8",
                 "weights_sha256": "12" * 32,
                 "threshold": 0.5,
                 "executor": "cpu-0",
@@ -409,6 +410,7 @@ def test_a_verdict_says_everything_but_the_picture() -> None:
             {
                 "expert": "solder",
                 "version": "3",
+                "precision": "full",
                 "weights_sha256": "34" * 32,
                 "threshold": 0.25,
                 "executor": "cuda-1",

@@ -8,9 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from appliance.core.costs import Cost
+
+Precision = Literal["full", "int8"]
+"""In which an expert computes: `full` is what its maker gave it."""
 
 
 class Outcome(StrEnum):

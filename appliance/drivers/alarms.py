@@ -30,6 +30,7 @@ class Alarm(StrEnum):
     PROFILE = "profile"
     REFUSED_TOPIC = "refused-topic"
     THRASHING = "thrashing"
+    VARIANTS = "variants"
 
 
 class Alarms:

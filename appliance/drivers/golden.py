@@ -6,8 +6,9 @@ They are asked twice of every expert: when it is compiled, and before its first 
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,18 @@ _EXPORT_AGAIN = "export the expert again"
 
 
 def prove(
-    run: Run, path: Path, inputs: Sequence[str], outputs: Sequence[str], *, max_batch: int, tolerance: float
+    run: Run,
+    path: Path,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    *,
+    max_batch: int,
+    tolerance: float,
+    tolerances: Mapping[str, float] = MappingProxyType({}),
 ) -> None:
     """Run the samples of a golden.npz, at most `max_batch` at a time; outputs that it does not have are not compared.
+
+    Outputs that `tolerances` names may be as far off as it says, the others by `tolerance`.
 
     Raises GoldenMismatch naming the output and how far off it is, ModelError when the file cannot be read or has no
     samples for an input, and whatever `run` raises.
@@ -36,7 +46,8 @@ def prove(
     results = [run([p[i : i + max_batch] for p in pictures]) for i in range(0, len(pictures[0]), max_batch)]
     for number, name in enumerate(outputs):
         if name in golden and results:
-            _compare(name, np.concatenate([result[number] for result in results]), golden[name], tolerance)
+            found = np.concatenate([result[number] for result in results])
+            _compare(name, found, golden[name], tolerances.get(name, tolerance))
 
 
 def _arrays(path: Path) -> dict[str, NDArray[Any]]:

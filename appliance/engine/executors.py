@@ -305,6 +305,7 @@ class Inspection:
             return
         with self._sessions.lease(bundle.manifest.name, cancellation) as lease:
             compiled = lease.compiled
+            is_of_bundle = compiled.model_sha256 == bundle.manifest.model.sha256  # no GPU runs an int8 bundle's variant
             if self._proven.get(compiled.expert) == compiled:
                 return
             self._note(batch.id, True)
@@ -318,6 +319,7 @@ class Inspection:
                     compiled.outputs,
                     max_batch=min(len(batch.requests), bundle.manifest.model.max_batch),
                     tolerance=golden.tolerance,
+                    tolerances=bundle.tolerances if is_of_bundle else {},
                 )
             except GoldenMismatch as error:
                 raise GoldenMismatch(f"{compiled.expert}: {error.what}", error.remedy) from error

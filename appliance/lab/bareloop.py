@@ -14,7 +14,7 @@ from appliance.core.types import Acknowledge, Arrived, Event, Outcome, Publish, 
 from appliance.drivers.album import Album, Subject
 from appliance.engine.engine import Engine, Engines
 from appliance.errors import ApplianceError
-from appliance.startup import Installation
+from appliance.startup import CPU, Installation
 
 STALLED_SECONDS = 60.0
 
@@ -56,7 +56,7 @@ class BareLoop:
                 for device in installation.devices
             },
             installation.executors,
-            installation.catalog.bundles,
+            installation.bundles_on(CPU),
             self._album.look,
             self._events.put,
             batch_cap=installation.profile.batch_cap,

@@ -201,8 +201,9 @@ def write_manifest(bundle: Bundle) -> None:
 
 
 def manifest_text(bundle: Bundle) -> str:
-    """JSON values are TOML values here."""
-    plain: dict[str, Any] = json.loads(bundle.manifest.model_dump_json(by_alias=True, exclude_none=True))
+    """JSON values are TOML values here. Without variants: those are made from what lies on the disk."""
+    text = bundle.manifest.model_dump_json(by_alias=True, exclude_none=True, exclude={"variants"})
+    plain: dict[str, Any] = json.loads(text)
     tables = [(f"[{key}]", value) for key, value in plain.items() if isinstance(value, dict)]
     tables += [("[[inputs]]", value) for value in plain["inputs"]]
     lines = [f"{k} = {json.dumps(v)}" for k, v in plain.items() if k != "inputs" and not isinstance(v, dict)]

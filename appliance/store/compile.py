@@ -209,6 +209,7 @@ def _request(bundle: Bundle, store: Store, folder: Path) -> dict[str, Any]:
         "max_batch": manifest.model.max_batch,
         "golden": None if bundle.golden_path is None else str(bundle.golden_path.resolve()),
         "tolerance": manifest.golden.tolerance if manifest.golden else 0.0,
+        "tolerances": dict(bundle.tolerances),
         "folder": str(folder.resolve()),
         "provider": store.provider,
         "known": str((store.folder / "architectures").resolve()),

@@ -38,8 +38,8 @@ def compile_one(request: dict[str, Any]) -> dict[str, Any]:
     """Compile one expert into `request["folder"]`: template.onnx, plain.onnx and segment; the reply describes them.
 
     The request names `model`, `inputs` (name, channels, width, height each), `outputs` that must exist, `max_batch`,
-    `golden` (a path or None), `tolerance`, the `provider` that it is for, and `known`, the folder of architectures that
-    were measured already.
+    `golden` (a path or None), `tolerance` and by output `tolerances`, the `provider` that it is for, and `known`, the
+    folder of architectures that were measured already.
 
     For CUDA the graph keeps to the standard's operators, which every provider knows: the processor's own layouts do not
     leave it. It is proven and measured here, on the processor, and is a template always.
@@ -234,8 +234,8 @@ def _prove_golden(ours: Trial, outputs: Sequence[str], limit: int, request: dict
     """It gives what the original framework gave on the bundle's golden samples."""
     if request["golden"] is not None:
         inputs = [spec["name"] for spec in request["inputs"]]
-        path, tolerance = Path(request["golden"]), request["tolerance"]
-        golden.prove(ours.run, path, inputs, outputs, max_batch=limit, tolerance=tolerance)
+        allowed = {"tolerance": request["tolerance"], "tolerances": request["tolerances"]}
+        golden.prove(ours.run, Path(request["golden"]), inputs, outputs, max_batch=limit, **allowed)
 
 
 def _output_bytes(reference: Any, request: dict[str, Any]) -> int:

@@ -378,7 +378,8 @@ class Store:
         for name, versions in catalogue.versions.items():
             for version in versions:
                 try:
-                    named.add(self._expert_path(catalog.read_bundle(catalogue.folder / name / str(version))))
+                    bundle = catalog.read_bundle(catalogue.folder / name / str(version))
+                    named.update(self._expert_path(one) for one in (bundle, bundle.in_int8) if one is not None)
                 except CatalogError:
                     named.update((self.folder / "experts" / name).glob(f"{version}-*.json"))
         return sorted(set((self.folder / "experts").glob("*/*.json")) - named)

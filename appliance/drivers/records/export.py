@@ -54,7 +54,7 @@ def _all(body: dict[str, Any], key: str) -> Iterator[tuple[str, dict[str, Any]]]
 
 def _step(step: dict[str, Any]) -> str:
     """Verdicts of releases before these were recorded lack some."""
-    known = ("expert", "version", "weights_sha256", "threshold", "device", "milliseconds")
+    known = ("expert", "version", "precision", "weights_sha256", "threshold", "device", "milliseconds")
     return " ".join(f"{step[key]}" for key in known if key in step)
 
 
