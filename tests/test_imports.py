@@ -194,8 +194,7 @@ def _wrong_imports(source: Source) -> Iterator[tuple[int, str]]:
         elif room == "appliance.cli" and i.at_start and top not in {*sys.stdlib_module_names, "typer", "rich"}:
             yield i.line, f"the command line imports {i.name} inside the command only"
         elif room == "appliance.core":
-            graph_check = top == "networkx" and source.module == "appliance.core.graph"
-            if top in NOT_IN_CORE or not (top in sys.stdlib_module_names or graph_check):
+            if top in NOT_IN_CORE or top not in sys.stdlib_module_names:
                 yield i.line, f"the core must not import {i.name}"
         elif top == "torch" and room != "export":
             yield i.line, "torch is imported under export/ only"
@@ -331,7 +330,7 @@ GOOD = [
     ("appliance", "import os\nos.environ.setdefault('ORT_DISABLE_TELEMETRY', '1')"),
     ("appliance", "import os\nos.environ['ORT_DISABLE_TELEMETRY'] = '1'"),
     ("appliance.config", "import os\nos.environ.get('NOTIFY_SOCKET')"),
-    ("appliance.core.graph", "import networkx\nfrom appliance.errors import GraphError\nfrom .types import Step"),
+    ("appliance.core.graph", "import graphlib\nfrom appliance.errors import GraphError\nfrom .types import Step"),
     ("appliance.core.memory", "from appliance.core import types\nfrom collections import deque"),
     ("appliance.drivers.images", "import time\nfrom PIL import Image\nfrom appliance.core.types import Box"),
     ("appliance.cli", "import typer\nfrom appliance.errors import ApplianceError\nfrom appliance import __version__"),

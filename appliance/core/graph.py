@@ -1,6 +1,6 @@
 """The expert graph: who is asked first, who is asked next, compiled to dictionaries; and one request's way through it.
 
-networkx checks the graph once, when it is compiled; deciding uses dictionaries only.
+The graph is checked once, when it is compiled; deciding uses dictionaries only.
 """
 
 from __future__ import annotations
@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
 from types import MappingProxyType
-
-import networkx
 
 from appliance.core.types import Finding, Outcome, Refusal, Request, StandIn, Step
 from appliance.errors import GraphError
@@ -137,10 +136,14 @@ def compile_graph(
 
 
 def _check_acyclic(what: str, ways: Sequence[tuple[str, str]]) -> None:
-    drawn = networkx.DiGraph(ways)
-    if not networkx.is_directed_acyclic_graph(drawn):
-        cycle = [source for source, _ in networkx.find_cycle(drawn)]
-        raise GraphError(f"{what} a cycle: {' → '.join([*cycle, cycle[0]])}", "remove one of these edges")
+    leading = TopologicalSorter[str]()
+    for source, to in ways:
+        leading.add(to, source)
+    try:
+        leading.prepare()
+    except CycleError as error:
+        cycle: list[str] = error.args[1]  # each leads to the next, and the last is the first again
+        raise GraphError(f"{what} a cycle: {' → '.join(cycle)}", "remove one of these edges") from error
 
 
 def draw(graph: ExpertGraph) -> str:
