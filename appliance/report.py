@@ -633,6 +633,7 @@ def _print_fits(fits: Sequence[Mapping[str, Any]], console: Console) -> None:
     for fit in sorted(fits, key=lambda fit: -fit["fit_error"])[:MOST_FITS]:
         times = (f"{fit[name] * 1e3:.2f} ms" for name in ("item_seconds", "fixed_seconds"))
         on = "GPU" if fit["device"] == "cuda" else f"{fit['threads']} threads"
+        on += ", int8" if fit["precision"] == "int8" else ""
         table.add_row(escape(fit["expert"]), on, *times, f"{fit['fit_error']:.1%}")
     if fits:
         console.print(table)

@@ -317,6 +317,16 @@ def _compiled_in(
     return dict(sorted((compiled | whole).items())), failed, told
 
 
+def compiled_int8(
+    made: Installation, report: Report = lambda expert, result: None
+) -> tuple[dict[str, Compiled], Variants]:
+    """The experts of a box in full precision that could be served in int8, in it, whatever it serves."""
+    compiled, _, variants = _compiled_in(
+        "int8", made.store, [made.catalog.bundles[name] for name in made.compiled], report
+    )
+    return {name: compiled[name] for name in variants.served}, variants
+
+
 def _sound_variants(bundles: Sequence[Bundle]) -> tuple[dict[str, Bundle], dict[str, ApplianceError]]:
     """The bundles in int8, of those that have it, and what is wrong with the others' variants."""
     sound, broken = dict[str, Bundle](), dict[str, ApplianceError]()

@@ -21,10 +21,18 @@ from appliance.profile import Found, Hardware, Loads, OnGpus, Origin, Profile, R
 from appliance.profiler import workload
 from appliance.profiler.measure import Architecture, GpuPart, Loading, Measured
 from appliance.profiler.profiled import Profiled
-from appliance.profiler.rig import ACTIVATIONS_TWICE, Rig, bandwidth
+from appliance.profiler.rig import ACTIVATIONS_TWICE, Int8Part, Rig, bandwidth
 from appliance.profiler.settings import Settings
 from appliance.profiler.workload import Workload
-from appliance.startup import CPU, Installation, footprint, gpu_name, graph_sha256, probabilities
+from appliance.startup import (
+    CPU,
+    Installation,
+    compiled_int8,
+    footprint,
+    gpu_name,
+    graph_sha256,
+    probabilities,
+)
 
 
 def rig_of(made: Installation, work: Workload) -> Rig:
@@ -34,7 +42,7 @@ def rig_of(made: Installation, work: Workload) -> Rig:
     return Rig(
         made.catalog.graph,
         made.compiled,
-        {name: made.catalog.bundles[name] for name in made.compiled},
+        {name: made.bundles_on(CPU)[name] for name in made.compiled},
         made.store.segment_path,
         probabilities(made.catalog),
         laps.encoded_pictures(),
@@ -42,7 +50,16 @@ def rig_of(made: Installation, work: Workload) -> Rig:
         cores(),
         work,
         _gpus_of(made),
+        _int8_of(made),
     )
+
+
+def _int8_of(made: Installation) -> Int8Part | None:
+    """The variants that there are to choose; none where the settings have chosen."""
+    if "precision" in made.config.experts.model_fields_set:
+        return None
+    compiled, variants = compiled_int8(made)
+    return Int8Part(compiled, variants.served) if compiled else None
 
 
 def _gpus_of(made: Installation) -> GpuPart | None:
@@ -109,7 +126,8 @@ def made_rig(asked: laps.Workload, folder: Path, say: Say) -> Iterator[tuple[Rig
 
 def profile_of(found: Profiled, rig: Rig, name: str, objective: str, graph: str, here: Hardware) -> Profile:
     """What `profiles/<box>.json` says."""
-    best, loading = found.settings, found.measured.loading
+    best = found.settings
+    known = found.measured.of(int8=bool(best.int8))
     return Profile(
         schema=2,
         name=name,
@@ -120,10 +138,11 @@ def profile_of(found: Profiled, rig: Rig, name: str, objective: str, graph: str,
         weights_bytes=rig.weights_bytes(best),
         activation_bytes=rig.activation_bytes(best),
         hold_share=best.hold_share,
-        load_fixed_seconds=loading.fixed_seconds,
-        disk_bytes_per_second=bandwidth(loading, 1),
-        running=_running(found.measured.on("cpu", best.threads), best),
-        gpus=_on_gpus(found.measured, rig, best),
+        precision=None if rig.int8 is None else "int8" if best.int8 else "full",
+        load_fixed_seconds=known.loading.fixed_seconds,
+        disk_bytes_per_second=bandwidth(known.loading, 1),
+        running=_running(known.on("cpu", best.threads), best),
+        gpus=_on_gpus(known, rig, best),
         origin=Origin(
             version=__version__,
             made_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -181,5 +200,6 @@ def profile_path(config: Config) -> Path:
     return config.paths.profile.parent / f"{config.box.name}.json"
 
 
-def graph_of(made: Installation) -> str:
-    return graph_sha256(made.catalog, made.compiled)
+def graph_of(made: Installation, rig: Rig, best: Settings) -> str:
+    """Of the experts as the box will serve them."""
+    return graph_sha256(made.catalog, rig.in_precision(best).compiled)

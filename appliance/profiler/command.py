@@ -12,6 +12,7 @@ from appliance.lab import laps
 from appliance.lab.telling import Say
 from appliance.profile import Hardware
 from appliance.profiler import boxes, workload
+from appliance.profiler.measure import Measured
 from appliance.profiler.profiled import Plan, Profiled, profiled, told
 from appliance.profiler.rig import Rig
 from appliance.profiler.workload import Workload
@@ -52,7 +53,8 @@ def of_box(path: Path, pictures: Pictures, plan: Plan, out: Path | None, html: P
         say(f"the GPUs differ: all are taken to be like {made.gpus.used[0].name}")
     found = profiled(rig, default, plan, say)
     to = place(out or boxes.profile_path(config), found.is_complete)
-    profile.save(boxes.profile_of(found, rig, config.box.name, plan.objective, boxes.graph_of(made), here), to)
+    graph = boxes.graph_of(made, rig, found.settings)
+    profile.save(boxes.profile_of(found, rig, config.box.name, plan.objective, graph, here), to)
     return _told(found, rig, plan, here, to, html)
 
 
@@ -95,11 +97,12 @@ def _told(found: Profiled, rig: Rig, plan: Plan, here: Hardware, path: Path, htm
         "changed": told(found.settings, found.default),
         "settings": found.settings.told(),
         "default": found.default.told(),
-        "fits": [asdict(one) for one in found.measured.architectures],
+        "fits": _fits(rig, found.measured),
+        "host_seconds": found.measured.host_seconds,
         "loading": asdict(found.measured.loading),
         "contention": [asdict(one) for one in found.measured.contention],
         "gpu": None if found.measured.gpu is None else asdict(found.measured.gpu),
-        "failed": dict(found.measured.failed),
+        "failed": {**found.measured.failed, **found.measured.of(int8=True).failed},
         "importances": dict(found.importances),
         "best_predicted": [{"settings": one.settings.told(), "value": one.value} for one in found.predicted],
         "laps": [
@@ -115,6 +118,15 @@ def _told(found: Profiled, rig: Rig, plan: Plan, here: Hardware, path: Path, htm
 
         html.write_text(page(result), "utf-8")
     return result
+
+
+def _fits(rig: Rig, measured: Measured) -> list[dict[str, Any]]:
+    """Of networks, and of int8 variants, which say so."""
+    variants = set() if rig.int8 is None else {one.architecture for one in rig.int8.compiled.values()}
+    return [
+        asdict(one) | {"precision": "int8" if one.architecture in variants else "full"}
+        for one in measured.of(int8=True).architectures
+    ]
 
 
 def _memory_curve(rig: Rig, found: Profiled) -> list[dict[str, float]]:

@@ -162,7 +162,11 @@ class OnGpu:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """All of it. `failed` says why by architecture, or by LOADS, on a GPU behind its name; the others are sound."""
+    """All of it. `failed` says why by architecture, or by LOADS, on a GPU behind its name; the others are sound.
+
+    `host_seconds` is the processor time that a picture takes beside its runs. `int8` is the same box with int8 variants
+    in place of their networks.
+    """
 
     architectures: tuple[Architecture, ...]
     loading: Loading
@@ -170,6 +174,12 @@ class Measured:
     seconds: float
     failed: Mapping[str, str]
     gpu: OnGpu | None = None
+    host_seconds: float = 0.0
+    int8: Measured | None = None
+
+    def of(self, *, int8: bool) -> Measured:
+        """What counts in this precision."""
+        return self.int8 if int8 and self.int8 is not None else self
 
     def on(self, kind: Kind, threads: int = 1) -> dict[str, Architecture]:
         """Those that were measured on this kind of device, the CPU with so many threads."""

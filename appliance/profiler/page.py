@@ -196,7 +196,9 @@ def _fit_plots(found: Found) -> Iterator[str]:
 
 
 def _runner(fit: Mapping[str, Any]) -> str:
-    return "GPU" if fit["device"] == "cuda" else _threads(fit["threads"])
+    if fit["device"] == "cuda":
+        return "GPU"
+    return _threads(fit["threads"]) + (" in int8" if fit["precision"] == "int8" else "")
 
 
 def _fitted(fit: Mapping[str, Any], threads: int) -> Curve:
@@ -253,6 +255,7 @@ def _contention(found: Found) -> str:
         ("", (_threads(one["threads"]), "all at work beside loads", f"{one['beside_loads']:.2f} times more"))
         for one in found["contention"]
     ]
+    lines.append(("", ("a picture", "its runs, on all cores", f"{found['host_seconds'] * 1e3:.2f} ms more")))
     if (gpu := found["gpu"]) is not None:
         lines += [
             ("", ("GPU", "beside all cores at work", f"{gpu['beside_cpu']:.2f} times")),

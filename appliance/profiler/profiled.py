@@ -19,8 +19,8 @@ from pathlib import Path
 from appliance.errors import ConfigError, ProfileError
 from appliance.lab.telling import Say
 from appliance.profiler.joint import NO_ROOM, Judged, Search, Trial
-from appliance.profiler.measure import LOADS, Measured, measured
-from appliance.profiler.rig import Outcome, Rig
+from appliance.profiler.measure import LOADS, Loading, Measured, measured
+from appliance.profiler.rig import Int8Part, Outcome, Rig
 from appliance.profiler.settings import Settings
 
 OBJECTIVES = ("throughput", "deadlines", "p99")
@@ -42,6 +42,8 @@ CANDIDATES = 4
 _RANKED = 200
 """Of which these are chosen."""
 LEAST_REQUESTS = 100
+_CALIBRATION_SECONDS = 3.0
+"""Of the default served live, to see what a picture takes beside its runs."""
 LEAST_GAIN = 0.01
 """Who is better by less is not known to be better at all."""
 _LEAST_OF_DEFAULT = 0.9
@@ -234,9 +236,41 @@ class _Run:
         if not found.loading.bytes_per_second:
             why = found.failed.get(LOADS, "there was no time")
             raise ProfileError(f"loads could not be measured: {why}", "allow more time")
-        self._known.measured = found
+        if self._rig.int8 is not None:
+            found = replace(found, int8=self._measure_int8(found, self._rig.int8))
+        self._known.measured = found = self._calibrated(found)
         self._note()
         return found
+
+    def _measure_int8(self, full: Measured, part: Int8Part) -> Measured:
+        """What int8 variants take; loads as those of networks where there was no time for theirs."""
+        rig = self._rig.in_precision(replace(self._default, int8=1))
+        architectures = len({one.architecture for one in part.compiled.values()})
+        seconds = min(_MEASURE_SHARE * self._plan.budget_seconds, _ARCHITECTURE_SECONDS * architectures)
+        found = measured(
+            rig.compiled,
+            rig.bundles,
+            rig.segment_path,
+            threads=rig.thread_counts,
+            executors=rig.cores,
+            budget_seconds=max(seconds, _LEAST_MEASURING_SECONDS),
+            say=lambda line: self._say(f"{line}, in int8"),
+            known=replace(full, loading=Loading()),
+        )
+        return found if found.loading.bytes_per_second else replace(found, loading=full.loading)
+
+    def _calibrated(self, known: Measured) -> Measured:
+        """With what a picture takes beside its runs, as the default, served for some seconds, is slower than runs and
+        loads alone explain: deciding, reading and answering, which experts of a millisecond do not outweigh."""
+        count = len(self._rig.workload.requests)
+        rate = self._rig.predicted(self._default, known).images_per_second
+        share = min(max(rate * _CALIBRATION_SECONDS, LEAST_REQUESTS) / count, 1.0)
+        self._say("serving the defaults for a moment")
+        expected = self._rig.predicted(self._default, known, share).images_per_second
+        found = self._rig.served(self._default, known, share).images_per_second
+        host_seconds = self._rig.cores * max(1 / found - 1 / expected, 0.0)
+        int8 = None if known.int8 is None else replace(known.int8, host_seconds=host_seconds)
+        return replace(known, host_seconds=host_seconds, int8=int8)
 
     def _measure(self, budget_seconds: float) -> Measured:
         return measured(
@@ -352,12 +386,12 @@ def winner(laps: Sequence[Lap], default: Settings, objective: str) -> Settings:
 
 
 def diverse(ranked: Sequence[Trial]) -> list[Trial]:
-    """The best of each number of executors and threads first, then the next best of all: where a prediction is wrong,
-    it is so for all that share these."""
-    first, rest = dict[tuple[int, int, int], Trial](), list[Trial]()
+    """The best of each number of executors and threads in each precision first, then the next best of all: where a
+    prediction is wrong, it is so for all that share these."""
+    first, rest = dict[tuple[int, int, int, int], Trial](), list[Trial]()
     for trial in ranked:
         settings = trial.settings
-        key = settings.cpu_executors, settings.gpu_executors, settings.threads
+        key = settings.cpu_executors, settings.gpu_executors, settings.threads, settings.int8
         if first.setdefault(key, trial) is not trial:
             rest.append(trial)
     return [*first.values(), *rest][:CANDIDATES]
@@ -378,6 +412,7 @@ def guesses(rig: Rig, default: Settings) -> list[Settings]:
             replace(default, gpu_executors=len(rig.gpus.names), cpu_executors=1),
             replace(default, host_tier_share=0.0),
         ]
+    around += [] if rig.int8 is None else [replace(settings, int8=1) for settings in (default, *around)]
     return [settings for settings in around if rig.holds(settings)]
 
 
@@ -403,5 +438,6 @@ def _key(rig: Rig, default: Settings, plan: Plan) -> str:
     asks = [(request.component, request.arrived_seconds, request.deadline_seconds) for request in rig.workload.requests]
     experts = {name: (one.architecture, one.bytes) for name, one in rig.compiled.items()}
     gpus = None if rig.gpus is None else (rig.gpus.names, rig.gpus.memory_bytes, sorted(rig.gpus.compiled))
-    described = repr((asks, experts, rig.memory_bytes, rig.cores, gpus, default, plan.objective, plan.seed))
+    int8 = None if rig.int8 is None else {name: one.architecture for name, one in rig.int8.compiled.items()}
+    described = repr((asks, experts, rig.memory_bytes, rig.cores, gpus, int8, default, plan.objective, plan.seed))
     return hashlib.sha256(described.encode()).hexdigest()[:16]

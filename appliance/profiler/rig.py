@@ -56,8 +56,17 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
+class Int8Part:
+    """The experts of a box that have a sound int8 variant, in it."""
+
+    compiled: Mapping[str, Compiled]
+    bundles: Mapping[str, Bundle]
+
+
+@dataclass(frozen=True, slots=True)
 class Rig:
-    """`compiled` are the experts as the CPU runs them; as GPUs do, they are in their part.
+    """`compiled` are the experts as the CPU runs them in full precision, unless that is settled; as GPUs do, and in
+    int8, they are in parts of their own.
 
     `memory_bytes` are of main memory, for weights, activations and what is pinned; `chances` how likely a request asks
     each expert.
@@ -73,6 +82,14 @@ class Rig:
     cores: int
     workload: Workload
     gpus: GpuPart | None = None
+    int8: Int8Part | None = None
+
+    def in_precision(self, settings: Settings) -> Rig:
+        """The same box, with the experts as these settings have the CPU run them; none other is in it."""
+        if not settings.int8 or self.int8 is None:
+            return replace(self, int8=None)
+        compiled = {**self.compiled, **self.int8.compiled}
+        return replace(self, compiled=compiled, bundles={**self.bundles, **self.int8.bundles}, int8=None)
 
     @property
     def thread_counts(self) -> list[int]:
@@ -93,6 +110,7 @@ class Rig:
             "weights_share": Knob(0.5, 0.98),
             "hold_share": Knob(0.0, 1.0),
             **({} if self.gpus is None else _gpu_space(self.gpus)),
+            **({} if self.int8 is None else {"int8": Knob(0, 1)}),
         }
 
     def compiled_on(self, device: str) -> Mapping[str, Compiled]:
@@ -146,12 +164,15 @@ class Rig:
         return (
             settings.threads in self.thread_counts
             and settings.cpu_executors * settings.threads <= 2 * self.cores
-            and all(_has_room(cpu, footprint(one)) for one in self.compiled.values())
+            and all(_has_room(cpu, footprint(one)) for one in self.in_precision(settings).compiled.values())
             and all(any(_has_room(gpu, footprint(o)) for o in self.compiled_on(gpu.name).values()) for gpu in gpus)
         )
 
     def predicted(self, settings: Settings, measured: Measured, share: float = 1.0) -> Outcome:
         """By the simulator. `holds` first."""
+        if self.int8 is not None:
+            measured = measured.of(int8=bool(settings.int8))
+            return self.in_precision(settings).predicted(settings, measured, share)
         workload, policy = self.workload.beginning(share), policy_of(settings)
         box = self._setup(settings, measured, policy)
         controller = Controller(
@@ -177,6 +198,9 @@ class Rig:
 
     def served(self, settings: Settings, measured: Measured, share: float = 1.0) -> Outcome:
         """Live. Raises ApplianceError when a GPU cannot be opened, or a picture gets no answer."""
+        if self.int8 is not None:
+            measured = measured.of(int8=bool(settings.int8))
+            return self.in_precision(settings).served(settings, measured, share)
         workload, policy = self.workload.beginning(share), policy_of(settings)
         stage = live.Stage(
             self.graph, self.bundles, workload.requests, workload.answer, self.pictures, settings.batch_cap
@@ -310,6 +334,7 @@ class Taking:
         self._single = measured.on("cpu")
         self._contention = {one.threads: one for one in measured.contention}
         self._on_gpu = measured.gpu or OnGpu()
+        self._host_seconds = measured.host_seconds
 
     def __call__(self, batch: Batch, running: Mapping[str, int], loading: Mapping[str, int]) -> float:
         gpus = sum(count for device, count in running.items() if device != CPU)
@@ -340,5 +365,7 @@ class Taking:
             seconds *= beside.times_as_long(runs) * (beside.beside_loads if loads else 1.0)
         if single is None or (alone := self._contention.get(1)) is None:
             return seconds
-        # However runs are cut into threads, the cores do no more per second than with a thread on each.
-        return max(seconds, runs * single.run_seconds(count) * alone.times_as_long(cores) / cores)
+        # However runs are cut into threads, the cores do no more per second than with a thread on each; and who
+        # decides, reads and answers takes a part of them.
+        work = single.run_seconds(count) * alone.times_as_long(cores) + count * self._host_seconds
+        return max(seconds, runs * work / cores)

@@ -14,7 +14,8 @@ class Settings:
 
     The shares say how memory is split: of main memory, `host_tier_share` is pinned for the GPUs in use; of what is
     left, and of a GPU's, so much is for weights and the rest for activations. `hold_share` is the policy's: for so
-    large a share of its seconds a load is held for which somebody has to leave.
+    large a share of its seconds a load is held for which somebody has to leave. With `int8` 1, the CPU serves experts
+    that have an int8 variant in it.
     """
 
     cpu_executors: int
@@ -26,6 +27,7 @@ class Settings:
     gpu_weights_share: float = 0.8
     host_tier_share: float = 0.0
     hold_share: float = 0.25
+    int8: int = 0
 
     def told(self) -> dict[str, Any]:
         return asdict(self)
