@@ -23,7 +23,7 @@ from appliance.lab import laps
 from appliance.profiler import boxes, workload
 from appliance.profiler.command import place
 from appliance.profiler.joint import Trial
-from appliance.profiler.measure import Loading, Measured
+from appliance.profiler.measurements import Loading, Measured
 from appliance.profiler.profiled import (
     CANDIDATES,
     LEAST_TRIALS,

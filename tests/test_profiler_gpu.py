@@ -26,18 +26,8 @@ from appliance.lab import laps
 from appliance.profile import Kind
 from appliance.profiler import boxes, measure, workload
 from appliance.profiler.joint import NO_ROOM, Judged, Search
-from appliance.profiler.measure import (
-    LOADS,
-    Architecture,
-    GpuPart,
-    Latency,
-    Loading,
-    Measured,
-    OnGpu,
-    errors,
-    measured,
-    plateau,
-)
+from appliance.profiler.measure import LOADS, GpuPart, measured
+from appliance.profiler.measurements import Architecture, Latency, Loading, Measured, OnGpu, errors, plateau
 from appliance.profiler.profiled import Plan, guesses, profiled
 from appliance.profiler.rig import Rig, Taking
 from appliance.profiler.settings import Knob, Settings

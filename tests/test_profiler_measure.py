@@ -23,20 +23,18 @@ from appliance.catalog import Bundle
 from appliance.core import costs
 from appliance.core.types import Segment
 from appliance.errors import ConfigError
-from appliance.profiler.measure import (
-    LOADS,
+from appliance.profiler.measure import LOADS, ladder, measured
+from appliance.profiler.measure_child import sampled
+from appliance.profiler.measurements import (
     Architecture,
     Contention,
     Latency,
     Loading,
     Measured,
     errors,
-    ladder,
     loads_fit,
-    measured,
     plateau,
 )
-from appliance.profiler.measure_child import sampled
 from appliance.store.compile import compile_bundles
 from appliance.store.store import Compiled, Store
 from tests.kit_models import conv_net, write_bundle

@@ -19,7 +19,8 @@ from appliance.lab.fleet import MAX_BATCH, fleet
 from appliance.lab.telling import Say
 from appliance.profile import Found, Hardware, Loads, OnGpus, Origin, Profile, Running
 from appliance.profiler import workload
-from appliance.profiler.measure import Architecture, GpuPart, Loading, Measured
+from appliance.profiler.measure import GpuPart
+from appliance.profiler.measurements import Architecture, Loading, Measured
 from appliance.profiler.profiled import Profiled
 from appliance.profiler.rig import ACTIVATIONS_TWICE, Int8Part, Rig, bandwidth
 from appliance.profiler.settings import Settings

@@ -12,7 +12,7 @@ from appliance.lab import laps
 from appliance.lab.telling import Say
 from appliance.profile import Hardware
 from appliance.profiler import boxes, workload
-from appliance.profiler.measure import Measured
+from appliance.profiler.measurements import Measured
 from appliance.profiler.profiled import Plan, Profiled, profiled, told
 from appliance.profiler.rig import Rig
 from appliance.profiler.workload import Workload

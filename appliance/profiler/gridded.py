@@ -13,7 +13,7 @@ from typing import Any
 
 from appliance import __version__
 from appliance.lab.telling import Say, Target
-from appliance.profiler.measure import Measured
+from appliance.profiler.measurements import Measured
 from appliance.profiler.profiled import Plan, profiled, told
 from appliance.profiler.rig import Rig
 from appliance.profiler.settings import Settings, grid

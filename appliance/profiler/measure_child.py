@@ -28,20 +28,8 @@ from appliance.engine.engine import Engine
 from appliance.engine.weights import Weights
 from appliance.errors import LoadError, OutOfMemory, RunError
 from appliance.profiler.bench import Bench, Crew, Lane, Opening, size_of
-from appliance.profiler.measure import (
-    AT_ONCE,
-    REPEATS,
-    GpuJob,
-    GpuLoads,
-    GpuRuns,
-    Job,
-    Latency,
-    Loads,
-    OpenGpu,
-    Runs,
-    ladder,
-    plateau,
-)
+from appliance.profiler.measure import AT_ONCE, REPEATS, GpuJob, GpuLoads, GpuRuns, Job, Loads, OpenGpu, Runs, ladder
+from appliance.profiler.measurements import Latency, plateau
 from appliance.startup import CPU
 from appliance.store.store import Compiled
 

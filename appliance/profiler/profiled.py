@@ -19,7 +19,8 @@ from pathlib import Path
 from appliance.errors import ConfigError, ProfileError
 from appliance.lab.telling import Say
 from appliance.profiler.joint import NO_ROOM, Judged, Search, Trial
-from appliance.profiler.measure import LOADS, Loading, Measured, measured
+from appliance.profiler.measure import LOADS, measured
+from appliance.profiler.measurements import Loading, Measured
 from appliance.profiler.rig import Int8Part, Outcome, Rig
 from appliance.profiler.settings import Settings
 

@@ -27,7 +27,8 @@ from appliance.lab.laps import Pictures
 from appliance.lab.simulate import HostTier, SharedDisk, World, simulate
 from appliance.lab.telling import quantile
 from appliance.profile import DEFAULT
-from appliance.profiler.measure import Architecture, GpuPart, Loading, Measured, OnGpu
+from appliance.profiler.measure import GpuPart
+from appliance.profiler.measurements import Architecture, Loading, Measured, OnGpu
 from appliance.profiler.settings import Knob, Settings, Space
 from appliance.profiler.workload import Workload
 from appliance.startup import CPU, footprint, host_share
