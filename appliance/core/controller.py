@@ -318,7 +318,8 @@ class Controller:
             following = progress.answered(Step(batch.expert, answer, batch.executor, seconds), self._graph)
             if self._policy.learns:
                 self._usage.led(batch.expert, following)
-            self._ask(progress, following, now, actions)
+            if following:
+                self._ask(progress, following, now, actions)
             if progress.is_complete and request in self.progress:
                 self._conclude(request, progress.outcome(), now, actions)
         self._judge(batch, answers, pictures, now, actions)

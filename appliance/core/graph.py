@@ -42,7 +42,11 @@ class Edge:
     conditions: tuple[Condition, ...] = ()
 
     def taken(self, findings: Sequence[Finding]) -> bool:
-        return not self.conditions or any(c.holds(finding) for c in self.conditions for finding in findings)
+        for condition in self.conditions:
+            for finding in findings:
+                if condition.holds(finding):
+                    return True
+        return not self.conditions
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +81,9 @@ class ExpertGraph:
         if edges is None and table is None:
             return ()
         following = [edge.to for edge in edges or () if edge.taken(findings)]
-        return tuple(dict.fromkeys(following if table is None else following + table.taken(findings)))
+        if table is not None:
+            following += table.taken(findings)
+        return tuple(dict.fromkeys(following)) if following else ()
 
     def following(self, expert: str) -> tuple[str, ...]:
         """Whom the expert may lead to, each once."""

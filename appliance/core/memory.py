@@ -252,7 +252,8 @@ class Ledger:
     def _need_bytes(self, expert: str) -> int:
         """Of the expert and all who are pinned together."""
         if expert not in self._needs:
-            self._needs[expert] = self._together_bytes(self.pinned | {expert})
+            together = self._together_bytes(self.pinned | {expert}) if self.pinned else self.weights_bytes(expert)
+            self._needs[expert] = together
         return self._needs[expert]
 
     def _together_bytes(self, experts: Iterable[str]) -> int:

@@ -414,16 +414,15 @@ class Scheduler:
         offers, costs = list[Offer](), self._experts[expert].costs
         times = 1.0 if len(lacking) == len(ledgers) else SECOND_COPY
         for device, queues in able.items():
-            first, another = costs[device].run_seconds(1), costs[device].item_seconds
-            load = costs[device].load_seconds * times if device in lacking else 0.0
-            slots = ledgers[device].device.load_slots
-            loaded, will_be_loaded = self._loading[device] / slots, (self._loading[device] + load) / slots
+            cost, loading, slots = costs[device], self._loading[device], ledgers[device].device.load_slots
+            load = cost.load_seconds * times if device in lacking else 0.0
+            loaded, will_be_loaded = loading / slots, (loading + load) / slots
             for queue in queues:
                 ran = queue.total_seconds - queue.loading_seconds
                 total = ran if ran > loaded else loaded
-                run = another if expert in queue.groups else first
+                run = cost.item_seconds if expert in queue.groups else cost.run_seconds(1)
                 end = ran + run
-                answer = max(ran, will_be_loaded) + run if load else end
+                answer = (ran if ran > will_be_loaded else will_be_loaded) + run if load else end
                 extra = (end if end > will_be_loaded else will_be_loaded) - total
                 offers.append(Offer(queue.executor.name, total, extra, answer))
         return offers
