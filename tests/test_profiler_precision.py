@@ -1,0 +1,137 @@
+"""Where experts have int8 variants, the profiler measures both precisions, may choose either, and says which."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from appliance import config as settings
+from appliance import profile as profiles
+from appliance.profiler import boxes, workload
+from appliance.profiler.joint import Trial
+from appliance.profiler.measurements import Architecture, Contention, Latency, Loading, Measured
+from appliance.profiler.profiled import Plan, Profiled, diverse, guesses, profiled
+from appliance.profiler.rig import Rig
+from appliance.profiler.settings import Settings
+from appliance.startup import footprint, hardware, install
+from export import variants
+from tests.kit_int8 import EXPERT, Line, write_line
+
+PATHS = "[paths]\ncatalog = 'catalog'\nstore = 'store'\nstate = 'state'\nprofile = 'profiles/default.json'\n"
+MEMORY = "[memory]\nweights = 4000000\nactivations = 8000000\n"
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory: pytest.TempPathFactory) -> Line:
+    """A box whose one expert has a variant."""
+    line = write_line(tmp_path_factory.mktemp("line"))
+    variants.make(line.job)
+    profiles.save(profiles.DEFAULT, line.folder / "profiles" / "default.json")
+    (line.folder / "appliance.toml").write_text(PATHS + MEMORY, "utf-8")
+    return line
+
+
+@pytest.fixture(scope="module")
+def rig(line: Line) -> Rig:
+    return rig_with(line)
+
+
+def rig_with(line: Line, more: str = "") -> Rig:
+    """Of this box, with some settings more."""
+    path = line.folder / "other.toml"
+    path.write_text(PATHS + MEMORY + more, "utf-8")
+    made = install(settings.load(path), profile=profiles.DEFAULT)
+    return boxes.rig_of(made, workload.of_usage(made.catalog, 60, 0.5, 0.0))
+
+
+DEFAULT = Settings(cpu_executors=2, batch_cap=1)
+INT8 = replace(DEFAULT, int8=1)
+
+
+def known(rig: Rig, seconds: float, host_seconds: float = 0.0) -> Measured:
+    """A picture takes so long, alone or beside another."""
+    (architecture,) = {one.architecture for one in rig.compiled.values()}
+    model = Architecture(architecture, "cpu", 1, (Latency(1, seconds),), seconds, 0.0, 0.0, 0.0, 1)
+    beside = Contention(1, dict.fromkeys((1, 2, 4), 1.0), 1.0)
+    return Measured((model,), Loading({1: 1e12}, 0.0), (beside,), 1.0, {}, None, host_seconds)
+
+
+def in_both(rig: Rig, full_seconds: float, int8_seconds: float) -> Measured:
+    return replace(known(rig, full_seconds), int8=known(rig.in_precision(INT8), int8_seconds))
+
+
+def test_precision_is_chosen_where_there_are_variants_and_settings_leave_it_open(rig: Rig, line: Line) -> None:
+    assert rig.space()["int8"].steps(2) == [0, 1]
+    assert replace(DEFAULT, int8=1) in guesses(rig, DEFAULT)
+    for chosen in ("full", "int8"):
+        other = rig_with(line, f"[experts]\nprecision = '{chosen}'\n")
+        assert "int8" not in other.space()
+        assert other.compiled[EXPERT] == rig.in_precision(INT8 if chosen == "int8" else DEFAULT).compiled[EXPERT]
+
+
+def test_each_precision_is_predicted_by_what_it_was_measured_to_take(rig: Rig) -> None:
+    both = in_both(rig, 0.040, 0.010)
+    assert rig.predicted(DEFAULT, both).images_per_second == pytest.approx(2 / 0.040, rel=0.1)
+    assert rig.predicted(INT8, both).images_per_second == pytest.approx(2 / 0.010, rel=0.1)
+
+
+def test_a_candidate_in_the_other_precision_is_served_before_more_of_the_same() -> None:
+    ranked = [Trial(replace(INT8, hold_share=0.1), 9.0), Trial(replace(INT8, hold_share=0.2), 8.0), Trial(DEFAULT, 5.0)]
+    assert diverse(ranked)[:2] == [ranked[0], ranked[2]]
+
+
+def test_memory_that_holds_the_variants_alone_is_enough_in_int8(rig: Rig) -> None:
+    full, int8 = (footprint(rig.in_precision(s).compiled[EXPERT]).weights_bytes for s in (DEFAULT, INT8))
+    share = (full + int8) / 2 / rig.memory_bytes
+    assert rig.holds(replace(INT8, weights_share=share))
+    assert not rig.holds(replace(DEFAULT, weights_share=share))
+
+
+def test_what_a_picture_takes_beside_its_runs_counts_where_all_cores_are_busy(rig: Rig) -> None:
+    rig = replace(rig, cores=2)
+    without, beside = known(rig, 0.010), known(rig, 0.010, host_seconds=0.005)
+    assert rig.predicted(DEFAULT, without).images_per_second == pytest.approx(2 / 0.010, rel=0.1)
+    assert rig.predicted(DEFAULT, beside).images_per_second == pytest.approx(2 / 0.015, rel=0.1)
+    one = replace(DEFAULT, cpu_executors=1)
+    assert rig.predicted(one, beside) == rig.predicted(one, without), "the other core does it"
+
+
+@pytest.fixture(scope="module")
+def found(rig: Rig, tmp_path_factory: pytest.TempPathFactory) -> Profiled:
+    """Everything measured, searched and served for real, in little time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("appliance.profiler.profiled._LEAST_MEASURING_SECONDS", 3.0)
+        return profiled(rig, replace(DEFAULT, batch_cap=4), Plan(4.0, tmp_path_factory.mktemp("kept")))
+
+
+def test_both_precisions_are_measured_and_either_is_served_live(rig: Rig, found: Profiled) -> None:
+    full, ours = found.measured, found.measured.of(int8=True)
+    assert ours is not full
+    (one,) = {one.architecture for one in rig.compiled.values()}
+    (other,) = {one.architecture for one in rig.in_precision(INT8).compiled.values()}
+    assert one != other
+    assert {one} == full.on("cpu").keys()
+    assert {one, other} == ours.on("cpu").keys()
+    assert ours.loading.bytes_per_second
+    assert ours.host_seconds == full.host_seconds >= 0.0
+    assert rig.served(replace(found.settings, int8=1), full).images_per_second > 0
+    assert Measured.from_json(found.measured.as_json()) == found.measured
+
+
+@pytest.mark.parametrize("precision", ["full", "int8"])
+def test_a_profile_says_the_precision_that_the_box_then_serves_in(
+    line: Line, rig: Rig, found: Profiled, precision: str, tmp_path: Path
+) -> None:
+    best = replace(found.settings, int8=int(precision == "int8"))
+    made = install(settings.load(line.folder / "appliance.toml"))
+    graph = boxes.graph_of(made, rig, best)
+    path = tmp_path / "box1.json"
+    profiles.save(boxes.profile_of(replace(found, settings=best), rig, "box1", "throughput", graph, hardware()), path)
+    config = line.folder / "served.toml"
+    config.write_text(PATHS.replace("profiles/default.json", str(path)) + MEMORY, "utf-8")
+    serving = install(settings.load(config))
+    assert serving.choice.trouble is None
+    assert {one.precision for one in serving.serving.values()} == {precision}
+    assert serving.profile.running.keys() >= {serving.compiled[EXPERT].architecture}
