@@ -96,9 +96,9 @@ class Telemetry:
 
     def ran(self, event: Finished) -> None:
         """A batch ran to its end."""
-        batch = event.batch
-        cost = self._experts[batch.expert].costs[batch.device]
-        self._relearning.saw(batch.expert, batch.device, len(batch.requests), event.seconds, cost)
+        batch, expert = event.batch, self._experts[event.batch.expert]
+        items = self._controller.ledgers[batch.device].device.filled(len(batch.requests), expert.max_batch)
+        self._relearning.saw(expert.name, batch.device, items, event.seconds, expert.costs[batch.device])
 
     def status(self) -> str:
         unavailable = self._controller.unavailable
