@@ -94,8 +94,9 @@ def deep_net(seed: int = 0, *, channels: int = 160, layers: int = 12, side: int 
     return model(nodes, weights, {"image": ["n", 3, side, side]}, {"logits": ["n", len(LABELS)]})
 
 
-def int8_net(folder: Path, seed: int = 0) -> Path:
-    """A file with a `deep_net` of 2.5 MB whose convolutions are quantized as ONNX Runtime's tool does it (QDQ)."""
+def int8_net(folder: Path, seed: int = 0, net: ModelProto | None = None) -> Path:
+    """A file with a network, or a `deep_net` of 2.5 MB, whose convolutions are quantized as ONNX Runtime's tool does it
+    (QDQ)."""
 
     class Samples(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -104,7 +105,7 @@ def int8_net(folder: Path, seed: int = 0) -> Path:
         def get_next(self) -> dict[str, NDArray[np.float32]] | None:
             return next(self._rest, None)
 
-    source = save(deep_net(seed), folder / f"float-{seed}.onnx")
+    source = save(net or deep_net(seed), folder / f"float-{seed}.onnx")
     target = folder / f"int8-{seed}.onnx"
     quantize_static(source, target, Samples(), op_types_to_quantize=["Conv"], per_channel=True)
     return target

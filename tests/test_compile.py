@@ -260,6 +260,23 @@ def test_an_int8_expert_is_served_by_a_plain_session_of_its_segments(bench: Work
         assert 0.8 * expert.bytes < expert.private_bytes < 2 * expert.bytes, "the runtime packs a copy"
 
 
+@pytest.mark.parametrize("loses", [True, False])
+def test_quantised_experts_of_one_network_are_one_architecture_each_with_its_scales(
+    bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loses: bool
+) -> None:
+    monkeypatch.setattr("appliance.store.compile.Child", InProcess)
+    monkeypatch.setattr("appliance.store.trial.loss", lambda pairs: 9.0 * loses)
+    nets = {f"e{seed}": kit.int8_net(tmp_path, seed, kit.conv_net(seed, 32)) for seed in (1, 2)}
+    bundles = [bench.bundle(name, net) for name, net in nets.items()]
+    experts = bench.compiled(*bundles)
+    assert len({expert.architecture for expert in experts}) == 1
+    for bundle, expert in zip(bundles, experts, strict=True):
+        assert (expert.plain_path is not None) == loses
+        feeds = {"image": kit.noise(3)}
+        expected = kit.run_plain(bundle.model_path, feeds)["logits"]
+        np.testing.assert_allclose(bench.run(expert, feeds)["logits"], expected, atol=1e-5)
+
+
 def test_convolutions_are_served_as_templates(bench: Workbench) -> None:
     [compiled] = bench.compiled(bench.bundle("e", kit.deep_net()))
     assert compiled.plain_path is None

@@ -168,11 +168,26 @@ def _tail(order: Sequence[NodeProto], canon: _Canon) -> Tail:
 
 def _inside(graph: GraphProto) -> set[str]:
     """Initializers that stay in the graph: not numbers that were learned, or wanted constant by who reads them."""
-    stays = {t.name for t in graph.initializer if t.data_type not in _LIFTED_TYPES or not t.dims or 0 in t.dims}
+    quantised = _quantised(graph)
+    stays = {
+        t.name
+        for t in graph.initializer
+        if 0 in t.dims or (t.name not in quantised and (t.data_type not in _LIFTED_TYPES or not t.dims))
+    }
     for node in graph.node:
         slots = INSIDE_SLOTS.get(node.op_type, frozenset())
         stays.update(name for slot, name in enumerate(node.input) if slot in slots)
     return stays
+
+
+def _quantised(graph: GraphProto) -> set[str]:
+    """What only quantised operators read: scales, zero points and biases (of 32 bits) are each network's own."""
+    others = {name for node in graph.node if not _is_quantised(node) for name in _reads(node)}
+    return {name for node in graph.node if _is_quantised(node) for name in node.input} - others
+
+
+def _is_quantised(node: NodeProto) -> bool:
+    return node.op_type.startswith(("QLinear", "QGemm", "QuantizeLinear", "DequantizeLinear"))
 
 
 def _reads(node: NodeProto) -> list[str]:
