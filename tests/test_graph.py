@@ -44,7 +44,7 @@ def test_two_edges_to_one_expert_ask_it_once() -> None:
 
 
 def test_a_cycle_is_refused_and_drawn() -> None:
-    with pytest.raises(GraphError, match="b → c → a → b"):
+    with pytest.raises(GraphError, match="a → b → c → a"):
         compile_graph({}, [Edge("a", "b"), Edge("b", "c"), Edge("c", "a")], ["a", "b", "c"])
 
 
@@ -144,7 +144,7 @@ def test_a_table_of_hundreds_is_drawn_as_one_node() -> None:
 def test_a_table_is_checked_like_edges() -> None:
     with pytest.raises(GraphError, match="ghost"):
         compile_graph({}, [], ["a"], [Table("a", {"open": "ghost"})])
-    with pytest.raises(GraphError, match="a → b → a"):
+    with pytest.raises(GraphError, match="b → a → b"):
         compile_graph({}, [Edge("b", "a")], ["a", "b"], [Table("a", {"open": "b"})])
     with pytest.raises(GraphError, match="a has 2 tables"):
         compile_graph({}, [], ["a", "b"], [Table("a", {"open": "b"}), Table("a", {"short": "b"})])

@@ -836,5 +836,5 @@ def test_weights_and_memory_stay_inside_their_budget(tmp_path: Path, large: Path
             stats = until(lambda: _stats_of(camera, 80), 30)
         assert stats["loads"] >= 40, "two have room, so two are loaded in each turn"
         assert stats["weights_peak_bytes"] <= budget
-        assert stats["anonymous_promise_bytes"] < budget + stats["anonymous_at_start_bytes"] + 180_000_000
+        assert stats["anonymous_promise_bytes"] < budget + stats["anonymous_at_start_bytes"] + 190_000_000
         assert stats["anonymous_peak_bytes"] <= stats["anonymous_promise_bytes"] + 4_000_000

@@ -148,8 +148,14 @@ def _check_acyclic(what: str, ways: Sequence[tuple[str, str]]) -> None:
     try:
         leading.prepare()
     except CycleError as error:
-        cycle: list[str] = error.args[1]  # each leads to the next, and the last is the first again
-        raise GraphError(f"{what} a cycle: {' → '.join(cycle)}", "remove one of these edges") from error
+        cycle = _beginning_first(error.args[1][:-1], ways)
+        raise GraphError(f"{what} a cycle: {' → '.join([*cycle, cycle[0]])}", "remove one of these edges") from error
+
+
+def _beginning_first(cycle: list[str], ways: Sequence[tuple[str, str]]) -> list[str]:
+    """The cycle from whoever of it is named first on."""
+    begin = next(cycle.index(source) for source, _ in ways if source in cycle)
+    return [*cycle[begin:], *cycle[:begin]]
 
 
 def draw(graph: ExpertGraph) -> str:
