@@ -32,7 +32,7 @@ def rig_of(made: Installation, work: Workload) -> Rig:
     return Rig(
         made.catalog.graph,
         made.compiled,
-        {name: made.catalog.bundles[name] for name in made.compiled},
+        {name: made.variants.served.get(name, made.catalog.bundles[name]) for name in made.compiled},
         made.store.segment_path,
         probabilities(made.catalog),
         laps.encoded_pictures(),
