@@ -10,8 +10,9 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-# Two workers: much of the suite waits for brokers and children. Each takes whole files, whose tests share what is dear.
-PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+# Three workers for two cores: much of the suite waits for brokers and children. Each takes whole files, whose tests share
+# what is dear.
+PYTEST := $(BIN)/python -m pytest --numprocesses 3 --dist loadfile
 
 .PHONY: demo test check docs
 .SILENT:
