@@ -321,7 +321,6 @@ def test_an_access_list_from_before_there_were_boards_is_told_by_an_alarm_until_
         assert alarm["topic"] == "coe/v1/plant/board/line1/two/SN-1"
         assert "coe/v1/plant/board/#" in alarm["remedy"]
         rights.write_text(rights.read_text() + "topic write coe/v1/plant/board/#\n")
-        broker.stop()
-        broker.start()
+        broker.reload()
         assert hear(camera, "board")["board"] == "SN-1"
         assert told(camera, raised=False) == b""

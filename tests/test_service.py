@@ -542,9 +542,10 @@ def test_a_full_outbox_stops_accepting_says_so_and_recovers_by_itself(tmp_path: 
             until(lambda: "verdicts wait for the broker (limits.outbox)" in box.log_text)
             assert (_rows(box, "pictures"), _rows(box, "outbox")) == (0, 4)
             until(lambda: operator.hear().topic.endswith("/alarm/outbox"))
-            broker.stop()
+            # Not by a restart: 2.0.11 would drop verdicts for a camera whose session it has from its file until it is
+            # back, as it knows its rights only then.
             acl.write_text("topic readwrite coe/#\n")
-            broker.start()
+            broker.reload()
             assert len(hear_verdicts(camera, 5)) == 5
             until(lambda: "alarm_lowered name=outbox" in box.log_text)
     finally:
