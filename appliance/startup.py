@@ -258,17 +258,21 @@ def install(
     for name, error in broken.items():
         report(name, error)
     store = Store(config.paths.store)
-    precision = profile.applied(config).experts.precision
-    compiled, failed, variants = _compiled_in(precision, store, sound, report)
     there, trouble = _usable_gpus(config)
+    precision = _precision(config, profile, there)
+    compiled, failed, variants = _compiled_in(precision, store, sound, report)
     choice = profiles.chosen(profile, hardware(there), graph_sha256(catalog, compiled))
     config = choice.profile.applied(config)
-    if config.experts.precision != precision:  # it was that of a profile of another box
-        compiled, failed, variants = _compiled_in(config.experts.precision, store, sound, report)
     unavailable = {name: refusal_of(error) for name, error in (broken | failed).items()}
     used = there[: config.executors.gpus]
     gpus = _install_gpus(config, used, trouble, [bundle for bundle in sound if bundle.manifest.name in compiled])
     return Installation(config, catalog, choice, store, compiled, unavailable, devices.memory_bytes(), gpus, variants)
+
+
+def _precision(config: Config, profile: Profile, gpus: Sequence[devices.Gpu]) -> Precision:
+    """As the settings have it, or else the profile, if it is of this box."""
+    fitting = profile if profile.misfit(hardware(gpus)) is None else profiles.DEFAULT
+    return fitting.applied(config).experts.precision
 
 
 def hardware(gpus: Sequence[devices.Gpu] = ()) -> Hardware:
@@ -317,13 +321,10 @@ def _compiled_in(
     return dict(sorted((compiled | whole).items())), failed, told
 
 
-def compiled_int8(
-    made: Installation, report: Report = lambda expert, result: None
-) -> tuple[dict[str, Compiled], Variants]:
-    """The experts of a box in full precision that could be served in int8, in it, whatever it serves."""
-    compiled, _, variants = _compiled_in(
-        "int8", made.store, [made.catalog.bundles[name] for name in made.compiled], report
-    )
+def compiled_int8(made: Installation) -> tuple[dict[str, Compiled], Variants]:
+    """The experts of a box that could be served in int8, in it, whatever it serves."""
+    bundles = [made.catalog.bundles[name] for name in made.compiled]
+    compiled, _, variants = _compiled_in("int8", made.store, bundles, lambda expert, result: None)
     return {name: compiled[name] for name in variants.served}, variants
 
 
@@ -410,7 +411,7 @@ def _check_named(config: Config, catalog: Catalog) -> None:
 def waiting_to_compile(config: Config) -> list[Bundle]:
     """The bundles that `install` would have to compile."""
     store, bundles = Store(config.paths.store), catalogs.load(config.paths.catalog).bundles.values()
-    is_int8 = profiles.load(config.paths.profile).applied(config).experts.precision == "int8"
+    is_int8 = _precision(config, profiles.load(config.paths.profile), _usable_gpus(config)[0]) == "int8"
     wanted = [(bundle.in_int8 if is_int8 else None) or bundle for bundle in bundles]
     return [bundle for bundle in wanted if store.find(bundle) is None]
 

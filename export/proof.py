@@ -70,7 +70,7 @@ def read_samples(entry: Entry, root: Path) -> Samples:
     """The sample pictures as graph inputs, prepared as the appliance will prepare them."""
     if entry.samples is None:
         raise ExportError(f"{entry.name} names no samples", "give a folder of published pictures: samples = …")
-    paths = picture_files(root / entry.samples)[:MAX_SAMPLES]
+    paths = spread(picture_files(root / entry.samples), MAX_SAMPLES)
     if not paths:
         raise ExportError(f"{root / entry.samples} holds no pictures", "put a few real published pictures there")
     pictures = [decoded(path.read_bytes()) for path in paths]
@@ -82,6 +82,11 @@ def read_samples(entry: Entry, root: Path) -> Samples:
 def picture_files(folder: Path) -> list[Path]:
     """The published pictures in a folder and in the folders in it, in the order of their names; no references."""
     return sorted(path for pattern in ("*", "*/*") for path in folder.glob(pattern) if _is_picture(path))
+
+
+def spread(paths: Sequence[Path], most: int) -> list[Path]:
+    """All of them, or so many evenly from all: folders in them may stand for what is true."""
+    return list(paths) if len(paths) <= most else [paths[len(paths) * number // most] for number in range(most)]
 
 
 def noise(entry: Entry) -> Samples:

@@ -119,8 +119,12 @@ def pictures(folder: Path, manifest: ExpertManifest) -> list[Shown]:
             "put more published pictures there",
         )
     most = min(MOST_PICTURES, MOST_BYTES // _picture_bytes(manifest))
-    chosen = paths if len(paths) <= most else [paths[len(paths) * number // most] for number in range(most)]
-    return [Shown(path, _truth(path, folder, manifest)) for path in chosen]
+    if most < LEAST_PICTURES:
+        raise ExportError(
+            f"{manifest.name}: {LEAST_PICTURES} pictures of its inputs' size are more than {MOST_BYTES >> 30} GiB",
+            "leave it in full precision",
+        )
+    return [Shown(path, _truth(path, folder, manifest)) for path in proof.spread(paths, most)]
 
 
 def _truth(path: Path, folder: Path, manifest: ExpertManifest) -> bool | None:

@@ -52,7 +52,7 @@ LONGEST_FIRST = (
     "test_device_weights.py",
     "test_client.py",
 )
-"""Files of ten seconds and more, the longest first: one that is begun last has one worker while the other has nothing
+"""Files of ten seconds and more, the longest first: one that is begun last has one worker while the others have nothing
 left. Who is not told here comes after them."""
 
 

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
 from appliance import config as settings
 from appliance import profile as profiles
+from appliance.config import Config
+from appliance.errors import OutOfMemory
 from appliance.profiler import boxes, workload
 from appliance.profiler.joint import Trial
 from appliance.profiler.measurements import Architecture, Contention, Latency, Loading, Measured
-from appliance.profiler.profiled import Plan, Profiled, diverse, guesses, profiled
-from appliance.profiler.rig import Rig
+from appliance.profiler.profiled import (
+    REFUSED,
+    Plan,
+    Profiled,
+    Progress,
+    diverse,
+    guesses,
+    profiled,
+)
+from appliance.profiler.profiled import _key as profiled_key
+from appliance.profiler.rig import Outcome, Rig
 from appliance.profiler.settings import Settings
 from appliance.startup import footprint, hardware, install
 from export import variants
@@ -71,6 +82,16 @@ def test_precision_is_chosen_where_there_are_variants_and_settings_leave_it_open
         assert other.compiled[EXPERT] == rig.in_precision(INT8 if chosen == "int8" else DEFAULT).compiled[EXPERT]
 
 
+def test_what_the_settings_say_is_not_searched_and_the_profile_leaves_it_as_they_do(rig: Rig, line: Line) -> None:
+    """The box would serve otherwise than what was found: settings go before a profile."""
+    config = settings.load(line.folder / "appliance.toml")
+    assert boxes.settled(config) == rig.settled == {"weights_share": "memory.activations"}
+    assert "weights_share" not in rig.space()
+    other = rig_with(line, "[executors]\nload_slots = 1\ncpu = 2\n")
+    assert rig.space().keys() - other.space().keys() == {"load_slots", "cpu_executors"}
+    assert boxes.settled(Config()) == {}
+
+
 def test_each_precision_is_predicted_by_what_it_was_measured_to_take(rig: Rig) -> None:
     both = in_both(rig, 0.040, 0.010)
     assert rig.predicted(DEFAULT, both).images_per_second == pytest.approx(2 / 0.040, rel=0.1)
@@ -106,6 +127,32 @@ def found(rig: Rig, tmp_path_factory: pytest.TempPathFactory) -> Profiled:
         return profiled(rig, replace(DEFAULT, batch_cap=4), Plan(4.0, tmp_path_factory.mktemp("kept")))
 
 
+def test_who_is_late_is_no_reason_to_think_that_pictures_take_long(rig: Rig, tmp_path: Path) -> None:
+    late = replace(rig.workload, requests=tuple(replace(r, deadline_seconds=0.0) for r in rig.workload.requests))
+    assert {request.deadline_seconds for request in late.patient().requests} == {None}
+    assert late.patient() == rig.workload
+
+
+def test_a_candidate_that_a_device_refuses_ends_no_search(rig: Rig, tmp_path: Path) -> None:
+    class Refusing(Rig):
+        def served(self, settings: Settings, measured: Measured, share: float = 1.0) -> Outcome:
+            if settings != default:
+                raise OutOfMemory("cuda:0 cannot give 9 bytes", "lower its weights budget")
+            return Outcome(100.0, 0.1, 0.0, 1)
+
+    default = replace(DEFAULT, batch_cap=4)
+    refusing = Refusing(**{field.name: getattr(rig, field.name) for field in fields(rig)})
+    kept = tmp_path / profiled_key(refusing, default, plan := Plan(2.0, tmp_path))
+    kept.mkdir()
+    Progress(kept / "progress.json", measured=replace(in_both(rig, 0.02, 0.01), host_seconds=0.0)).write()
+    said = list[str]()
+    found = profiled(refusing, default, plan, said.append)
+    assert found.is_complete
+    assert found.settings == default
+    assert REFUSED in {lap.outcome for lap in found.laps}
+    assert any("cuda:0 cannot give 9 bytes" in line for line in said)
+
+
 def test_both_precisions_are_measured_and_either_is_served_live(rig: Rig, found: Profiled) -> None:
     full, ours = found.measured, found.measured.of(int8=True)
     assert ours is not full
@@ -115,6 +162,7 @@ def test_both_precisions_are_measured_and_either_is_served_live(rig: Rig, found:
     assert {one} == full.on("cpu").keys()
     assert {one, other} == ours.on("cpu").keys()
     assert ours.loading.bytes_per_second
+    assert full.host_seconds is not None
     assert ours.host_seconds == full.host_seconds >= 0.0
     assert rig.served(replace(found.settings, int8=1), full).images_per_second > 0
     assert Measured.from_json(found.measured.as_json()) == found.measured

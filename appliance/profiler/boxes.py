@@ -36,7 +36,7 @@ from appliance.startup import (
 )
 
 
-def rig_of(made: Installation, work: Workload) -> Rig:
+def rig_of(made: Installation, work: Workload, say: Say = lambda line: None) -> Rig:
     """The box as it serves. Raises CatalogError when no expert can be served."""
     if not made.compiled:
         raise CatalogError("no expert can be served", "see `appliance check`")
@@ -51,15 +51,39 @@ def rig_of(made: Installation, work: Workload) -> Rig:
         cores(),
         work,
         _gpus_of(made),
-        _int8_of(made),
+        _int8_of(made, say),
+        settled(made.config),
     )
 
 
-def _int8_of(made: Installation) -> Int8Part | None:
+_SETTLED_BY: Mapping[str, tuple[str, ...]] = {
+    "cpu_executors": ("executors.cpu",),
+    "gpu_executors": ("executors.gpus",),
+    "load_slots": ("executors.load_slots",),
+    "weights_share": ("memory.weights", "memory.activations"),
+    "gpu_weights_share": ("memory.gpu_weights", "memory.gpu_activations"),
+    "host_tier_share": ("memory.gpu_host_tier",),
+    "int8": ("experts.precision",),
+}
+
+
+def settled(config: Config) -> dict[str, str]:
+    """What is not to be chosen, for the settings say it, and which of them does: they go before a profile."""
+    given = {
+        f"{section}.{key}"
+        for section in ("executors", "memory", "experts")
+        for key in getattr(config, section).model_fields_set
+    }
+    return {knob: key for knob, keys in _SETTLED_BY.items() for key in keys if key in given}
+
+
+def _int8_of(made: Installation, say: Say) -> Int8Part | None:
     """The variants that there are to choose; none where the settings have chosen."""
-    if "precision" in made.config.experts.model_fields_set:
+    if "int8" in settled(made.config):
         return None
     compiled, variants = compiled_int8(made)
+    for name, why in variants.refused.items():
+        say(f"{name} stays in full precision: {why.detail}")
     return Int8Part(compiled, variants.served) if compiled else None
 
 
@@ -70,6 +94,7 @@ def _gpus_of(made: Installation) -> GpuPart | None:
         return None
     budgets = [device.budget_bytes for device in made.devices if device.name != CPU]
     memory_bytes = block_bytes(min(budgets)) + ACTIVATIONS_TWICE * int(made.config.memory.gpu_activations)
+    memory_bytes -= memory_bytes % _STEP_BYTES
     return GpuPart(tuple(map(gpu_name, gpus.used)), gpus.compiled, gpus.store.segment_path, memory_bytes)
 
 
@@ -97,7 +122,8 @@ def _largest_batch(made: Installation) -> int:
 
 
 _STEP_BYTES = 32 << 20
-"""What compiling measures is never twice the same; so the box is, and a search on it goes on after a kill."""
+"""What compiling measures, and what is free on a GPU, is never twice the same; so the box is, and a search on it goes
+on after a kill."""
 
 
 @contextmanager

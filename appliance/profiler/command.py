@@ -48,9 +48,11 @@ def of_box(path: Path, pictures: Pictures, plan: Plan, out: Path | None, html: P
     config = settings.load(path)
     say("reading and compiling experts")
     made = install(config, profile=profile.DEFAULT)  # the one that is there may be of another time
-    rig, default, here = boxes.rig_of(made, pictures.of(made)), boxes.default_of(made), hardware(made.gpus.used)
+    rig, default, here = boxes.rig_of(made, pictures.of(made), say), boxes.default_of(made), hardware(made.gpus.used)
     if len({gpu.name for gpu in made.gpus.used}) > 1:
         say(f"the GPUs differ: all are taken to be like {made.gpus.used[0].name}")
+    for knob, key in rig.settled.items():
+        say(f"{knob} is not searched: the settings have {key}")
     found = profiled(rig, default, plan, say)
     to = place(out or boxes.profile_path(config), found.is_complete)
     graph = boxes.graph_of(made, rig, found.settings)
@@ -98,11 +100,12 @@ def _told(found: Profiled, rig: Rig, plan: Plan, here: Hardware, path: Path, htm
         "settings": found.settings.told(),
         "default": found.default.told(),
         "fits": _fits(rig, found.measured),
-        "host_seconds": found.measured.host_seconds,
+        "host_seconds": found.measured.host_seconds or 0.0,
+        "settled": dict(rig.settled),
         "loading": asdict(found.measured.loading),
         "contention": [asdict(one) for one in found.measured.contention],
         "gpu": None if found.measured.gpu is None else asdict(found.measured.gpu),
-        "failed": {**found.measured.failed, **found.measured.of(int8=True).failed},
+        "failed": _failed(found.measured),
         "importances": dict(found.importances),
         "best_predicted": [{"settings": one.settings.told(), "value": one.value} for one in found.predicted],
         "laps": [
@@ -118,6 +121,12 @@ def _told(found: Profiled, rig: Rig, plan: Plan, here: Hardware, path: Path, htm
 
         html.write_text(page(result), "utf-8")
     return result
+
+
+def _failed(measured: Measured) -> dict[str, str]:
+    """What could not be measured, and why."""
+    int8 = {} if measured.int8 is None else measured.int8.failed
+    return {**measured.failed, **{f"{name} in int8": why for name, why in int8.items()}}
 
 
 def _fits(rig: Rig, measured: Measured) -> list[dict[str, Any]]:

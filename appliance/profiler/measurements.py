@@ -116,8 +116,8 @@ class OnGpu:
 class Measured:
     """All of it. `failed` says why by architecture, or by LOADS, on a GPU behind its name; the others are sound.
 
-    `host_seconds` is the processor time that a picture takes beside its runs. `int8` is the same box with int8 variants
-    in place of their networks.
+    `host_seconds` is the processor time that a picture takes beside its runs, None until it was looked for. `int8` is
+    the same box with int8 variants in place of their networks.
     """
 
     architectures: tuple[Architecture, ...]
@@ -126,7 +126,7 @@ class Measured:
     seconds: float
     failed: Mapping[str, str]
     gpu: OnGpu | None = None
-    host_seconds: float = 0.0
+    host_seconds: float | None = None
     int8: Measured | None = None
 
     def of(self, *, int8: bool) -> Measured:

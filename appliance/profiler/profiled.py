@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from appliance.errors import ConfigError, ProfileError
+from appliance.errors import ConfigError, DeviceError, OutOfMemory, ProfileError
 from appliance.lab.telling import Say
 from appliance.profiler.joint import NO_ROOM, Judged, Search, Trial
 from appliance.profiler.measure import LOADS, measured
@@ -24,6 +24,8 @@ from appliance.profiler.measurements import Loading, Measured
 from appliance.profiler.rig import Int8Part, Outcome, Rig
 from appliance.profiler.settings import Settings
 
+REFUSED = Outcome(0.0, 1e9, 1.0, 0)
+"""Of a candidate that a device refused."""
 OBJECTIVES = ("throughput", "deadlines", "p99")
 _MEASURE_SHARE, _SEARCH_SHARE = 0.15, 0.2
 """Of the time, at most, for measuring each kind of device and for the search; what is left is for confirming live."""
@@ -43,8 +45,8 @@ CANDIDATES = 4
 _RANKED = 200
 """Of which these are chosen."""
 LEAST_REQUESTS = 100
-_CALIBRATION_SECONDS = 3.0
-"""Of the default served live, to see what a picture takes beside its runs."""
+_CALIBRATION_SECONDS, _CALIBRATION_REQUESTS = 3.0, 30
+"""Of the default served live, to see what a picture takes beside its runs: so long, and so many at least."""
 LEAST_GAIN = 0.01
 """Who is better by less is not known to be better at all."""
 _LEAST_OF_DEFAULT = 0.9
@@ -221,8 +223,18 @@ class _Run:
         self._known.write()
 
     def _measured(self) -> Measured:
-        if self._known.measured is not None:
-            return self._known.measured
+        """Noted after each step: who goes on does not do it again."""
+        known = self._known.measured or self._keep(self._measured_full())
+        if self._rig.int8 is not None and known.int8 is None:
+            known = self._keep(replace(known, int8=self._measure_int8(known, self._rig.int8)))
+        return known if known.host_seconds is not None else self._keep(self._calibrated(known))
+
+    def _keep(self, found: Measured) -> Measured:
+        self._known.measured = found
+        self._note()
+        return found
+
+    def _measured_full(self) -> Measured:
         gpus = self._rig.gpus
         kinds = [self._rig.compiled] if gpus is None else [self._rig.compiled, gpus.compiled]
         architectures = sum(len({one.architecture for one in compiled.values()}) for compiled in kinds)
@@ -237,10 +249,6 @@ class _Run:
         if not found.loading.bytes_per_second:
             why = found.failed.get(LOADS, "there was no time")
             raise ProfileError(f"loads could not be measured: {why}", "allow more time")
-        if self._rig.int8 is not None:
-            found = replace(found, int8=self._measure_int8(found, self._rig.int8))
-        self._known.measured = found = self._calibrated(found)
-        self._note()
         return found
 
     def _measure_int8(self, full: Measured, part: Int8Part) -> Measured:
@@ -261,15 +269,20 @@ class _Run:
         return found if found.loading.bytes_per_second else replace(found, loading=full.loading)
 
     def _calibrated(self, known: Measured) -> Measured:
-        """With what a picture takes beside its runs, as the default, served for some seconds, is slower than runs and
-        loads alone explain: deciding, reading and answering, which experts of a millisecond do not outweigh."""
-        count = len(self._rig.workload.requests)
-        rate = self._rig.predicted(self._default, known).images_per_second
-        share = min(max(rate * _CALIBRATION_SECONDS, LEAST_REQUESTS) / count, 1.0)
-        self._say("serving the defaults for a moment")
-        expected = self._rig.predicted(self._default, known, share).images_per_second
-        found = self._rig.served(self._default, known, share).images_per_second
-        host_seconds = self._rig.cores * max(1 / found - 1 / expected, 0.0)
+        """With what a picture takes beside its runs: as the default, served on the CPU alone for some seconds, is
+        slower than runs and loads explain. Deciding, reading and answering do that, most of all for small experts."""
+        rig, default = (
+            replace(self._rig, workload=self._rig.workload.patient()),
+            replace(self._default, gpu_executors=0),
+        )
+        host_seconds = 0.0
+        if rig.holds(default):
+            rate = rig.predicted(default, known).images_per_second
+            share = min(max(rate * _CALIBRATION_SECONDS, _CALIBRATION_REQUESTS) / len(rig.workload.requests), 1.0)
+            self._say("serving the defaults for a moment")
+            expected = rig.predicted(default, known, share).images_per_second
+            found = rig.served(default, known, share).images_per_second
+            host_seconds = rig.cores * max(1 / found - 1 / expected, 0.0)
         int8 = None if known.int8 is None else replace(known.int8, host_seconds=host_seconds)
         return replace(known, host_seconds=host_seconds, int8=int8)
 
@@ -362,12 +375,22 @@ class _Run:
         if any(lap.round == number and lap.settings == settings for lap in self._known.laps):
             return
         began = self._seconds
-        outcome = self._rig.served(settings, known, self._known.share or 1.0)
+        outcome = self._outcome(settings, known)
         self._lap_seconds = self._seconds - began
         self._known.laps.append(Lap(number, settings, outcome))
         self._note()
         name = "the default" if settings == self._default else told(settings, self._default)
         self._say(f"live, round {number + 1}: {outcome.images_per_second:.1f} images/s with {name}")
+
+    def _outcome(self, settings: Settings, known: Measured) -> Outcome:
+        """Live. A candidate for which a GPU has not the room that was thought is worth nothing, and ends no search."""
+        try:
+            return self._rig.served(settings, known, self._known.share or 1.0)
+        except (OutOfMemory, DeviceError) as error:
+            if settings == self._default:
+                raise
+            self._say(f"{told(settings, self._default)}: {error}")
+            return REFUSED
 
 
 def winner(laps: Sequence[Lap], default: Settings, objective: str) -> Settings:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ class Rig:
     int8, they are in parts of their own.
 
     `memory_bytes` are of main memory, for weights, activations and what is pinned; `chances` how likely a request asks
-    each expert.
+    each expert. What is `settled` is not chosen, by the name of the setting, and says why.
     """
 
     graph: ExpertGraph
@@ -84,6 +84,7 @@ class Rig:
     workload: Workload
     gpus: GpuPart | None = None
     int8: Int8Part | None = None
+    settled: Mapping[str, str] = field(default_factory=dict)
 
     def in_precision(self, settings: Settings) -> Rig:
         """The same box, with the experts as these settings have the CPU run them; none other is in it."""
@@ -102,7 +103,7 @@ class Rig:
         """What may be chosen here."""
         largest = max(bundle.manifest.model.max_batch for bundle in self.bundles.values())
         threads = {"threads": Knob(1, self.cores)} if self.cores > 1 else {}
-        return {
+        space: Space = {
             # One at least: it does what a GPU fails to do, and whatever a GPU that is lost leaves.
             "cpu_executors": Knob(1, 2 * self.cores),
             **threads,
@@ -113,6 +114,7 @@ class Rig:
             **({} if self.gpus is None else _gpu_space(self.gpus)),
             **({} if self.int8 is None else {"int8": Knob(0, 1)}),
         }
+        return {name: knob for name, knob in space.items() if name not in self.settled}
 
     def compiled_on(self, device: str) -> Mapping[str, Compiled]:
         """The experts as this device runs them."""
@@ -335,7 +337,7 @@ class Taking:
         self._single = measured.on("cpu")
         self._contention = {one.threads: one for one in measured.contention}
         self._on_gpu = measured.gpu or OnGpu()
-        self._host_seconds = measured.host_seconds
+        self._host_seconds = measured.host_seconds or 0.0
 
     def __call__(self, batch: Batch, running: Mapping[str, int], loading: Mapping[str, int]) -> float:
         gpus = sum(count for device, count in running.items() if device != CPU)

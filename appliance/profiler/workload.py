@@ -32,6 +32,10 @@ class Workload:
     requests: tuple[Request, ...]
     answer: Answer
 
+    def patient(self) -> Workload:
+        """The same, with nothing due at any time."""
+        return replace(self, requests=tuple(replace(request, deadline_seconds=None) for request in self.requests))
+
     def beginning(self, share: float) -> Workload:
         """The first requests of it."""
         return replace(self, requests=self.requests[: max(round(len(self.requests) * share), 1)])

@@ -48,7 +48,7 @@ _log = logging.getLogger(__name__)
 Provider = Literal["cpu", "cuda"]
 """Of the runtime: what the graphs are optimised for."""
 PROVIDERS: tuple[Provider, ...] = ("cpu", "cuda")
-_LAYOUT = 3
+_LAYOUT = 4
 """Part of the store's key: raise it when templates, segments or these files change their form."""
 _COPIES_OF_OUTPUTS = 3
 """The last layer's sums, what is made of them, and the copy that is handed out."""
