@@ -385,7 +385,8 @@ def test_the_default_of_a_box_with_gpus_is_how_it_serves_without_a_profile(
     assert cpu_as_searched.budget_bytes == pytest.approx(cpu.budget_bytes, abs=8)
     assert cpu_as_searched.activation_bytes == pytest.approx(cpu.activation_bytes, abs=8)
     for one in as_searched:
-        assert one.budget_bytes == pytest.approx(min(gpu.budget_bytes for gpu in gpus), abs=8), "what all of them have"
+        least = min(gpu.budget_bytes for gpu in gpus)
+        assert least - (32 << 20) <= one.budget_bytes <= least, "what all of them have, in steps"
         assert one.activation_bytes == pytest.approx(gpus[0].activation_bytes, abs=8)
         assert one.batch_sizes == gpus[0].batch_sizes
     assert [one.name for one in as_searched] == [GPU, "cuda:1"]

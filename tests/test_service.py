@@ -586,7 +586,8 @@ import threading
 from appliance.telemetry import Telemetry
 def noted(name, tell):
     def told(self):
-        print(f"told {name} by={threading.current_thread().name}", flush=True)
+        # As one write, with its end: other threads log between two.
+        print(f"told {name} by={threading.current_thread().name}\\n", end="", flush=True)
         return tell(self)
     return told
 for name in ("info", "status"):
