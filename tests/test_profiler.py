@@ -23,7 +23,7 @@ from appliance.lab import laps
 from appliance.profiler import boxes, workload
 from appliance.profiler.command import place
 from appliance.profiler.joint import Trial
-from appliance.profiler.measurements import Loading, Measured
+from appliance.profiler.measurements import Contention, Loading, Measured
 from appliance.profiler.profiled import (
     CANDIDATES,
     LEAST_TRIALS,
@@ -34,10 +34,11 @@ from appliance.profiler.profiled import (
     Profiled,
     diverse,
     guesses,
+    learnt,
     profiled,
     winner,
 )
-from appliance.profiler.rig import Outcome, Rig
+from appliance.profiler.rig import Outcome, Rig, Watched
 from appliance.profiler.settings import Settings
 from appliance.startup import hardware, install
 from tests.kit_box import compiled, write_catalog
@@ -95,6 +96,35 @@ def test_what_is_better_depends_on_the_objective() -> None:
         for one in (lap(number, DEFAULT, 9.0, p99=5.0, late=0.1), lap(number, ONE, 8.0, p99=2.0, late=0.0))
     ]
     assert [winner(served, DEFAULT, objective) for objective in OBJECTIVES] == [DEFAULT, ONE, ONE]
+
+
+@pytest.mark.parametrize(("seen", "counts"), [(1.1, 1.0), (0.85, 1.0), (1.5, 1.5), (0.7, 0.7)])
+def test_runs_that_serving_shows_to_be_far_longer_or_shorter_beside_each_other_count_as_they_were(
+    seen: float, counts: float
+) -> None:
+    beside = (Contention(1, {1: 1.0, 2: 1.6}, 1.3), Contention(2, {1: 1.0, 2: 1.8}, 1.3))
+    known = replace(KNOWN, contention=beside, int8=KNOWN)
+    found = learnt(known, Watched(3.0, [(1, 0.002)]), Watched(seen, [(4, 0.005), (4, 0.005)]), threads=1)
+    assert found.contention[0].beside_runs == {1: 1.0, 2: pytest.approx(1.6 * counts)}
+    assert found.contention[1] == beside[1], "of others nothing was seen"
+    assert found.handover is not None
+    assert (found.handover.seconds(1), found.handover.seconds(4)) == pytest.approx((0.002, 0.005))
+    assert found.int8 is not None
+    assert found.int8.handover == found.handover
+
+
+def test_runs_are_never_shorter_beside_each_other_than_alone() -> None:
+    known = replace(KNOWN, contention=(Contention(1, {1: 1.0, 2: 1.1}, 1.0),))
+    found = learnt(known, Watched(1.0, []), Watched(0.5, []), threads=1)
+    assert found.contention[0].beside_runs == {1: 1.0, 2: 1.0}
+
+
+def test_a_lap_tells_what_ran_beside_what_and_what_passed_between(tiny: tuple[Rig, Settings]) -> None:
+    rig, default = tiny
+    found = rig.watched(replace(default, cpu_executors=2), KNOWN, 1.0)
+    assert found.times_as_long > 0
+    assert found.handovers
+    assert all(items >= 1 and 0 < seconds < 1 for items, seconds in found.handovers)
 
 
 def test_an_objective_that_there_is_not_is_refused(tmp_path: Path) -> None:
@@ -180,6 +210,7 @@ def test_the_same_again_goes_on_and_confirms_every_candidate_beside_the_default(
     assert len(by_round[1]) <= 2
     assert set(by_round[1]) <= set(by_round[0])
     assert found.settings == winner(found.laps, default, "throughput")
+    assert found.share > 1, "60 pictures are over too soon to tell anything"
     assert all(one.outcome.images_per_second > 0 for one in found.laps)
     assert all(rig.holds(trial.settings) for trial in found.predicted)
     assert list(folder.iterdir()) == [], "what was kept for going on is gone"

@@ -28,10 +28,12 @@ from appliance.profiler.measure_child import sampled
 from appliance.profiler.measurements import (
     Architecture,
     Contention,
+    Handover,
     Latency,
     Loading,
     Measured,
     errors,
+    handover_fit,
     loads_fit,
     plateau,
 )
@@ -326,6 +328,29 @@ def test_loads_on_a_line_are_found_as_they_are(fixed: float, rate: float, megaby
 
 def test_without_a_load_there_is_nothing_to_tell_of_loads() -> None:
     assert loads_fit([]) == Loading()
+
+
+@given(st.floats(0, 1e-2), st.floats(1e-6, 1e-2), st.lists(st.integers(1, 32), min_size=2, max_size=20))
+def test_what_passes_between_batches_is_told_for_a_batch_and_for_each_of_its_pictures(
+    item: float, fixed: float, sizes: list[int]
+) -> None:
+    found = handover_fit([(size, item * size + fixed) for size in sizes])
+    assert found.item_seconds >= 0
+    assert found.fixed_seconds >= -1e-12
+    assert sum(found.seconds(size) for size in sizes) == pytest.approx(sum(item * size + fixed for size in sizes))
+    if len(set(sizes)) > 1:
+        assert found.seconds(64) == pytest.approx(item * 64 + fixed)
+
+
+@pytest.mark.parametrize("samples", [[(1, 3.0), (2, 1.0)], [(1, 1.0), (2, 5.0)], [(4, 2.0)]])
+def test_noise_makes_nothing_pass_backwards(samples: list[tuple[int, float]]) -> None:
+    found = handover_fit(samples)
+    assert min(found.item_seconds, found.fixed_seconds) >= 0
+    assert sum(map(found.seconds, dict(samples))) == pytest.approx(sum(seconds for _, seconds in samples))
+
+
+def test_without_a_batch_after_another_nothing_passes_between() -> None:
+    assert handover_fit([]) == Handover()
 
 
 def test_a_line_is_off_by_nothing_where_it_was_drawn_and_by_its_share_elsewhere() -> None:

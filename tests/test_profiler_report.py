@@ -71,7 +71,7 @@ def found(**other: Any) -> dict[str, Any]:
         "default": DEFAULT.told(),
         "fits": [fit("good", 1, 0.01), fit("good", 2, 0.02), fit("bad", 1, 0.2)],
         "loading": {"bytes_per_second": {"1": 1.7e9, "2": 1.9e9}, "fixed_seconds": 0.0005},
-        "host_seconds": 0.0004,
+        "handover": {"fixed_seconds": 0.0004, "item_seconds": 0.00005},
         "contention": [{"threads": 1, "beside_runs": {"1": 1.0, "2": 1.38}, "beside_loads": 1.2}],
         "gpu": None,
         "failed": {},

@@ -163,6 +163,23 @@ def test_an_edge_without_conditions_is_always_taken() -> None:
 
 def test_the_beginning_of_a_workload_is_its_first_pictures(boards: Catalog) -> None:
     whole = workload.of_usage(boards, 100, 0.5, 0.01)
-    assert whole.beginning(0.2).requests == whole.requests[:20]
-    assert len(whole.beginning(0.0).requests) == 1
-    assert whole.beginning(1.0).requests == whole.requests
+    assert whole.played(0.2).requests == whole.requests[:20]
+    assert len(whole.played(0.0).requests) == 1
+    assert whole.played(1.0).requests == whole.requests
+
+
+def test_a_workload_that_is_played_again_goes_on_at_its_pace_with_the_same_answers(boards: Catalog) -> None:
+    product = next(iter(boards.products))
+    whole = workload.of_product(boards, product, 10, 0.5, 0.01, due_seconds=2.0)
+    count = len(whole.requests)
+    twice = whole.played(2.0)
+    assert twice.requests[:count] == whole.requests
+    again = twice.requests[count:]
+    assert [request.id for request in again] == [f"r{number}" for number in range(count, 2 * count)]
+    for first, second in zip(whole.requests, again, strict=True):
+        assert (first.component, first.product) == (second.component, second.product)
+        assert second.arrived_seconds - first.arrived_seconds == pytest.approx(count * 0.01)
+        assert (second.deadline_seconds or 0) - (first.deadline_seconds or 0) == pytest.approx(count * 0.01)
+        expert = boards.graph.entries[first.component]
+        assert twice.answer(second.id, expert) == whole.answer(first.id, expert)
+    assert len(whole.played(1.5).requests) == count * 3 // 2

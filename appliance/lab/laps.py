@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
+from appliance.core.types import Action, Batch, Event, Finished, Load, Loaded, LoadFailed, Run, RunFailed
 from appliance.drivers.album import Album, Subject
 from appliance.lab import paper
 from appliance.lab.paper import Board, Job
@@ -51,6 +53,17 @@ class Stay:
 
 
 @dataclass(frozen=True, slots=True)
+class Ran:
+    """A batch that ran, for so long, and what was at work by device when it began: batches, itself among them, and
+    loads."""
+
+    batch: Batch
+    running: Mapping[str, int]
+    loading: Mapping[str, int]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Lap:
     """What serving the task once came to."""
 
@@ -65,6 +78,9 @@ class Lap:
     stays: tuple[Stay, ...]
     how: str
     late: int = 0
+    ran: tuple[Ran, ...] = ()
+    handovers: tuple[tuple[int, float], ...] = ()
+    """From the end of a batch of so many pictures until its executor had the next one: answering and deciding."""
 
     @property
     def images_per_second(self) -> float:
@@ -72,6 +88,36 @@ class Lap:
 
     def wait_seconds(self, share: float) -> float:
         return quantile(self.waits_seconds, share)
+
+
+class Work:
+    """What ran beside what, and what passed between two batches of an executor, as it is told."""
+
+    def __init__(self) -> None:
+        self.ran: list[Ran] = []
+        self.handovers: list[tuple[int, float]] = []
+        self._running, self._loading = Counter[str](), Counter[str]()
+        self._beside: dict[int, tuple[Mapping[str, int], Mapping[str, int]]] = {}
+
+    def begins(self, action: Action) -> None:
+        if isinstance(action, Load):
+            self._loading[action.device] += 1
+        elif isinstance(action, Run):
+            self._running[action.batch.device] += 1
+            self._beside[action.batch.id] = Counter(self._running), Counter(self._loading)
+
+    def ends(self, event: Event) -> None:
+        if isinstance(event, Loaded | LoadFailed):
+            self._loading[event.device] -= 1
+        elif isinstance(event, Finished | RunFailed):
+            self._running[event.batch.device] -= 1
+            beside = self._beside.pop(event.batch.id)
+            if isinstance(event, Finished):
+                self.ran.append(Ran(event.batch, *beside, event.seconds))
+
+    def goes_on(self, before: Finished, seconds: float) -> None:
+        """The executor of that batch has the next one so many seconds after its end."""
+        self.handovers.append((len(before.batch.requests), seconds))
 
 
 class Stays:

@@ -22,6 +22,7 @@ from appliance.core.graph import ExpertGraph
 from appliance.core.policies import Policy
 from appliance.core.types import (
     Acknowledge,
+    Action,
     Arrived,
     Device,
     Event,
@@ -37,6 +38,7 @@ from appliance.core.types import (
     Refusal,
     Reinstate,
     Request,
+    Run,
     Tick,
     Verdict,
 )
@@ -48,7 +50,7 @@ from appliance.errors import ApplianceError
 from appliance.lab import paper
 from appliance.lab.contenders import Pool, Setup, contender, pools
 from appliance.lab.fleet import MAX_BATCH, Fleet
-from appliance.lab.laps import Lap, Pictures, Stays, album
+from appliance.lab.laps import Lap, Pictures, Stays, Work, album
 from appliance.lab.paper import Trace
 from appliance.lab.simulate import Answer
 from appliance.startup import CPU, footprint
@@ -127,6 +129,8 @@ def served(
         stays=stays,
         how=how,
         late=sum(verdict.outcome is Outcome.LATE for verdict in box.verdicts),
+        ran=tuple(box.work.ran),
+        handovers=tuple(box.work.handovers),
     )
 
 
@@ -200,6 +204,11 @@ def _engines(devices: Sequence[Device], opened: Open, report: Callable[[Event], 
     return engines
 
 
+def _goes_on(ended: Finished, action: Action) -> bool:
+    """Whether the executor has its next batch by this."""
+    return isinstance(action, Run) and action.batch.executor == ended.batch.executor
+
+
 class _Served:
     """One policy on its box, from the first picture to the last verdict."""
 
@@ -211,6 +220,7 @@ class _Served:
             self._engines, box.executors, stage.bundles, self._look, self._told, batch_cap=stage.batch_cap
         )
         self.stays, self.loads, self.verdicts = Stays(), 0, list[Verdict]()
+        self.work, self._ended = Work(), dict[int, float]()  # by batch, when it was told
         self._controller = Controller(
             stage.graph, box.experts, box.devices, box.executors, policy=policy, residents=box.residents
         )
@@ -262,6 +272,7 @@ class _Served:
 
     def _handle(self, event: Event, now: float, begin: float, *, more: bool = False) -> None:
         at = now - begin
+        self.work.ends(event)
         if isinstance(event, Loaded):
             self.stays.came(event.device, event.expert, at)
         for action in self._controller.handle(event, now, more=more):
@@ -279,7 +290,10 @@ class _Served:
                     if isinstance(action, Evict):
                         self.stays.left(action.device, action.expert, at)
                     self.loads += isinstance(action, Load)
+                    self.work.begins(action)
                     self._all.obey(action)
+                    if isinstance(event, Finished) and _goes_on(event, action):
+                        self.work.goes_on(event, time.monotonic() - self._ended[event.batch.id])
 
     def _look(self, request: str) -> Views:
         """Who compares with a golden picture finds no difference."""
@@ -292,4 +306,5 @@ class _Served:
             given = zip(event.batch.requests, event.answers, strict=True)
             answers = (a if isinstance(a, Refusal) else self._stage.answer(r, event.batch.expert) for r, a in given)
             event = replace(event, answers=tuple(answers))
+            self._ended[event.batch.id] = time.monotonic()
         self._events.put(event)

@@ -12,7 +12,7 @@ from appliance.lab import laps
 from appliance.lab.telling import Say
 from appliance.profile import Hardware
 from appliance.profiler import boxes, workload
-from appliance.profiler.measurements import Measured
+from appliance.profiler.measurements import Handover, Measured
 from appliance.profiler.profiled import Plan, Profiled, profiled, told
 from appliance.profiler.rig import Rig
 from appliance.profiler.workload import Workload
@@ -100,7 +100,7 @@ def _told(found: Profiled, rig: Rig, plan: Plan, here: Hardware, path: Path, htm
         "settings": found.settings.told(),
         "default": found.default.told(),
         "fits": _fits(rig, found.measured),
-        "host_seconds": found.measured.host_seconds or 0.0,
+        "handover": asdict(found.measured.handover or Handover()),
         "settled": dict(rig.settled),
         "loading": asdict(found.measured.loading),
         "contention": [asdict(one) for one in found.measured.contention],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -92,6 +92,11 @@ class Contention:
     beside_runs: Mapping[int, float]
     beside_loads: float
 
+    def scaled(self, times: float) -> Contention:
+        """With runs beside each other so many times as long, and never shorter than alone."""
+        beside = {n: seconds if n == 1 else max(seconds * times, 1.0) for n, seconds in self.beside_runs.items()}
+        return replace(self, beside_runs=beside)
+
     def times_as_long(self, executors: int) -> float:
         """Beside runs, also for numbers of executors between those that were measured."""
         return _between(sorted(self.beside_runs.items()), executors)
@@ -113,11 +118,24 @@ class OnGpu:
 
 
 @dataclass(frozen=True, slots=True)
+class Handover:
+    """From the end of a batch until its executor has the next one: so long for each batch, and for each picture of it.
+
+    The pictures are answered then, and the next batch is decided on.
+    """
+
+    item_seconds: float = 0.0
+    fixed_seconds: float = 0.0
+
+    def seconds(self, items: int) -> float:
+        return self.item_seconds * items + self.fixed_seconds
+
+
+@dataclass(frozen=True, slots=True)
 class Measured:
     """All of it. `failed` says why by architecture, or by LOADS, on a GPU behind its name; the others are sound.
 
-    `host_seconds` is the processor time that a picture takes beside its runs, None until it was looked for. `int8` is
-    the same box with int8 variants in place of their networks.
+    `handover` is None until it was measured. `int8` is the same box with int8 variants in place of their networks.
     """
 
     architectures: tuple[Architecture, ...]
@@ -126,7 +144,7 @@ class Measured:
     seconds: float
     failed: Mapping[str, str]
     gpu: OnGpu | None = None
-    host_seconds: float | None = None
+    handover: Handover | None = None
     int8: Measured | None = None
 
     def of(self, *, int8: bool) -> Measured:
@@ -177,6 +195,15 @@ def errors(samples: Sequence[Latency], item_seconds: float, fixed_seconds: float
     """The median and the largest of what K·n + B is off, as a share of what was measured."""
     off = [abs(item_seconds * s.items + fixed_seconds - s.seconds) / s.seconds for s in samples]
     return statistics.median(off), max(off)
+
+
+def handover_fit(samples: Sequence[tuple[int, float]]) -> Handover:
+    """The line through (pictures, seconds), neither part below zero; nothing where there are no samples."""
+    if not samples:
+        return Handover()
+    items, seconds = (statistics.fmean(values) for values in zip(*samples, strict=True))
+    item_seconds = min(max(costs.slope(samples), 0.0), seconds / items)
+    return Handover(item_seconds, seconds - item_seconds * items)
 
 
 def loads_fit(rows: Sequence[tuple[int, int, float]]) -> Loading:

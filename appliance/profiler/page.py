@@ -255,7 +255,6 @@ def _contention(found: Found) -> str:
         ("", (_threads(one["threads"]), "all at work beside loads", f"{one['beside_loads']:.2f} times more"))
         for one in found["contention"]
     ]
-    lines.append(("", ("a picture", "its runs, on all cores", f"{found['host_seconds'] * 1e3:.2f} ms more")))
     if (gpu := found["gpu"]) is not None:
         lines += [
             ("", ("GPU", "beside all cores at work", f"{gpu['beside_cpu']:.2f} times")),
@@ -268,8 +267,10 @@ def _contention(found: Found) -> str:
 def _how(found: Found) -> str:
     said = [
         f"{found['seconds']:.0f} s of {found['budget_seconds']:.0f} s; {found['trials']:,} configurations in the "
-        f"simulator, with what was measured here; the best of them live, {found['requests_per_lap']:,} of "
-        f"{found['requests']:,} pictures a lap: real sessions, real reads, the same controller.",
+        f"simulator, with what was measured here; the best of them live, {found['requests_per_lap']:,} pictures a lap "
+        f"of a workload of {found['requests']:,}: real sessions, real reads, the same controller. Between two batches "
+        f"an executor waits {found['handover']['fixed_seconds'] * 1e3:.2f} ms, and "
+        f"{found['handover']['item_seconds'] * 1e3:.2f} ms for each picture that is answered.",
         "The best of the first round went through the others beside the default, by turns first and last. What was "
         "not better than the default in every round is not chosen. Rates are medians over rounds.",
         "Waited is the part of their time for which runs that should have been alone waited for a processor: more than "

@@ -20,8 +20,8 @@ from appliance.errors import ConfigError, DeviceError, OutOfMemory, ProfileError
 from appliance.lab.telling import Say
 from appliance.profiler.joint import NO_ROOM, Judged, Search, Trial
 from appliance.profiler.measure import LOADS, measured
-from appliance.profiler.measurements import Loading, Measured
-from appliance.profiler.rig import Int8Part, Outcome, Rig
+from appliance.profiler.measurements import Handover, Loading, Measured, handover_fit
+from appliance.profiler.rig import Int8Part, Outcome, Rig, Watched
 from appliance.profiler.settings import Settings
 
 REFUSED = Outcome(0.0, 1e9, 1.0, 0)
@@ -45,11 +45,14 @@ CANDIDATES = 4
 _RANKED = 200
 """Of which these are chosen."""
 LEAST_REQUESTS = 100
-_CALIBRATION_SECONDS = 3.0
-"""Of the default served live, to see what a picture takes beside its runs."""
-_SMALL_SECONDS = 0.005
-"""Of a core, for a picture's runs: with larger ones, what a picture takes beside them is less than a lap of some
-seconds, which begins cold, is off by. At 24 ms it made predictions 6 to 21 % too low (two executors, 2026-11-22)."""
+_WATCHED_SECONDS = 3.0
+"""Of the default served live, with one executor and as it is."""
+_FAR_OFF = 1.25
+"""Times as long as measured, or as short: then runs were measured beside each other in a moment unlike others. What
+is less is the mix of batches and the noise of a few seconds (1.5 % to 11 % for experts of 1 ms, 2026-11-22)."""
+_LEAST_LAP_SECONDS = 5.0
+"""A workload that is over sooner is played again, where the time allows it: in the first second everything is new, and
+laps of one second differed by a fifth (experts of 1 ms, 2026-11-22)."""
 LEAST_GAIN = 0.01
 """Who is better by less is not known to be better at all."""
 _LEAST_OF_DEFAULT = 0.9
@@ -230,7 +233,7 @@ class _Run:
         known = self._known.measured or self._keep(self._measured_full())
         if self._rig.int8 is not None and known.int8 is None:
             known = self._keep(replace(known, int8=self._measure_int8(known, self._rig.int8)))
-        return known if known.host_seconds is not None else self._keep(self._calibrated(known))
+        return known if known.handover is not None else self._keep(self._watched(known))
 
     def _keep(self, found: Measured) -> Measured:
         self._known.measured = found
@@ -271,23 +274,19 @@ class _Run:
         )
         return found if found.loading.bytes_per_second else replace(found, loading=full.loading)
 
-    def _calibrated(self, known: Measured) -> Measured:
-        """With what a picture of small experts takes beside its runs: as the default, served on the CPU alone for some
-        seconds, is slower than runs and loads explain. Deciding, reading and answering do that."""
-        rig, default = (
-            replace(self._rig, workload=self._rig.workload.patient()),
-            replace(self._default, gpu_executors=0),
-        )
-        host_seconds = 0.0
-        rate = rig.predicted(default, known).images_per_second if rig.holds(default) else 0.0
-        if rate * _SMALL_SECONDS > rig.cores:
-            share = min(rate * _CALIBRATION_SECONDS / len(rig.workload.requests), 1.0)
-            self._say("serving the defaults for a moment")
-            expected = rig.predicted(default, known, share).images_per_second
-            found = rig.served(default, known, share).images_per_second
-            host_seconds = rig.cores * max(1 / found - 1 / expected, 0.0)
-        int8 = None if known.int8 is None else replace(known.int8, host_seconds=host_seconds)
-        return replace(known, host_seconds=host_seconds, int8=int8)
+    def _watched(self, known: Measured) -> Measured:
+        """And what only serving shows: the default for some seconds, on the CPU alone; small batches by one executor
+        first."""
+        default = replace(self._default, gpu_executors=0)
+        small = replace(default, cpu_executors=1, batch_cap=max(default.batch_cap // 4, 1))
+        if not self._rig.holds(small) or not self._rig.holds(default):
+            return _with_handover(known, Handover())
+        self._say("serving the defaults for a moment")
+        return learnt(known, self._watch(small, known), self._watch(default, known), default.threads)
+
+    def _watch(self, settings: Settings, known: Measured) -> Watched:
+        rate = self._rig.predicted(settings, known).images_per_second
+        return self._rig.watched(settings, known, rate * _WATCHED_SECONDS / len(self._rig.workload.requests))
 
     def _measure(self, budget_seconds: float) -> Measured:
         return measured(
@@ -367,12 +366,12 @@ class _Run:
         return self._seconds + laps * self._lap_seconds <= self._plan.budget_seconds
 
     def _lap_share(self, known: Measured, laps: int) -> float:
-        """So much of the workload that so many laps fit the time that is left."""
+        """So much of the workload that so many laps fit the time that is left; of a short one more than once."""
         whole = self._rig.predicted(self._default, known)
         count = len(self._rig.workload.requests)
         left = max(self._plan.budget_seconds - self._seconds, 0.0)
         seconds = count / whole.images_per_second
-        return min(max(left / laps / seconds, LEAST_REQUESTS / count), 1.0)
+        return min(max(left / laps / seconds, LEAST_REQUESTS / count), max(_LEAST_LAP_SECONDS / seconds, 1.0))
 
     def _serve(self, known: Measured, number: int, settings: Settings) -> None:
         if any(lap.round == number and lap.settings == settings for lap in self._known.laps):
@@ -394,6 +393,21 @@ class _Run:
                 raise
             self._say(f"{told(settings, self._default)}: {error}")
             return REFUSED
+
+
+def learnt(known: Measured, one: Watched, all_at_work: Watched, threads: int) -> Measured:
+    """With what passes between batches, small and large ones; and, where all executors of so many threads at work took
+    far longer or shorter than expected, with contention as it was then."""
+    contention = known.contention
+    if not 1 / _FAR_OFF < (off := all_at_work.times_as_long) < _FAR_OFF:
+        contention = tuple(other.scaled(off) if other.threads == threads else other for other in contention)
+    handover = handover_fit([*one.handovers, *all_at_work.handovers])
+    return _with_handover(replace(known, contention=contention), handover)
+
+
+def _with_handover(known: Measured, found: Handover) -> Measured:
+    int8 = None if known.int8 is None else replace(known.int8, handover=found)
+    return replace(known, handover=found, int8=int8)
 
 
 def winner(laps: Sequence[Lap], default: Settings, objective: str) -> Settings:

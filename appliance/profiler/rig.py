@@ -23,12 +23,12 @@ from appliance.engine import cuda
 from appliance.engine.engine import Engine
 from appliance.lab import live
 from appliance.lab.contenders import Setup
-from appliance.lab.laps import Pictures
+from appliance.lab.laps import Lap, Pictures
 from appliance.lab.simulate import HostTier, SharedDisk, World, simulate
 from appliance.lab.telling import quantile
 from appliance.profile import DEFAULT
 from appliance.profiler.measure import GpuPart
-from appliance.profiler.measurements import Architecture, Loading, Measured, OnGpu
+from appliance.profiler.measurements import Architecture, Handover, Loading, Measured, OnGpu
 from appliance.profiler.settings import Knob, Settings, Space
 from appliance.profiler.workload import Workload
 from appliance.startup import CPU, footprint, host_share
@@ -54,6 +54,15 @@ class Outcome:
             "late_share": self.late_share,
             "loads": self.loads,
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """What was seen while a configuration was served: how many times as long as expected its runs took, and what passed
+    after each batch of so many pictures until its executor had the next."""
+
+    times_as_long: float
+    handovers: Sequence[tuple[int, float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +185,7 @@ class Rig:
         if self.int8 is not None:
             measured = measured.of(int8=bool(settings.int8))
             return self.in_precision(settings).predicted(settings, measured, share)
-        workload, policy = self.workload.beginning(share), policy_of(settings)
+        workload, policy = self.workload.played(share), policy_of(settings)
         box = self._setup(settings, measured, policy)
         controller = Controller(
             self.graph, box.experts, box.devices, box.executors, policy=policy, residents=box.residents
@@ -201,13 +210,22 @@ class Rig:
 
     def served(self, settings: Settings, measured: Measured, share: float = 1.0) -> Outcome:
         """Live. Raises ApplianceError when a GPU cannot be opened, or a picture gets no answer."""
+        lap = self._lap(settings, measured, share)
+        return Outcome(lap.images_per_second, lap.wait_seconds(0.99), lap.late / len(lap.waits_seconds), lap.loads)
+
+    def watched(self, settings: Settings, measured: Measured, share: float) -> Watched:
+        """Live, on so much of the workload. Raises the same."""
+        lap, taking = self._lap(settings, measured, share), Taking(self, measured, settings)
+        expected = sum(taking.run_seconds(ran.batch, ran.running, ran.loading) for ran in lap.ran)
+        return Watched(sum(ran.seconds for ran in lap.ran) / expected, lap.handovers)
+
+    def _lap(self, settings: Settings, measured: Measured, share: float) -> Lap:
         if self.int8 is not None:
             measured = measured.of(int8=bool(settings.int8))
-            return self.in_precision(settings).served(settings, measured, share)
-        workload, policy = self.workload.beginning(share), policy_of(settings)
-        stage = live.Stage(
-            self.graph, self.bundles, workload.requests, workload.answer, self.pictures, settings.batch_cap
-        )
+            return self.in_precision(settings)._lap(settings, measured, share)
+        workload, policy = self.workload.played(share), policy_of(settings)
+        bundles = {name: _proven(bundle) for name, bundle in self.bundles.items()}
+        stage = live.Stage(self.graph, bundles, workload.requests, workload.answer, self.pictures, settings.batch_cap)
 
         def opened(device: Device, report: Callable[[Event], None]) -> Engine:
             compiled = self.compiled_on(device.name)
@@ -217,10 +235,9 @@ class Rig:
             return self.gpus.open(device, compiled, self.gpus.segment_path, report, host_bytes=host_bytes)
 
         try:
-            lap = live.served(stage, policy, self._setup(settings, measured, policy), opened)
+            return live.served(stage, policy, self._setup(settings, measured, policy), opened)
         finally:
             gc.collect()  # a lap's sessions keep a GPU's memory, which the next lap asks for, until they are gone
-        return Outcome(lap.images_per_second, lap.wait_seconds(0.99), lap.late / len(lap.waits_seconds), lap.loads)
 
     def _setup(self, settings: Settings, measured: Measured, policy: Policy) -> Setup:
         devices = self.devices(settings)
@@ -241,6 +258,11 @@ class Rig:
             *(Executor(f"{CPU}-{number}", CPU) for number in range(settings.cpu_executors)),
         )
         return Setup(devices, executors, experts, tuple(_residents(experts, devices, policy)))
+
+
+def _proven(bundle: Bundle) -> Bundle:
+    """Without golden samples, by which a process proves each expert once: in a lap of seconds that would count."""
+    return replace(bundle, manifest=bundle.manifest.model_copy(update={"golden": None}))
 
 
 def _gpu_space(gpus: GpuPart) -> Space:
@@ -323,7 +345,7 @@ def _tiers(measured: Measured, devices: Sequence[Device], tier_bytes: int) -> di
 
 
 class Taking:
-    """How long a batch takes beside other runs and loads, as measured.
+    """How long a batch takes beside other runs and loads, and until its executor has the next one, as measured.
 
     Only one GPU was: to its runs, those of another one are like an executor of the CPU, for it prepares its pictures
     there.
@@ -337,9 +359,15 @@ class Taking:
         self._single = measured.on("cpu")
         self._contention = {one.threads: one for one in measured.contention}
         self._on_gpu = measured.gpu or OnGpu()
-        self._host_seconds = measured.host_seconds or 0.0
+        self._handover = measured.handover or Handover()
 
     def __call__(self, batch: Batch, running: Mapping[str, int], loading: Mapping[str, int]) -> float:
+        between, threads = self._handover.seconds(len(batch.requests)), sum(running.values())
+        # What passes between two batches is processor time, too: more executors than cores share these.
+        return self.run_seconds(batch, running, loading) + between * max(threads / self._rig.cores, 1.0)
+
+    def run_seconds(self, batch: Batch, running: Mapping[str, int], loading: Mapping[str, int]) -> float:
+        """Of the batch alone."""
         gpus = sum(count for device, count in running.items() if device != CPU)
         busy = running[CPU] * self._settings.threads
         if batch.device == CPU:
@@ -368,7 +396,5 @@ class Taking:
             seconds *= beside.times_as_long(runs) * (beside.beside_loads if loads else 1.0)
         if single is None or (alone := self._contention.get(1)) is None:
             return seconds
-        # However runs are cut into threads, the cores do no more per second than with a thread on each; and who
-        # decides, reads and answers takes a part of them.
-        work = single.run_seconds(count) * alone.times_as_long(cores) + count * self._host_seconds
-        return max(seconds, runs * work / cores)
+        # However runs are cut into threads, the cores do no more per second than with a thread on each.
+        return max(seconds, runs * single.run_seconds(count) * alone.times_as_long(cores) / cores)

@@ -32,13 +32,32 @@ class Workload:
     requests: tuple[Request, ...]
     answer: Answer
 
-    def patient(self) -> Workload:
-        """The same, with nothing due at any time."""
-        return replace(self, requests=tuple(replace(request, deadline_seconds=None) for request in self.requests))
+    def played(self, share: float) -> Workload:
+        """The first requests of it; with a share above 1 all of them, and then again from the first one on."""
+        once = len(self.requests)
+        count = max(round(once * share), 1)
+        if count <= once:
+            return replace(self, requests=self.requests[:count])
+        whole_seconds = self.requests[-1].arrived_seconds * once / max(once - 1, 1)
+        requests = (
+            _moved(self.requests[number % once], number, number // once * whole_seconds) for number in range(count)
+        )
+        return Workload(self.name, tuple(requests), lambda request, expert: self.answer(_first(request, once), expert))
 
-    def beginning(self, share: float) -> Workload:
-        """The first requests of it."""
-        return replace(self, requests=self.requests[: max(round(len(self.requests) * share), 1)])
+
+def _moved(request: Request, number: int, seconds: float) -> Request:
+    due = request.deadline_seconds
+    return replace(
+        request,
+        id=f"r{number}",
+        arrived_seconds=request.arrived_seconds + seconds,
+        deadline_seconds=None if due is None else due + seconds,
+    )
+
+
+def _first(request: str, once: int) -> str:
+    """The request of which this one is a repetition."""
+    return f"r{int(request.removeprefix('r')) % once}"
 
 
 def of_trace(name: str, trace: Trace) -> Workload:
