@@ -47,9 +47,11 @@ _RANKED = 200
 LEAST_REQUESTS = 100
 _WATCHED_SECONDS = 3.0
 """Of the default served live, with one executor and as it is."""
-_FAR_OFF = 1.25
-"""Times as long as measured, or as short: then runs were measured beside each other in a moment unlike others. What
-is less is the mix of batches and the noise of a few seconds (1.5 % to 11 % for experts of 1 ms, 2026-11-22)."""
+_FAR_OFF = 1.15
+"""Times as long as measured, or as short: then runs were measured beside each other in a moment unlike others. Less is
+the mix of batches, and the noise of a few seconds: to count it made predictions worse (experts of 1 and 24 ms)."""
+_LAPS_SHARE = 0.85
+"""Of the time that is left, for playing: what a lap needs to begin and to end takes the rest."""
 _LEAST_LAP_SECONDS = 5.0
 """A workload that is over sooner is played again, where the time allows it: in the first second everything is new, and
 laps of one second differed by a fifth (experts of 1 ms, 2026-11-22)."""
@@ -369,7 +371,7 @@ class _Run:
         """So much of the workload that so many laps fit the time that is left; of a short one more than once."""
         whole = self._rig.predicted(self._default, known)
         count = len(self._rig.workload.requests)
-        left = max(self._plan.budget_seconds - self._seconds, 0.0)
+        left = _LAPS_SHARE * max(self._plan.budget_seconds - self._seconds, 0.0)
         seconds = count / whole.images_per_second
         return min(max(left / laps / seconds, LEAST_REQUESTS / count), max(_LEAST_LAP_SECONDS / seconds, 1.0))
 
