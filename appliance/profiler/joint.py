@@ -1,8 +1,8 @@
 """The joint search: everything that may be chosen at once, by Optuna (ask and tell), resumable, with pruning.
 
-Configurations are judged in rounds, on the beginning of the workload first; only the best of a round is played to the
-end. Half of a round is the sampler's, the other half are small steps from the best so far. A configuration that a
-constraint forbids is never the answer, however quick it is; the sampler learns from it.
+Guesses are played to the end. All others are judged in rounds, on the beginning of the workload first, and only the
+best of a round is played to the end. Half of a round is the sampler's, the other half are small steps from the best so
+far. A configuration that a constraint forbids is never the answer, however quick it is; the sampler learns from it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _STARTUP_TRIALS = 6
 """Chosen by chance, before the sampler has enough to go by; guesses count."""
 _REPEATS = 20
 """So often in a row what is asked for may be known already; then there is nothing more to find."""
-_PLAYED, _EXCESS = "played", "excess"
+_PLAYED, _EXCESS, _GUESS = "played", "excess", "guess"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +94,9 @@ class Search:
         seed += len(self._study.get_trials(deepcopy=False))
         self._chance = random.Random(seed)
         self._study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=_STARTUP_TRIALS)
-        for guess in (begin, *guesses):
-            self._study.enqueue_trial({key: getattr(guess, key) for key in space}, skip_if_exists=True)
+        for settings in (*guesses, begin):
+            asked = {key: getattr(settings, key) for key in space}
+            self._study.enqueue_trial(asked, {_GUESS: settings in guesses}, skip_if_exists=True)
         judged = self._study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
         self._known = {self._settings(trial.params): trial for trial in judged}
         for broken in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):  # the process was killed
@@ -142,7 +143,8 @@ class Search:
     def _round(self, goes_on: Callable[[], bool]) -> list[_Begun]:
         """New ones, whose beginning was played; fewer when it does not go on, or nothing new is found."""
         begun, repeats = list[_Begun](), 0
-        while len(begun) < ROUND and repeats < _REPEATS and goes_on():
+        size = 1 if self._has_guesses() else ROUND
+        while len(begun) < size and repeats < _REPEATS and goes_on():
             if len(begun) >= _SAMPLED:
                 self._step()
             trial = self._study.ask(self._space)
@@ -161,10 +163,15 @@ class Search:
                 begun.append(_Begun(trial, settings, judged.value))
         return begun
 
+    def _has_guesses(self) -> bool:
+        """Whether any is still to be judged."""
+        waiting = self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        return any(trial.user_attrs.get(_GUESS) for trial in waiting)
+
     def _step(self) -> None:
-        """Ask next for what is near the best so far: one or two of its knobs, moved. What is asked for goes first."""
+        """Ask next for what is near the best so far: one or two of its knobs, moved."""
         best = self.best()
-        if not best or self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+        if not best:
             return
         params = {key: getattr(best[0].settings, key) for key in self._knobs}
         for key in self._chance.sample(sorted(params), min(self._chance.choice((1, 2)), len(params))):
