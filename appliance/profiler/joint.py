@@ -1,11 +1,13 @@
 """The joint search: everything that may be chosen at once, by Optuna (ask and tell), resumable, with pruning.
 
-A configuration is judged on the beginning of the workload first; where most others came to more there, the whole of it
-is not played. One that a constraint forbids is never the answer, however quick it is; the sampler learns from it.
+Guesses are played to the end. All others are judged in rounds, on the beginning of the workload first, and only the
+best of a round is played to the end. Half of a round is the sampler's, the other half are small steps from the best so
+far. A configuration that a constraint forbids is never the answer, however quick it is; the sampler learns from it.
 """
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,15 +21,19 @@ from optuna.trial import TrialState
 from appliance.errors import ProfileError
 from appliance.profiler.settings import Knob, Settings, Space
 
-SHARES = (0.2, 1.0)
-"""Of the workload: so much of it is played first, and then all."""
+SHARES = (0.1, 1.0)
+"""Of the workload: so much of it is played of each configuration, and all of it of the best of a round."""
+ROUND = 4
+"""So many are played at the beginning; their order there tells who is far behind, not who is a little better."""
+_SAMPLED = 2
+"""Of a round, at least, chosen by the sampler: it finds what no small step leads to."""
+_STEP = 0.15
+"""Of the way between a knob's ends: the standard deviation of a small step."""
 _STARTUP_TRIALS = 6
 """Chosen by chance, before the sampler has enough to go by; guesses count."""
 _REPEATS = 20
-"""So often in a row the sampler may ask for what is known already; then it has nothing more to find."""
-_KEPT = 50.0
-"""Per cent of the configurations that are played to the end."""
-_PLAYED, _EXCESS = "played", "excess"
+"""So often in a row what is asked for may be known already; then there is nothing more to find."""
+_PLAYED, _EXCESS, _GUESS = "played", "excess", "guess"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +63,15 @@ class Trial:
     value: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """One whose beginning was played, and what it came to there."""
+
+    trial: optuna.Trial
+    settings: Settings
+    value: float
+
+
 class Search:
     """One study. With a `storage` it goes on where it was when it is made again with the same name."""
 
@@ -72,12 +87,18 @@ class Search:
         storage: Path | None = None,
     ) -> None:
         """Raises ProfileError when the storage cannot be used."""
-        self._space = {key: _distribution(knob) for key, knob in space.items()}
+        self._knobs, self._space = space, {key: _distribution(knob) for key, knob in space.items()}
         self._begin, self._judge = begin, judge
-        self._study = _opened(name, storage, seed)
-        for guess in (begin, *guesses):
-            self._study.enqueue_trial({key: getattr(guess, key) for key in space}, skip_if_exists=True)
-        self._known = {self._settings(t.params): t for t in self._study.get_trials(states=(TrialState.COMPLETE,))}
+        self._study = _opened(name, storage)
+        # Who goes on does not draw the same again.
+        seed += len(self._study.get_trials(deepcopy=False))
+        self._chance = random.Random(seed)
+        self._study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=_STARTUP_TRIALS)
+        for settings in (*guesses, begin):
+            asked = {key: getattr(settings, key) for key in space}
+            self._study.enqueue_trial(asked, {_GUESS: settings in guesses}, skip_if_exists=True)
+        judged = self._study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
+        self._known = {self._settings(trial.params): trial for trial in judged}
         for broken in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):  # the process was killed
             self._study.tell(broken.number, state=TrialState.FAIL)
             self._study.enqueue_trial(broken.params)
@@ -85,7 +106,8 @@ class Search:
     @property
     def trials(self) -> int:
         """How many configurations were judged, to the end or not, in this process and before."""
-        return sum(_PLAYED in trial.user_attrs for trial in self._study.get_trials(deepcopy=False))
+        found = self._study.get_trials(deepcopy=False)
+        return sum(_PLAYED in trial.user_attrs and trial.state != TrialState.FAIL for trial in found)
 
     @property
     def played(self) -> float:
@@ -94,7 +116,8 @@ class Search:
 
     def best(self, count: int = 1) -> list[Trial]:
         """The best different ones, the best first; only such as break no constraint."""
-        found = [(t.value or 0.0, settings) for settings, t in self._known.items() if t.constraints[_EXCESS] <= 0]
+        ended = [(settings, t) for settings, t in self._known.items() if t.state == TrialState.COMPLETE]
+        found = [(t.value or 0.0, settings) for settings, t in ended if t.constraints[_EXCESS] <= 0]
         found.sort(key=lambda one: -one[0])
         return [Trial(settings, value) for value, settings in found[:count]]
 
@@ -109,57 +132,78 @@ class Search:
                 return {}
 
     def run(self, goes_on: Callable[[], bool]) -> None:
-        """Judge one after the other while it `goes_on`, and the sampler has anything new."""
-        repeats = 0
-        while repeats < _REPEATS and goes_on():
-            repeats = 0 if self._one() else repeats + 1
+        """Judge round after round while it `goes_on`, and there is anything new. A round that has begun is ended."""
+        while begun := self._round(goes_on):
+            begun.sort(key=lambda one: -one.value)
+            while begun and not self._is_able(begun.pop(0)):
+                pass
+            for behind in begun:
+                self._known[behind.settings] = self._study.tell(behind.trial, state=TrialState.PRUNED)
 
-    def _one(self) -> bool:
-        """Whether it was a new one."""
-        trial = self._study.ask(self._space)
-        settings = self._settings(trial.params)
-        if (known := self._known.get(settings)) is not None:
-            trial.set_constraint(_EXCESS, known.constraints[_EXCESS])
-            self._study.tell(trial, known.value)
-            return False
-        played = 0.0
-        for step, share in enumerate(SHARES):
-            judged = self._judge(settings, share)
-            played += share if judged.has_room else 0.0
-            if judged.excess > 0 or share == 1:
-                break
-            trial.report(judged.value, step)
-            if trial.should_prune():
-                trial.set_user_attr(_PLAYED, played)
-                self._study.tell(trial, state=TrialState.PRUNED)
-                return True
-        trial.set_user_attr(_PLAYED, played)
+    def _round(self, goes_on: Callable[[], bool]) -> list[_Begun]:
+        """New ones, whose beginning was played; fewer when it does not go on, or nothing new is found."""
+        begun, repeats = list[_Begun](), 0
+        size = 1 if self._has_guesses() else ROUND
+        while len(begun) < size and repeats < _REPEATS and goes_on():
+            if len(begun) >= _SAMPLED:
+                self._step()
+            trial = self._study.ask(self._space)
+            settings = self._settings(trial.params)
+            if settings in self._known or any(settings == one.settings for one in begun):
+                self._study.tell(trial, state=TrialState.FAIL)
+                repeats += 1
+                continue
+            repeats = 0
+            judged = self._judge(settings, SHARES[0])
+            trial.set_user_attr(_PLAYED, SHARES[0] if judged.has_room else 0.0)
+            if judged.excess > 0:
+                self._tell(trial, settings, judged)
+            else:
+                trial.report(judged.value, 0)
+                begun.append(_Begun(trial, settings, judged.value))
+        return begun
+
+    def _has_guesses(self) -> bool:
+        """Whether any is still to be judged."""
+        waiting = self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        return any(trial.user_attrs.get(_GUESS) for trial in waiting)
+
+    def _step(self) -> None:
+        """Ask next for what is near the best so far: one or two of its knobs, moved."""
+        best = self.best()
+        if not best:
+            return
+        params = {key: getattr(best[0].settings, key) for key in self._knobs}
+        for key in self._chance.sample(sorted(params), min(self._chance.choice((1, 2)), len(params))):
+            params[key] = self._knobs[key].moved(params[key], self._chance.gauss(0, _STEP))
+        self._study.enqueue_trial(params)
+
+    def _is_able(self, one: _Begun) -> bool:
+        """Play it to the end; whether it breaks no constraint."""
+        judged = self._judge(one.settings, SHARES[1])
+        one.trial.set_user_attr(_PLAYED, sum(SHARES))
+        self._tell(one.trial, one.settings, judged)
+        return judged.excess <= 0
+
+    def _tell(self, trial: optuna.Trial, settings: Settings, judged: Judged) -> None:
         trial.set_constraint(_EXCESS, judged.excess)
         self._known[settings] = self._study.tell(trial, judged.value)
-        return True
 
     def _settings(self, params: Mapping[str, Any]) -> Settings:
         return replace(self._begin, **params)
 
 
-def _opened(name: str, storage: Path | None, seed: int) -> optuna.Study:
+def _opened(name: str, storage: Path | None) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     address = None
     if storage is not None:
         storage.parent.mkdir(parents=True, exist_ok=True)
         address = f"sqlite:///{storage}"
     try:
-        study = optuna.create_study(storage=address, study_name=name, direction="maximize", load_if_exists=True)
+        return optuna.create_study(storage=address, study_name=name, direction="maximize", load_if_exists=True)
     except Exception as error:  # SQLAlchemy's or SQLite's: the file is something else, or cannot be made
         why, *_ = str(error).splitlines() or [type(error).__name__]
         raise ProfileError(f"{storage} cannot be used for the search: {why}", "delete it") from error
-    # Who goes on does not draw the same again.
-    study.sampler = optuna.samplers.TPESampler(
-        seed=seed + len(study.get_trials(deepcopy=False)),
-        n_startup_trials=_STARTUP_TRIALS,
-    )
-    study.pruner = optuna.pruners.PercentilePruner(_KEPT, n_startup_trials=_STARTUP_TRIALS)
-    return study
 
 
 def _distribution(knob: Knob) -> BaseDistribution:

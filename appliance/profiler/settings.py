@@ -49,6 +49,14 @@ class Knob:
         """The same, as wide as need be for this value."""
         return replace(self, low=min(self.low, value), high=max(self.high, value))
 
+    def moved(self, value: float, share: float) -> float:
+        """By such a share of the way from one end to the other, a whole one by 1 at least; never beyond an end."""
+        ratio: float = (self.high / self.low) ** share if self.is_log else 1.0
+        found = value * ratio if self.is_log else value + (self.high - self.low) * share
+        if self.is_whole:
+            found = max(round(found), value + 1) if share > 0 else min(round(found), value - 1)
+        return min(max(found, self.low), self.high)
+
     def steps(self, count: int) -> list[float]:
         """At most so many values, from one end to the other."""
         if self.is_whole and self.high - self.low < count:
