@@ -19,6 +19,7 @@ import warnings
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import Literal
 
@@ -133,26 +134,35 @@ def window(size: tuple[int, int], spec: InputSpec) -> tuple[int, int, int, int]:
 def prepare(picture: Picture, spec: InputSpec) -> NDArray[np.float32]:
     """A picture as the network takes it, (C, height, width): crop, colour, bilinear resize, then scale, mean, std."""
     x, y, width, height = window((picture.shape[1], picture.shape[0]), spec)
-    seen = _coloured(picture[y : y + height, x : x + width], spec.color)
-    if (width, height) != spec.size:
-        seen = np.asarray(Image.fromarray(seen).resize(spec.size, Image.Resampling.BILINEAR))
+    seen = _seen(picture[y : y + height, x : x + width], spec)
     planes = seen[None] if seen.ndim == 2 else seen.transpose(2, 0, 1)
     if spec.color == "bgr":
         planes = planes[::-1]
-    std = np.resize(np.array(spec.std, np.float64), spec.channels)
-    factor = (spec.scale / std).astype(np.float32)
-    offset = (-np.resize(np.array(spec.mean, np.float64), spec.channels) / std).astype(np.float32)
+    factor, offset = _line(spec.scale, spec.mean, spec.std, spec.channels)
     prepared = np.empty(planes.shape, np.float32)
-    np.multiply(planes, factor[:, None, None], out=prepared)
-    prepared += offset[:, None, None]
+    np.multiply(planes, factor, out=prepared)
+    prepared += offset
     return prepared
 
 
-def _coloured(picture: Picture, color: str) -> Picture:
-    if color == "grey":
-        grey = picture if picture.ndim == 2 else np.asarray(Image.fromarray(picture).convert("L"))
-        return np.ascontiguousarray(grey)
-    return np.ascontiguousarray(picture if picture.ndim == 3 else np.repeat(picture[:, :, None], 3, axis=2))
+def _seen(picture: Picture, spec: InputSpec) -> Picture:
+    """In the network's colour and size: (height, width) or (height, width, 3). What is so already is not copied."""
+    mode = "L" if spec.color == "grey" else "RGB"
+    has_size = (picture.shape[1], picture.shape[0]) == spec.size
+    if has_size and picture.ndim == (2 if mode == "L" else 3):
+        return picture
+    image = _converted(Image.fromarray(picture), mode)
+    return np.asarray(image if has_size else image.resize(spec.size, Image.Resampling.BILINEAR))
+
+
+@lru_cache(maxsize=1024)
+def _line(
+    scale: float, mean: tuple[float, ...], std: tuple[float, ...], channels: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """What a pixel is multiplied by, and what is added then, (channels, 1, 1) each."""
+    wide = np.resize(np.array(std, np.float64), (channels, 1, 1))
+    offset = -np.resize(np.array(mean, np.float64), (channels, 1, 1)) / wide
+    return (scale / wide).astype(np.float32), offset.astype(np.float32)
 
 
 def _kind(payload: bytes, max_bytes: int) -> str:
@@ -188,12 +198,17 @@ def _opened(payload: bytes, kind: str, max_pixels: int) -> Image.Image:
 
 def _pixels(image: Image.Image) -> Picture:
     if image.mode in _GREY:
-        return np.array(image.convert("L"))
+        return np.asarray(_converted(image, "L"))
     if image.mode in _COLOUR:
-        return np.array(image.convert("RGB"))
+        return np.asarray(_converted(image, "RGB"))
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
     raise _unknown_format(f"samples of mode {image.mode} are not 8 or 16 bits")
+
+
+def _converted(image: Image.Image, mode: str) -> Image.Image:
+    """Pillow copies what has the mode already."""
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _array(payload: bytes, max_pixels: int) -> Picture:
