@@ -6,6 +6,7 @@ turns; and what the simulator says of every configuration stands beside what cam
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import time
 from collections.abc import Sequence
@@ -37,6 +38,7 @@ def against_grid(rig: Rig, default: Settings, plan: Plan, say: Say) -> dict[str,
     again = _again(rig, found.measured, found.share, [found.settings, best, default], say)
     compared = {**live, **{lap.settings: lap.outcome.images_per_second for lap in found.laps}}
     table = _predictions(rig, found.measured, found.share, compared, default)
+    shutil.rmtree(found.home, ignore_errors=True)
     errors = [abs(row["off"]) for row in table]
     ratio = statistics.median(a / b for a, b in zip(again[found.settings], again[best], strict=True))
     targets = [
