@@ -3,12 +3,15 @@ written."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from appliance import profile as profiles
+from appliance.cli import app
 from appliance.core.types import Arrived, Heard
 from appliance.drivers.journal import Journal, Opening
 from appliance.errors import ConfigError, RecordsError
@@ -22,6 +25,7 @@ from tests.kit import inspection_graph, request
 from tests.kit_box import write_catalog
 
 USUAL = Pictures(20, 0.35, 0.0)
+SHAPE = ("--shape", "tiny")
 
 
 @pytest.fixture
@@ -32,6 +36,40 @@ def box(tmp_path: Path) -> Path:
     config = tmp_path / "appliance.toml"
     config.write_text("[paths]\ncatalog = 'catalog'\nstore = 'store'\nstate = 'state'\n", "utf-8")
     return config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (("--due", "60s"), "--due"),
+        (("--journal", "j", "--due", "60s"), "--due"),
+        (("--speed", "2"), "--speed"),
+        (("--journal", "j", "--product", "p"), "--product"),
+        (("--journal", "j", "--gap", "1ms"), "--gap"),
+        (("--journal", "j", "--checked", "0.1"), "--checked"),
+        (("--journal", "j", "--requests", "10"), "--requests"),
+        ((*SHAPE, "--product", "p"), "--product"),
+        ((*SHAPE, "--journal", "j"), "--journal"),
+        ((*SHAPE, "--product", "p", "--due", "1s"), "--product"),
+        ((*SHAPE, "--due", "1s"), "--due"),
+        ((*SHAPE, "--speed", "2"), "--speed"),
+        ((*SHAPE, "--config", "c"), "--config"),
+        (("--experts", "10"), "--experts"),
+        (("--memory", "10%"), "--memory"),
+    ],
+)
+def test_an_option_that_would_change_nothing_is_refused(arguments: Sequence[str], option: str) -> None:
+    found = CliRunner().invoke(app, ["profile", *arguments])
+    assert found.exit_code == 2
+    assert f"Invalid value for {option}" in found.output
+    assert "leave it out" in found.output
+
+
+@pytest.mark.parametrize("command", [("profile",), ("bench", "profile")])
+def test_a_budget_that_is_too_short_to_find_anything_is_refused(command: Sequence[str]) -> None:
+    found = CliRunner().invoke(app, [*command, "--budget", "9s"])
+    assert found.exit_code == 2
+    assert "at least 10s" in found.output
 
 
 @pytest.mark.parametrize("option", ["--out", "--html", "--folder"])
