@@ -4,6 +4,7 @@ written."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from appliance.errors import ConfigError, RecordsError
 from appliance.lab import laps
 from appliance.profiler import boxes
 from appliance.profiler.command import Pictures, _written, of_box, of_made
+from appliance.profiler.gridded import _grid
 from appliance.profiler.measurements import Loading, Measured
 from appliance.profiler.profiled import Plan, Profiled
 from appliance.startup import hardware
@@ -151,3 +153,10 @@ def test_what_was_found_is_kept_until_it_is_written(tmp_path: Path, is_complete:
         assert home.exists()
         _written(found, rig, plan, profiles.DEFAULT, hardware(), out, html)
     assert (html.exists(), home.exists()) == (True, not is_complete)
+
+
+def test_the_grid_beside_which_the_profiler_stands_has_weights_between_the_ends_too(tmp_path: Path) -> None:
+    with boxes.made_rig(laps.Workload("tiny", experts=2, requests=4), tmp_path, lambda line: None) as (rig, default):
+        asked = _grid(replace(rig, cores=2), default)
+    assert len(asked) == 24
+    assert sorted({round(one.weights_share, 2) for one in asked}) == [0.5, 0.66, 0.82, 0.98]

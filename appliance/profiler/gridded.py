@@ -19,8 +19,9 @@ from appliance.profiler.profiled import Plan, profiled, told
 from appliance.profiler.rig import Rig
 from appliance.profiler.settings import Settings, grid
 
-COUNTS = {"cpu_executors": 3, "load_slots": 2, "batch_cap": 2, "weights_share": 2}
-"""24 configurations, less those that the memory does not hold."""
+COUNTS = {"cpu_executors": 3, "batch_cap": 2, "weights_share": 4}
+"""24 configurations, less those that the memory does not hold: weights in four steps, since the best split of memory
+lies between the ends."""
 PAIRS = 3
 
 
