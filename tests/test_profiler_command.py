@@ -18,10 +18,12 @@ from appliance.drivers.journal import Journal, Opening
 from appliance.errors import ConfigError, RecordsError
 from appliance.lab import laps
 from appliance.profiler import boxes
-from appliance.profiler.command import Pictures, _written, of_box, of_made
+from appliance.profiler.command import Pictures, _live, _written, of_box, of_made
 from appliance.profiler.gridded import _grid
 from appliance.profiler.measurements import Loading, Measured
-from appliance.profiler.profiled import Plan, Profiled
+from appliance.profiler.profiled import Lap, Plan, Profiled
+from appliance.profiler.rig import Outcome
+from appliance.profiler.settings import Settings
 from appliance.startup import hardware
 from tests.kit import inspection_graph, request
 from tests.kit_box import write_catalog
@@ -134,6 +136,14 @@ def test_deadlines_are_no_objective_where_nothing_has_one(box: Path, tmp_path: P
     assert not (tmp_path / "store").exists()
 
 
+def profiled_of(default: Settings, home: Path, is_complete: bool = True) -> Profiled:
+    """A search that found nothing better, and kept there what it knew."""
+    known = Measured((), Loading({1: 1e9}, 0.001), (), 1.0, {})
+    facts: dict[str, Any] = {"settings": default, "default": default, "measured": known, "predicted": ()}
+    facts |= {"laps": (), "trials": 0, "importances": {}, "predicted_images_per_second": 1.0, "seconds": 1.0}
+    return Profiled(**facts | {"share": 1.0, "is_complete": is_complete, "home": home})
+
+
 @pytest.mark.parametrize("is_complete", [True, False])
 def test_what_was_found_is_kept_until_it_is_written(tmp_path: Path, is_complete: bool) -> None:
     """The disk may be full by then: the same command goes on to write it. Who was interrupted goes on anyhow."""
@@ -141,11 +151,7 @@ def test_what_was_found_is_kept_until_it_is_written(tmp_path: Path, is_complete:
     home = plan.folder / "of this search"
     home.mkdir(parents=True)
     with boxes.made_rig(laps.Workload("tiny", experts=2, requests=4), tmp_path, lambda line: None) as (rig, default):
-        known = Measured((), Loading({1: 1e9}, 0.001), (), 1.0, {})
-        facts: dict[str, Any] = {"settings": default, "default": default, "measured": known, "predicted": ()}
-        facts |= {"laps": (), "trials": 0, "importances": {}, "predicted_images_per_second": 1.0, "seconds": 1.0}
-        facts |= {"share": 1.0, "is_complete": is_complete, "home": home}
-        found = Profiled(**facts)
+        found = profiled_of(default, home, is_complete)
         to_full_disk = tmp_path / "full.html"
         to_full_disk.symlink_to("/dev/full")
         with pytest.raises(ConfigError, match=r"full\.html cannot be written: No space left.*--html"):
@@ -160,3 +166,13 @@ def test_the_grid_beside_which_the_profiler_stands_has_weights_between_the_ends_
         asked = _grid(replace(rig, cores=2), default)
     assert len(asked) == 24
     assert sorted({round(one.weights_share, 2) for one in asked}) == [0.5, 0.66, 0.82, 0.98]
+
+
+def test_before_and_after_are_medians_of_the_rounds_that_both_were_in(tmp_path: Path) -> None:
+    default, chosen = Settings(1), Settings(2)
+    served = [(0, default, 9.0), (0, chosen, 1.0), (1, default, 4.0), (1, chosen, 3.0), (2, default, 99.0)]
+    laps_of_both = [Lap(number, one, Outcome(50.0, p99, 0.0, 5)) for number, one, p99 in served]
+    found = replace(profiled_of(default, tmp_path), settings=chosen, laps=laps_of_both)
+    assert _live(found, default)["wait_p99_seconds"] == 6.5
+    assert _live(found, chosen)["wait_p99_seconds"] == 2.0
+    assert _live(replace(found, laps=()), chosen) == {}

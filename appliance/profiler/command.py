@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +26,7 @@ from appliance.profiler import boxes, workload
 from appliance.profiler.measurements import Handover, Measured
 from appliance.profiler.profiled import Plan, Profiled, profiled, told
 from appliance.profiler.rig import Rig
+from appliance.profiler.settings import Settings
 from appliance.profiler.workload import Workload
 from appliance.startup import hardware, install
 
@@ -170,6 +172,8 @@ def _told(found: Profiled, rig: Rig, plan: Plan, here: Hardware, path: Path) -> 
         "predicted_images_per_second": found.predicted_images_per_second,
         "live_images_per_second": found.live(found.settings),
         "default_live_images_per_second": found.live(found.default),
+        "live": _live(found, found.settings),
+        "default_live": _live(found, found.default),
         "profile_path": str(path.resolve()),  # in appliance.toml, others are beside that file
         "changed": told(found.settings, found.default),
         "settings": found.settings.told(),
@@ -191,6 +195,20 @@ def _told(found: Profiled, rig: Rig, plan: Plan, here: Hardware, path: Path) -> 
         ],
         "memory_curve": _memory_curve(rig, found),
     }
+
+
+def _live(found: Profiled, settings: Settings) -> dict[str, float]:
+    """All that an objective may ask for: medians of the rounds in which both the default and what was chosen were
+    served, empty if there are none."""
+    rounds = [{lap.round for lap in found.laps if lap.settings == one} for one in (found.settings, found.default)]
+    both = set.intersection(*rounds)
+    served = [lap.outcome for lap in found.laps if lap.settings == settings and lap.round in both]
+    if not served:
+        return {}
+    return {name: statistics.median(getattr(one, name) for one in served) for name in _COMPARED}
+
+
+_COMPARED = ("images_per_second", "wait_p99_seconds", "late_share")
 
 
 def _failed(measured: Measured) -> dict[str, str]:
