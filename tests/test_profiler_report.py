@@ -204,7 +204,7 @@ def test_who_was_interrupted_or_found_nothing_better_is_told() -> None:
         ),
         (
             "deadlines",
-            ("1.00% of the pictures were late, 20.00% by default", "1.00% late, live as chosen"),
+            ("1.00% came late, 20.00% by default", "1.00% late, live as chosen"),
             ("20.00% late; 52.0 images/s", "1.00% late; 78.0 images/s"),
         ),
     ],

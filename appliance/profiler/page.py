@@ -51,7 +51,7 @@ def _headline(found: Found) -> str:
     if not found["default_live"]:
         return "Nothing was served live"
     now, before = _reached(found, found["live"]), _reached(found, found["default_live"])
-    said = {"p99": f"99 % of the pictures waited {now} at most", "deadlines": f"{now} of the pictures were late"}
+    said = {"p99": f"99 % of the pictures waited {now} at most", "deadlines": f"{now} came late"}
     after = said.get(found["objective"], f"{now} pictures per second")
     return f"{after}, by default" if found["settings"] == found["default"] else f"{after}, {before} by default"
 
