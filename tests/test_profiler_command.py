@@ -19,7 +19,7 @@ from appliance.errors import ConfigError, RecordsError
 from appliance.lab import laps
 from appliance.profiler import boxes
 from appliance.profiler.command import Pictures, _live, _written, of_box, of_made
-from appliance.profiler.gridded import _grid
+from appliance.profiler.gridded import _grid, against_grid
 from appliance.profiler.measurements import Loading, Measured
 from appliance.profiler.profiled import Lap, Plan, Profiled
 from appliance.profiler.rig import Outcome
@@ -166,6 +166,17 @@ def test_the_grid_beside_which_the_profiler_stands_has_weights_between_the_ends_
         asked = _grid(replace(rig, cores=2), default)
     assert len(asked) == 24
     assert sorted({round(one.weights_share, 2) for one in asked}) == [0.5, 0.66, 0.82, 0.98]
+
+
+def test_beside_a_grid_nothing_is_kept_in_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "kept"
+    home.mkdir()
+    monkeypatch.setattr("appliance.profiler.gridded.profiled", lambda rig, default, *_: profiled_of(default, home))
+    monkeypatch.setattr("appliance.profiler.gridded.COUNTS", {"cpu_executors": 2})
+    with boxes.made_rig(laps.Workload("tiny", experts=2, requests=4), tmp_path, lambda line: None) as (rig, default):
+        found = against_grid(rig, default, Plan(10.0, tmp_path), lambda line: None)
+    assert found["grid_configurations"] == 2
+    assert not home.exists()
 
 
 def test_before_and_after_are_medians_of_the_rounds_that_both_were_in(tmp_path: Path) -> None:
