@@ -61,6 +61,8 @@ Since = Annotated[
 ]
 Until = Annotated[str | None, typer.Option("--until", help="Recorded before then.")]
 DEFAULT_CONFIG = Path("/etc/appliance/appliance.toml")
+LEAST_BUDGET_SECONDS = 10.0
+"""Of a profiler: measuring alone takes six and more."""
 
 
 @app.command()
@@ -261,18 +263,19 @@ def explain(
 
 @app.command()
 def profile(
+    context: typer.Context,
     config: ConfigFile = Path("appliance.toml"),
-    budget: Annotated[str, typer.Option(help="How long it may take, such as 5m or 1h.")] = "5m",
+    budget: Annotated[str, typer.Option(help="How long it may take, such as 5m or 1h; 10s at least.")] = "5m",
     objective: Annotated[
         str, typer.Option(help="What shall be best: throughput, deadlines (pictures in time), or p99 (of the waits).")
     ] = "throughput",
     requests: Annotated[int, typer.Option(min=1, help="How many pictures a workload has that is no journal.")] = 1000,
     product: Annotated[str | None, typer.Option(help="Boards of this product, by its bill of materials.")] = None,
-    due: Annotated[str | None, typer.Option(help="When each board of the product is due, such as 60s.")] = None,
+    due: Annotated[str | None, typer.Option(help="With --product: when each board is due, such as 60s.")] = None,
     journal: Annotated[
         Path | None, typer.Option(help="What a service recorded (paths.journal), with the answers given there.")
     ] = None,
-    speed: Annotated[float, typer.Option(min=0.01, help="Play the journal so many times as fast.")] = 1.0,
+    speed: Annotated[float, typer.Option(min=0.01, help="With --journal: play it so many times as fast.")] = 1.0,
     gap: Annotated[
         str, typer.Option(help="Time from one picture to the next, such as 40ms; 0: all wait. Not of a journal.")
     ] = "0",
@@ -290,7 +293,13 @@ def profile(
         Path | None, typer.Option(help="The profile's file; by default <box.name>.json beside paths.profile.")
     ] = None,
     html: Annotated[Path | None, typer.Option(help="Write a report with plots into this file, for a browser.")] = None,
-    folder: BenchFolder = Path(".appliance"),
+    folder: Annotated[
+        Path,
+        typer.Option(
+            help="What is known so far lies there: to go on, the same command needs the same folder. With --shape, "
+            "experts and store do, too: on the disk that is to be measured."
+        ),
+    ] = Path(".appliance"),
     seed: Annotated[int, typer.Option(help="Of the search.")] = 1,
     as_json: AsJson = False,
 ) -> None:
@@ -311,8 +320,9 @@ def profile(
     from appliance.profiler.profiled import Plan
     from appliance.report import print_profile, profiling
 
+    _refuse_profile_options(context, is_made=shape is not None, is_product=product is not None, journal=journal)
     with profiling(Console(stderr=True)) as (say, begun):
-        plan = Plan(_seconds(budget, "--budget"), folder / "profiler", objective, seed, begun)
+        plan = Plan(_budget(budget), folder / "profiler", objective, seed, begun)
         if shape is None:
             until = None if due is None else _seconds(due, "--due")
             pictures = Pictures(requests, checked, _seconds(gap), journal, speed, product, until)
@@ -606,7 +616,9 @@ def bench_profile(
     experts: Annotated[int, typer.Option(min=2, help="How many types of components, each with its classifier.")] = 100,
     requests: Annotated[int, typer.Option(min=1, help="How many pictures, drawn by Zipf's law.")] = 2500,
     memory: Annotated[str, typer.Option(help="Share of the experts' bytes that memory may hold.")] = "25%",
-    budget: Annotated[str, typer.Option(help="How long the profiler may take; the grid comes on top.")] = "3m",
+    budget: Annotated[
+        str, typer.Option(help="How long the profiler may take, 10s at least; the grid comes on top.")
+    ] = "3m",
     seed: Annotated[int, typer.Option(help="Of the search.")] = 1,
     folder: BenchFolder = Path(".appliance"),
     as_json: AsJson = False,
@@ -623,9 +635,10 @@ def bench_profile(
     from appliance.report import print_gridded
 
     say = Console(stderr=True).print
+    plan = Plan(_budget(budget), folder / "profiler", seed=seed)
     asked = Workload(shape, experts, requests, _share(memory, "--memory"))
     with made_rig(asked, folder, say) as (rig, default):
-        found = against_grid(rig, default, Plan(_seconds(budget, "--budget"), folder / "profiler", seed=seed), say)
+        found = against_grid(rig, default, plan, say)
     _print(found) if as_json else print_gridded(found, Console())
 
 
@@ -666,10 +679,29 @@ def main() -> None:
 
 def _refuse_unused(context: typer.Context, used: set[str], why: str) -> None:
     """Who gives an option means something by it: it is not passed over."""
+    _refuse_given(context, {str(parameter.name) for parameter in context.command.params} - used - {"as_json"}, why)
+
+
+def _refuse_given(context: typer.Context, unused: set[str], why: str) -> None:
     for parameter in context.command.params:
         source = context.get_parameter_source(str(parameter.name))
-        if source is not None and source.name == "COMMANDLINE" and parameter.name not in used | {"as_json"}:
+        if source is not None and source.name == "COMMANDLINE" and parameter.name in unused:
             raise typer.BadParameter(f"leave it out: {why}", param_hint=parameter.opts[0])
+
+
+def _refuse_profile_options(context: typer.Context, *, is_made: bool, is_product: bool, journal: Path | None) -> None:
+    """Of `appliance profile`: those that would change nothing."""
+    if is_made:
+        of_a_box = {"config", "product", "due", "journal", "speed"}
+        _refuse_given(context, of_a_box, "it goes with the box of --config; --shape makes experts and pictures")
+    else:
+        _refuse_given(context, {"experts", "memory"}, "it goes with --shape")
+    if journal is not None:
+        _refuse_given(context, {"requests", "product", "gap", "checked"}, "a journal has its own pictures and times")
+    else:
+        _refuse_given(context, {"speed"}, "it goes with --journal")
+    if not is_product:
+        _refuse_given(context, {"due"}, "it goes with --product")
 
 
 def _password(path: Path) -> str:
@@ -708,6 +740,14 @@ def _seconds(text: str, option: str = "--gap") -> float:
                 return seconds
             break
     raise typer.BadParameter(f"{text} is no time; write it like 4ms, 60s or 5m", param_hint=option)
+
+
+def _budget(text: str) -> float:
+    """Of a profiler, in seconds."""
+    seconds = _seconds(text, "--budget")
+    if seconds < LEAST_BUDGET_SECONDS:
+        raise typer.BadParameter(f"{text} is too short; at least {LEAST_BUDGET_SECONDS:.0f}s", param_hint="--budget")
+    return seconds
 
 
 def _wall(text: str | None) -> float | None:

@@ -161,6 +161,12 @@ class Profile(Part):
         """Whether experts have come, gone or changed their networks or their order since it was made."""
         return self.origin is not None and self.origin.graph_sha256 != graph_sha256
 
+    def without_split(self) -> Profile:
+        """Memory stays as the settings split it; costs and counts are those that were found."""
+        split = dict.fromkeys(("weights_bytes", "activation_bytes"))
+        gpus = self.gpus.model_copy(update={**split, "host_tier_bytes": None})
+        return self.model_copy(update={**split, "gpus": gpus})
+
     def applied(self, config: Config) -> Config:
         """The settings, with what they leave open as it is best here."""
         gpus = self.gpus
@@ -201,8 +207,16 @@ class Choice:
     def trouble(self) -> str | None:
         """What is wrong with the profile that the settings name, and what helps; None if nothing is."""
         if self.refused is None and self.outdated:
-            return f"profile {self.profile.name} was found for other experts; run `appliance profile`"
+            return (
+                f"profile {self.profile.name} was found for other experts: its split of memory is not used; "
+                "run `appliance profile`"
+            )
         return self.refused
+
+    def applied(self, config: Config) -> Config:
+        """The settings, with what they leave open as the profile has it. How it splits memory was found for the bytes
+        of its experts: others may not even have room."""
+        return (self.profile.without_split() if self.outdated else self.profile).applied(config)
 
 
 DEFAULT = Profile(schema=2, name="default")

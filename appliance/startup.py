@@ -262,7 +262,7 @@ def install(
     precision = _precision(config, profile, there)
     compiled, failed, variants = _compiled_in(precision, store, sound, report)
     choice = profiles.chosen(profile, hardware(there), graph_sha256(catalog, compiled))
-    config = choice.profile.applied(config)
+    config = choice.applied(config)
     unavailable = {name: refusal_of(error) for name, error in (broken | failed).items()}
     used = there[: config.executors.gpus]
     gpus = _install_gpus(config, used, trouble, [bundle for bundle in sound if bundle.manifest.name in compiled])

@@ -144,6 +144,24 @@ def test_a_profile_for_other_experts_is_used_and_told() -> None:
     assert profiles.chosen(DEFAULT, HERE, "whatever").trouble is None
 
 
+def test_a_profile_for_other_experts_gives_costs_and_counts_but_not_its_split_of_memory() -> None:
+    outdated, fitting = (profiles.chosen(FULL, HERE, graph).applied(Config()) for graph in ("another graph", "graph"))
+    assert fitting == FULL.applied(Config())
+    assert outdated.memory == Config().memory, "it was split for other bytes"
+    assert outdated.executors == fitting.executors
+
+
+def test_a_box_whose_experts_have_changed_splits_memory_by_its_settings(tmp_path: Path, catalog: Path) -> None:
+    size = 50_000_000
+    found = profile(origin(hardware(), "of other experts"), cpu_executors=1, weights_bytes=size, activation_bytes=size)
+    made = install(_config(tmp_path / "box", catalog, found))
+    assert made.choice.outdated
+    assert made.config.memory == Config().memory
+    assert made.config.executors.cpu == 1
+    there = found.model_copy(update={"origin": origin(hardware(), graph_sha256(made.catalog, made.compiled))})
+    assert int(install(_config(tmp_path / "box", catalog, there)).config.memory.weights) == size
+
+
 def test_a_profile_is_read_as_it_was_written(tmp_path: Path) -> None:
     path = tmp_path / "not yet there" / "box1.json"
     profiles.save(FULL, path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 from xml.etree import ElementTree
 
@@ -16,6 +16,7 @@ from appliance.profiler.settings import Settings
 from appliance.report import print_profile, print_search, profiling
 
 DEFAULT, CHOSEN = Settings(cpu_executors=2), Settings(cpu_executors=4, hold_share=0.5)
+UNSERVED: Mapping[str, Any] = {"default_live_images_per_second": 0.0, "live": {}, "default_live": {}}
 
 
 def lap(number: int, settings: Settings, live: float) -> dict[str, Any]:
@@ -65,6 +66,8 @@ def found(**other: Any) -> dict[str, Any]:
         "predicted_images_per_second": 156.0,
         "live_images_per_second": 78.0,
         "default_live_images_per_second": 52.0,
+        "live": {"images_per_second": 78.0, "wait_p99_seconds": 1.25, "late_share": 0.01},
+        "default_live": {"images_per_second": 52.0, "wait_p99_seconds": 2.5, "late_share": 0.2},
         "profile_path": "profiles/box1.json",
         "changed": "cpu_executors 4, hold_share 0.5",
         "settings": CHOSEN.told(),
@@ -149,8 +152,11 @@ def test_of_many_architectures_the_worst_fits_are_drawn_and_all_are_listed() -> 
 @pytest.mark.parametrize(
     ("other", "says"),
     [
-        ({"complete": False, "laps": [], "default_live_images_per_second": 0.0}, "Interrupted"),
-        ({"laps": [], "importances": {}, "memory_curve": [], "fits": [], "contention": []}, "Nothing was served live"),
+        ({"complete": False, "laps": [], **UNSERVED}, "Interrupted"),
+        (
+            {"laps": [], **UNSERVED, "importances": {}, "memory_curve": [], "fits": [], "contention": []},
+            "Nothing was served live",
+        ),
         ({"settings": DEFAULT.told(), "changed": "the default"}, "The defaults stay"),
         ({"failed": {"loads": "no room"}}, "Not measured: loads: no room"),
     ],
@@ -180,9 +186,52 @@ def test_the_last_lines_are_the_settings_to_serve_by_it() -> None:
 
 
 def test_who_was_interrupted_or_found_nothing_better_is_told() -> None:
-    assert "Interrupted" in printed(complete=False, laps=[], default_live_images_per_second=0.0)
+    assert "Interrupted" in printed(complete=False, laps=[], **UNSERVED)
     assert "The defaults stay" in printed(settings=DEFAULT.told(), live_images_per_second=52.0)
     assert "not measured: loads: [red]no" in printed(failed={"loads": "[red]no"})
+
+
+@pytest.mark.parametrize(
+    ("objective", "on_page", "on_terminal"),
+    [
+        (
+            "p99",
+            (
+                "99 % of the pictures waited 1.2 s at most, 2.5 s by default",
+                "2.5 s 99 % waited at most, live by default",
+            ),
+            ("99 % waited 2.50 s at most; 52.0", "99 % waited 1.25 s at most; 78.0 images/s, 1.50 times as many"),
+        ),
+        (
+            "deadlines",
+            ("1.00% came late, 20.00% by default", "1.00% late, live as chosen"),
+            ("20.00% late; 52.0 images/s", "1.00% late; 78.0 images/s"),
+        ),
+    ],
+)
+def test_what_the_objective_asks_for_is_shown_before_and_after(
+    objective: str, on_page: Sequence[str], on_terminal: Sequence[str]
+) -> None:
+    for said in on_page:
+        assert said in text_of(page(found(objective=objective)))
+    for said in on_terminal:
+        assert said in printed(objective=objective)
+
+
+def test_what_was_chosen_is_never_called_the_same_for_it_serves_no_more_images() -> None:
+    """Where waits count it may well serve a few less."""
+    live = {"images_per_second": 51.0, "wait_p99_seconds": 1.0, "late_share": 0.0}
+    assert "the same" not in printed(objective="p99", live=live)
+    usual = {"settings": DEFAULT.told(), "live": found()["default_live"]}
+    assert "the same" in printed(objective="p99", **usual)
+
+
+def test_how_the_choice_was_made_is_told_as_it_was() -> None:
+    text = text_of(page(found()))
+    assert "more than half of the rounds" in text
+    assert "the best so far is served beside the default again" in text
+    assert "in every round" not in text + printed(settings=DEFAULT.told())
+    assert "it is corrected by that" in text
 
 
 def test_the_table_of_searches_shows_what_was_missed() -> None:

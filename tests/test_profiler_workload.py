@@ -17,7 +17,9 @@ from appliance.core.graph import Condition, Edge, ExpertGraph, Table, compile_gr
 from appliance.core.types import Arrived, Batch, Event, Finding, Finished, Heard, Refusal
 from appliance.drivers.journal import Journal, Opening
 from appliance.errors import ConfigError, RecordsError
-from appliance.profiler import workload
+from appliance.lab import laps
+from appliance.profiler import boxes, workload
+from appliance.profiler.measurements import Loading, Measured
 from tests.kit import BOXED, DOUBTFUL, SOUND, inspection_graph, request
 from tests.kit_boards import write_board_catalog, write_product
 from tests.kit_box import write_catalog
@@ -56,9 +58,21 @@ def test_a_journal_is_played_at_its_times_or_faster_with_the_answers_given_there
     assert [asis.answer("r0", "a"), asis.answer("r0", "detector"), asis.answer("r1", "b")] == [
         (DOUBTFUL,),
         (BOXED,),
-        refused,
-    ]
+        (),
+    ], "the picture that was refused that day is sound here"
     assert asis.answer("r1", "detector") == (), "who was never asked has found nothing"
+
+
+def test_a_day_with_a_damaged_picture_is_predicted_and_served(tmp_path: Path) -> None:
+    asked = laps.Workload("tiny", experts=2, requests=2, budget_share=1.0)
+    with boxes.made_rig(asked, tmp_path, lambda line: None) as (rig, default):
+        component, expert = next(iter(rig.graph.entries.items()))
+        damaged = Refusal("picture-damaged", "cut off")
+        path = recorded(tmp_path, Arrived(request("x", component)), finished(expert, {"x": damaged}))
+        played = replace(rig, workload=workload.of_journal(path, rig.graph))
+        known = Measured((), Loading({1: 1e9}, 0.001), (), 1.0, {})
+        assert played.predicted(default, known).images_per_second > 0
+        assert played.served(default, known).images_per_second > 0
 
 
 def test_a_journal_of_other_components_or_without_pictures_is_refused_by_name(tmp_path: Path) -> None:

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from appliance import __version__, profile
+from appliance import catalog as catalogs
 from appliance import config as settings
-from appliance.lab import laps
+from appliance.catalog import Catalog
+from appliance.core.types import Request
+from appliance.errors import ConfigError
+from appliance.lab import laps, paper
 from appliance.lab.telling import Say
-from appliance.profile import Hardware
+from appliance.profile import Hardware, Profile
 from appliance.profiler import boxes, workload
 from appliance.profiler.measurements import Handover, Measured
 from appliance.profiler.profiled import Plan, Profiled, profiled, told
 from appliance.profiler.rig import Rig
+from appliance.profiler.settings import Settings
 from appliance.profiler.workload import Workload
-from appliance.startup import Installation, hardware, install
+from appliance.startup import hardware, install
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +43,7 @@ class Pictures:
     product: str | None = None
     due_seconds: float | None = None
 
-    def of(self, made: Installation) -> Workload:
-        catalog = made.catalog
+    def of(self, catalog: Catalog) -> Workload:
         if self.journal is not None:
             return workload.of_journal(self.journal, catalog.graph, self.speed)
         if self.product is not None:
@@ -46,27 +57,77 @@ class Pictures:
 def of_box(path: Path, pictures: Pictures, plan: Plan, out: Path | None, html: Path | None, say: Say) -> dict[str, Any]:
     """Profile the box of these settings and write its profile."""
     config = settings.load(path)
+    wanted = out or boxes.profile_path(config)
+    _check_places(wanted, html, plan.folder)
+    work = pictures.of(catalogs.load(config.paths.catalog))  # before experts are compiled, which may take minutes
+    _check_objective(plan.objective, work.requests)
     say("reading and compiling experts")
     made = install(config, profile=profile.DEFAULT)  # the one that is there may be of another time
-    rig, default, here = boxes.rig_of(made, pictures.of(made), say), boxes.default_of(made), hardware(made.gpus.used)
+    rig, default, here = boxes.rig_of(made, work, say), boxes.default_of(made), hardware(made.gpus.used)
     if len({gpu.name for gpu in made.gpus.used}) > 1:
         say(f"the GPUs differ: all are taken to be like {made.gpus.used[0].name}")
     for knob, key in rig.settled.items():
         say(f"{knob} is not searched: the settings have {key}")
     found = profiled(rig, default, plan, say)
-    to = place(out or boxes.profile_path(config), found.is_complete)
     graph = boxes.graph_of(made, rig, found.settings)
-    profile.save(boxes.profile_of(found, rig, config.box.name, plan.objective, graph, here), to)
-    return _told(found, rig, plan, here, to, html)
+    made_of_it = boxes.profile_of(found, rig, config.box.name, plan.objective, graph, here)
+    return _written(found, rig, plan, made_of_it, here, place(wanted, found.is_complete), html)
 
 
 def of_made(asked: laps.Workload, plan: Plan, folder: Path, out: Path, html: Path | None, say: Say) -> dict[str, Any]:
     """Profile experts that are made for it."""
+    _check_places(out, html, plan.folder)
+    _check_objective(plan.objective, paper.drawn(asked.job).requests)
     with boxes.made_rig(asked, folder, say) as (rig, default):
         found, here = profiled(rig, default, plan, say), hardware()
-        name, to = f"{asked.experts}-{asked.shape}", place(out, found.is_complete)
-        profile.save(boxes.profile_of(found, rig, name, plan.objective, "", here), to)
-        return _told(found, rig, plan, here, to, html)
+        name = f"{asked.experts}-{asked.shape}"
+        made_of_it = boxes.profile_of(found, rig, name, plan.objective, "", here)
+        return _written(found, rig, plan, made_of_it, here, place(out, found.is_complete), html)
+
+
+def _check_places(out: Path, html: Path | None, folder: Path) -> None:
+    """Raises ConfigError for what could not be written in the end: nobody shall wait an hour to be told."""
+    with _told_kindly(out, "--out"):
+        if out.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        _check_folder(_nearest(out.parent))
+    with _told_kindly(folder, "--folder"):
+        _check_folder(_nearest(folder))
+    if html is None:
+        return
+    with _told_kindly(html, "--html"):
+        if html.exists():
+            html.open("ab").close()
+        else:
+            _check_folder(html.parent)
+
+
+@contextmanager
+def _told_kindly(path: Path, option: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written: {error.strerror}", f"choose another place with {option}"
+        ) from error
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises OSError where no file can be made."""
+    TemporaryFile(dir=folder).close()  # it is without a name, or gone at once: nothing is left behind
+
+
+def _nearest(folder: Path) -> Path:
+    """It, or of those above it the first that there is: in which it will be made."""
+    return next(one for one in (folder, *folder.parents) if one.exists())
+
+
+def _check_objective(objective: str, requests: Sequence[Request]) -> None:
+    if objective == "deadlines" and all(request.deadline_seconds is None for request in requests):
+        raise ConfigError(
+            "no picture of this workload has a deadline",
+            "give --product with --due, or --journal of pictures that have one, or choose another --objective",
+        )
 
 
 def place(wanted: Path, is_complete: bool) -> Path:
@@ -74,10 +135,26 @@ def place(wanted: Path, is_complete: bool) -> Path:
     return wanted if is_complete or not wanted.exists() else wanted.with_suffix(".interrupted.json")
 
 
-def _told(found: Profiled, rig: Rig, plan: Plan, here: Hardware, path: Path, html: Path | None) -> dict[str, Any]:
+def _written(
+    found: Profiled, rig: Rig, plan: Plan, made_of_it: Profile, here: Hardware, path: Path, html: Path | None
+) -> dict[str, Any]:
+    """What was found, once it lies where it was wanted."""
+    profile.save(made_of_it, path)
+    result = _told(found, rig, plan, here, path)
+    if html is not None:
+        from appliance.profiler.page import page
+
+        with _told_kindly(html, "--html"):
+            html.write_text(page(result), "utf-8")
+    if found.is_complete:  # not before: until all is written, the same command goes on from there
+        shutil.rmtree(found.home, ignore_errors=True)
+    return result
+
+
+def _told(found: Profiled, rig: Rig, plan: Plan, here: Hardware, path: Path) -> dict[str, Any]:
     """What `--json` prints, and what the page and the terminal show."""
     count = len(rig.workload.requests)
-    result = {
+    return {
         "version": __version__,
         "hardware": here.model_dump(),
         "workload": rig.workload.name,
@@ -95,6 +172,8 @@ def _told(found: Profiled, rig: Rig, plan: Plan, here: Hardware, path: Path, htm
         "predicted_images_per_second": found.predicted_images_per_second,
         "live_images_per_second": found.live(found.settings),
         "default_live_images_per_second": found.live(found.default),
+        "live": _live(found, found.settings),
+        "default_live": _live(found, found.default),
         "profile_path": str(path.resolve()),  # in appliance.toml, others are beside that file
         "changed": told(found.settings, found.default),
         "settings": found.settings.told(),
@@ -116,11 +195,20 @@ def _told(found: Profiled, rig: Rig, plan: Plan, here: Hardware, path: Path, htm
         ],
         "memory_curve": _memory_curve(rig, found),
     }
-    if html is not None:
-        from appliance.profiler.page import page
 
-        html.write_text(page(result), "utf-8")
-    return result
+
+def _live(found: Profiled, settings: Settings) -> dict[str, float]:
+    """All that an objective may ask for: medians of the rounds in which both the default and what was chosen were
+    served, empty if there are none."""
+    rounds = [{lap.round for lap in found.laps if lap.settings == one} for one in (found.settings, found.default)]
+    both = set.intersection(*rounds)
+    served = [lap.outcome for lap in found.laps if lap.settings == settings and lap.round in both]
+    if not served:
+        return {}
+    return {name: statistics.median(getattr(one, name) for one in served) for name in _COMPARED}
+
+
+_COMPARED = ("images_per_second", "wait_p99_seconds", "late_share")
 
 
 def _failed(measured: Measured) -> dict[str, str]:

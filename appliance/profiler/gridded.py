@@ -6,6 +6,7 @@ turns; and what the simulator says of every configuration stands beside what cam
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import time
 from collections.abc import Sequence
@@ -18,8 +19,9 @@ from appliance.profiler.profiled import Plan, profiled, told
 from appliance.profiler.rig import Rig
 from appliance.profiler.settings import Settings, grid
 
-COUNTS = {"cpu_executors": 3, "load_slots": 2, "batch_cap": 2, "weights_share": 2}
-"""24 configurations, less those that the memory does not hold."""
+COUNTS = {"cpu_executors": 3, "batch_cap": 2, "weights_share": 4}
+"""24 configurations, less those that the memory does not hold: weights in four steps, since the best split of memory
+lies between the ends."""
 PAIRS = 3
 
 
@@ -37,6 +39,7 @@ def against_grid(rig: Rig, default: Settings, plan: Plan, say: Say) -> dict[str,
     again = _again(rig, found.measured, found.share, [found.settings, best, default], say)
     compared = {**live, **{lap.settings: lap.outcome.images_per_second for lap in found.laps}}
     table = _predictions(rig, found.measured, found.share, compared, default)
+    shutil.rmtree(found.home, ignore_errors=True)
     errors = [abs(row["off"]) for row in table]
     ratio = statistics.median(a / b for a, b in zip(again[found.settings], again[best], strict=True))
     targets = [

@@ -114,12 +114,13 @@ def _parts(catalog: Catalog, product: str) -> list[str]:
 
 
 def of_journal(path: Path, graph: ExpertGraph, speed: float = 1.0) -> Workload:
-    """What was recorded, with the answers that were given, at so many times its speed.
+    """What was recorded, with the answers that were given, at so many times its speed. Where an expert refused, for the
+    picture was damaged that day, it finds nothing here: the profiler's pictures are sound.
 
     Raises RecordsError when it cannot be read, ConfigError when it is of other components, or of no picture.
     """
     _, recorded = journal.read(path)
-    arrived, found, began = list[Request](), dict[tuple[str, str], tuple[Finding, ...] | Refusal](), 0.0
+    arrived, found, began = list[Request](), dict[tuple[str, str], tuple[Finding, ...]](), 0.0
     for _, event, _ in recorded:
         if isinstance(event, Arrived):
             arrived.append(event.request)
@@ -127,6 +128,7 @@ def of_journal(path: Path, graph: ExpertGraph, speed: float = 1.0) -> Workload:
             found.update(
                 ((request, event.batch.expert), answer)
                 for request, answer in zip(event.batch.requests, event.answers, strict=True)
+                if not isinstance(answer, Refusal)
             )
     unknown = sorted({request.component for request in arrived} - graph.entries.keys())
     if unknown:
