@@ -158,7 +158,7 @@ def sittings(tiny: tuple[Rig, Settings], tmp_path_factory: pytest.TempPathFactor
             if interrupted(line):
                 raise KeyboardInterrupt
 
-        plan = Plan(24.0, folder, begun=lambda phase, seconds: hear(phases, phase))
+        plan = Plan(20.0, folder, begun=lambda phase, seconds: hear(phases, phase))
         return Sitting(profiled(*tiny, plan, lambda line: hear(said, line)), said, phases)
 
     return [
@@ -192,7 +192,7 @@ def test_who_is_interrupted_while_serving_keeps_what_was_served(
     assert Progress.read(second.found.home / "progress.json").searched_seconds > 0
 
 
-def test_the_same_again_goes_on_and_confirms_every_candidate_beside_the_default(
+def test_the_same_again_goes_on_and_confirms_candidates_beside_the_default(
     sittings: tuple[list[Sitting], Path], tiny: tuple[Rig, Settings]
 ) -> None:
     (_, second, last), folder = sittings
@@ -201,11 +201,11 @@ def test_the_same_again_goes_on_and_confirms_every_candidate_beside_the_default(
     assert last.phases == ["confirm"], "who confirms has chosen: no time goes to the search again"
     assert found.trials == second.found.trials
     assert [*found.laps][:1] == [*second.found.laps], "what was served is not served again"
-    by_round = [[one.settings for one in found.laps if one.round == number] for number in range(ROUNDS)]
+    rounds = sorted({one.round for one in found.laps})  # as many as there was time for
+    by_round = [[one.settings for one in found.laps if one.round == number] for number in rounds]
     assert all(default in served and len(served) == len(set(served)) for served in by_round)
-    assert 1 <= len(by_round[0]) <= CANDIDATES + 1
-    assert len(by_round[1]) <= 2
-    assert set(by_round[1]) <= set(by_round[0])
+    assert 2 <= len(by_round[0]) <= CANDIDATES + 1
+    assert all(len(served) == 2 and set(served) <= set(by_round[0]) for served in by_round[1:])
     assert found.settings == winner(found.laps, default, "throughput")
     assert found.share > 1, "60 pictures are over too soon to tell anything"
     assert all(one.outcome.images_per_second > 0 for one in found.laps)

@@ -60,6 +60,21 @@ def test_who_is_as_punctual_wins_deadlines_only_by_clearly_more_throughput(rate:
     assert winner(laps, DEFAULT, "deadlines") == wins
 
 
+def test_of_several_that_win_the_best_is_so_in_the_rounds_with_the_default() -> None:
+    """A round of a quick moment, in which the default was not served, makes nobody the best."""
+    laps = [
+        lap
+        for number in range(2)
+        for lap in (
+            Lap(number, DEFAULT, outcome(5.0)),
+            Lap(number, ONE, outcome(6.0)),
+            Lap(number, TWO, outcome(7.0)),
+            Lap(number + 2, ONE, outcome(99.0)),
+        )
+    ]
+    assert winner(laps, DEFAULT, "throughput") == TWO
+
+
 def requests(*pictures: str) -> list[Request]:
     return [Request(f"r{number}", "c", 0.0, 1.0, picture=picture) for number, picture in enumerate(pictures)]
 

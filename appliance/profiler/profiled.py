@@ -373,7 +373,7 @@ class _Run:
     def _lap_share(self, known: Measured, laps: int) -> float:
         """So much of the workload that so many laps fit the time that is left; of a short one more than once.
 
-        Where that is too little to tell anything, as much as fits two laps."""
+        Where that is too little to tell much, as much as fits the default and a candidate often enough to win."""
         count, left = len(self._rig.workload.requests), max(self._plan.budget_seconds - self._seconds, 0.0)
         left *= _LAPS_SHARE
         most = max(_fitting(self._rig, self._default, known, _LEAST_LAP_SECONDS), 1.0)
@@ -384,7 +384,7 @@ class _Run:
             f"{LEAST_REQUESTS} pictures are not served {laps} times in the {left:.0f} s that are left: "
             "a larger --budget tells more, or --speed for a journal"
         )
-        seconds = max(left / 2, _LEAST_LAP_SECONDS)
+        seconds = max(left / (2 * ROUNDS), _LEAST_LAP_SECONDS)
         return min(LEAST_REQUESTS / count, _fitting(self._rig, self._default, known, seconds), most)
 
     def _serve(self, known: Measured, number: int, settings: Settings) -> None:
