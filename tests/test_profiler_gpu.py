@@ -25,10 +25,11 @@ from appliance.errors import DeviceError
 from appliance.lab import laps
 from appliance.profile import Kind
 from appliance.profiler import boxes, measure, workload
+from appliance.profiler.choosing import guesses
 from appliance.profiler.joint import NO_ROOM, Judged, Search
 from appliance.profiler.measure import LOADS, GpuPart, measured
 from appliance.profiler.measurements import Architecture, Latency, Loading, Measured, OnGpu, errors, plateau
-from appliance.profiler.profiled import Plan, guesses, profiled
+from appliance.profiler.profiled import Plan, profiled
 from appliance.profiler.rig import Rig, Taking
 from appliance.profiler.settings import Knob, Settings
 from appliance.startup import hardware, install

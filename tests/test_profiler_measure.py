@@ -8,11 +8,13 @@ import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from threading import Thread
+from types import MappingProxyType
+from typing import Any
 
 import psutil
 import pytest
@@ -23,7 +25,7 @@ from appliance.catalog import Bundle
 from appliance.core import costs
 from appliance.core.types import Segment
 from appliance.errors import ConfigError
-from appliance.profiler.measure import LOADS, ladder, measured
+from appliance.profiler.measure import LOADS, Runs, ladder, measured
 from appliance.profiler.measure_child import sampled
 from appliance.profiler.measurements import (
     Architecture,
@@ -54,7 +56,14 @@ class Box:
     bundles: Mapping[str, Bundle]
     store: Store
 
-    def measured(self, *names: str, budget_seconds: float = 60.0, known: Measured | None = None) -> Measured:
+    def measured(
+        self,
+        *names: str,
+        budget_seconds: float = 60.0,
+        known: Measured | None = None,
+        runs: Mapping[str, Runs] = MappingProxyType({}),
+        keep: Callable[[str, Any], None] = lambda architecture, found: None,
+    ) -> Measured:
         chosen = {name: self.compiled[name] for name in names}
         return measured(
             chosen,
@@ -65,6 +74,8 @@ class Box:
             budget_seconds=budget_seconds,
             repeats=2,
             known=known,
+            runs=runs,
+            keep=keep,
         )
 
 
@@ -136,6 +147,32 @@ def test_what_are_no_measurements_is_refused_by_the_key() -> None:
 def test_what_is_known_is_not_measured_again(box: Box, found: Measured) -> None:
     again = box.measured(*TWINS, "wider", known=found)
     assert replace(again, seconds=found.seconds) == found
+
+
+def test_who_goes_on_measures_only_the_other_architectures_and_each_as_long_as_it_would_have_been(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With children that are quick to answer, and only note how long they might have taken."""
+    might = list[tuple[str, float]]()
+
+    def answer(asked: object, measure: str, experts: Sequence[Compiled], until: float, gpus: object = None) -> object:
+        might.append((experts[0].expert if measure == "runs" else measure, until - time.monotonic()))
+        return {"latencies": [(1, 1, 0.5)], "beside_runs": [(1, 2, 1.5)]} if measure == "runs" else {"rows": []}
+
+    monkeypatch.setattr("appliance.profiler.measure._Asked._answer", answer)
+    heard = dict[str, Runs]()
+    whole = box.measured("left", "wider", "widest", budget_seconds=100.0, keep=heard.__setitem__)
+    (_, first), _, (lacking, _), (last, until) = might
+    assert heard.keys() == {one.architecture for one in whole.architectures}
+    assert (first, until) == pytest.approx((85 / 3, 100), abs=1)
+    assert last == "loads"
+    del heard[box.compiled[lacking].architecture]
+    might.clear()
+    again = box.measured("left", "wider", "widest", budget_seconds=100.0, runs=heard)
+    assert [name for name, _ in might] == [lacking, "loads"]
+    assert [seconds for _, seconds in might] == pytest.approx([85 / 3, 85 / 3 + 15], abs=1)
+    assert again.contention == whole.contention
+    assert set(again.architectures) == set(whole.architectures)
 
 
 def test_without_time_nothing_runs_and_each_architecture_is_told(box: Box) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -10,21 +11,15 @@ import pytest
 from appliance import config as settings
 from appliance import profile as profiles
 from appliance.config import Config
+from appliance.core.types import Batch
 from appliance.errors import OutOfMemory
 from appliance.profiler import boxes, workload
+from appliance.profiler.choosing import diverse, guesses
 from appliance.profiler.joint import Trial
 from appliance.profiler.measurements import Architecture, Contention, Handover, Latency, Loading, Measured
-from appliance.profiler.profiled import (
-    REFUSED,
-    Plan,
-    Profiled,
-    Progress,
-    diverse,
-    guesses,
-    profiled,
-)
-from appliance.profiler.profiled import _key as profiled_key
-from appliance.profiler.rig import Outcome, Rig
+from appliance.profiler.profiled import REFUSED, Plan, Profiled, profiled
+from appliance.profiler.progress import Progress, search_key
+from appliance.profiler.rig import Outcome, Rig, Taking
 from appliance.profiler.settings import Settings
 from appliance.startup import footprint, hardware, install
 from export import variants
@@ -117,6 +112,20 @@ def test_what_passes_between_two_batches_counts_for_each_and_for_its_pictures(ri
     assert rig.predicted(DEFAULT, between).images_per_second == pytest.approx(2 / 0.015, rel=0.1)
 
 
+def test_threads_that_are_more_than_cores_share_these_between_batches_too(rig: Rig) -> None:
+    rig = replace(rig, cores=2)
+    batch = Batch(1, "cpu-0", "cpu", EXPERT, ("r0",))
+    for threads, running, times in ((1, 2, 1.0), (2, 1, 1.0), (2, 2, 2.0)):
+        takes = Taking(rig, known(rig, 0.010, Handover(0.001, 0.004)), replace(DEFAULT, threads=threads))
+        beside = Counter(cpu=running), Counter[str]()
+        assert takes(batch, *beside) - takes.run_seconds(batch, *beside) == pytest.approx(times * 0.005)
+
+
+def test_what_is_watched_in_int8_is_compared_with_what_was_measured_in_it(rig: Rig) -> None:
+    assert rig.watched(INT8, in_both(rig, 1000.0, 1e-6), 0.2).times_as_long > 100
+    assert rig.watched(DEFAULT, in_both(rig, 1e-6, 1000.0), 0.2).times_as_long > 100
+
+
 @pytest.fixture(scope="module")
 def found(rig: Rig, tmp_path_factory: pytest.TempPathFactory) -> Profiled:
     """Everything measured, searched and served for real, in little time."""
@@ -134,11 +143,11 @@ def test_a_candidate_that_a_device_refuses_ends_no_search(rig: Rig, tmp_path: Pa
 
     default = replace(DEFAULT, batch_cap=4)
     refusing = Refusing(**{field.name: getattr(rig, field.name) for field in fields(rig)})
-    kept = tmp_path / profiled_key(refusing, default, plan := Plan(2.0, tmp_path))
+    kept = tmp_path / search_key(refusing, default, "throughput", 1, hardware())
     kept.mkdir()
     Progress(kept / "progress.json", measured=replace(in_both(rig, 0.02, 0.01), handover=Handover())).write()
     said = list[str]()
-    found = profiled(refusing, default, plan, said.append)
+    found = profiled(refusing, default, Plan(2.0, tmp_path), said.append)
     assert found.is_complete
     assert found.settings == default
     assert REFUSED in {lap.outcome for lap in found.laps}

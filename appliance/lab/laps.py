@@ -77,10 +77,14 @@ class Lap:
     peak_bytes: int
     stays: tuple[Stay, ...]
     how: str
-    late: int = 0
+    late_requests: tuple[str, ...] = ()
     ran: tuple[Ran, ...] = ()
     handovers: tuple[tuple[int, float], ...] = ()
     """From the end of a batch of so many pictures until its executor had the next one: answering and deciding."""
+
+    @property
+    def late(self) -> int:
+        return len(self.late_requests)
 
     @property
     def images_per_second(self) -> float:

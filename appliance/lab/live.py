@@ -128,7 +128,7 @@ def served(
         peak_bytes=box.peak_bytes,
         stays=stays,
         how=how,
-        late=sum(verdict.outcome is Outcome.LATE for verdict in box.verdicts),
+        late_requests=tuple(verdict.request for verdict in box.verdicts if verdict.outcome is Outcome.LATE),
         ran=tuple(box.work.ran),
         handovers=tuple(box.work.handovers),
     )
@@ -273,6 +273,7 @@ class _Served:
     def _handle(self, event: Event, now: float, begin: float, *, more: bool = False) -> None:
         at = now - begin
         self.work.ends(event)
+        ended = self._ended.pop(event.batch.id) if isinstance(event, Finished) else now
         if isinstance(event, Loaded):
             self.stays.came(event.device, event.expert, at)
         for action in self._controller.handle(event, now, more=more):
@@ -293,7 +294,7 @@ class _Served:
                     self.work.begins(action)
                     self._all.obey(action)
                     if isinstance(event, Finished) and _goes_on(event, action):
-                        self.work.goes_on(event, time.monotonic() - self._ended[event.batch.id])
+                        self.work.goes_on(event, time.monotonic() - ended)
 
     def _look(self, request: str) -> Views:
         """Who compares with a golden picture finds no difference."""

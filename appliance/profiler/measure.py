@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event as Signal
 from threading import Timer
+from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
 from pydantic import TypeAdapter
@@ -183,12 +184,18 @@ def measured(
     known: Measured | None = None,
     memory_bytes: int | None = None,
     gpus: GpuPart | None = None,
+    runs: Mapping[str, Runs] = MappingProxyType({}),
+    gpu_runs: Mapping[str, GpuRuns] = MappingProxyType({}),
+    keep: Callable[[str, Runs | GpuRuns], None] = lambda architecture, found: None,
 ) -> Measured:
     """Measure every architecture that `known` lacks, by each number of `threads` and up to so many executors; and on
     the first of the `gpus`, if there are any.
 
     Within the budget, but for one run or a child's start: less time means fewer repeats, and what had no turn at all is
     lacking, or in `failed`. What is `known` is kept as it is. A child may have `memory_bytes` of address space.
+
+    `keep` hears of each architecture when it is measured. Who was interrupted gives back what it heard as `runs` and
+    `gpu_runs`: these are not measured again, and the others have the time that they would have had.
     """
     begun, whole_seconds = time.monotonic(), budget_seconds
     budget_seconds *= 1.0 if gpus is None else 1 - _GPU_SHARE
@@ -196,18 +203,21 @@ def measured(
     known = known or Measured((), Loading(), (), 0.0, {})
     groups = _new_groups(compiled, known, "cpu", threads)
     loading, loads_share = known.loading, 0.0 if known.loading.bytes_per_second else _LOADS_SHARE
-    until = begun + budget_seconds
-    answers, failed = _answers(asked.runs, groups, until - loads_share * budget_seconds, say)
+    runs_seconds = _left_of((1 - loads_share) * budget_seconds, groups, runs)
+    until = begun + runs_seconds
+    answers, failed = _answers(asked.runs, groups, until, say, had=runs, keep=keep)
+    until += loads_share * budget_seconds
     if loads_share:
         say("loading")
         try:
             loading = loads_fit(asked.loads(_spread(groups, failed), until).rows)
         except ApplianceError as error:
             failed[LOADS] = str(error)
-    fresh = [one for architecture, runs in answers.items() for one in _architectures(groups[architecture][0], runs)]
+    fresh = [one for architecture, said in answers.items() for one in _architectures(groups[architecture][0], said)]
     on_gpu = known.gpu
     if gpus is not None:
-        found, more, failed_there = _on_gpu(asked, compiled, gpus, known, begun + whole_seconds, say)
+        until += whole_seconds - budget_seconds
+        found, more, failed_there = _on_gpu(asked, compiled, gpus, known, until, say, gpu_runs, keep)
         on_gpu, fresh, failed = found, [*fresh, *more], failed | failed_there
     again = {(one.architecture, one.device, one.threads) for one in fresh}
     kept = (one for one in known.architectures if (one.architecture, one.device, one.threads) not in again)
@@ -312,10 +322,15 @@ def _answers(
     until: float,
     say: Say,
     where: str = "",
+    *,
+    had: Mapping[str, Answer],
+    keep: Callable[[str, Answer], None],
 ) -> tuple[dict[str, Answer], dict[str, str]]:
     """What each architecture's child says, and why by architecture where none does. They share the time alike."""
-    answers, failed = dict[str, Answer](), dict[str, str]()
-    for number, (architecture, experts) in enumerate(groups.items()):
+    answers = {architecture: had[architecture] for architecture in groups if architecture in had}
+    failed = dict[str, str]()
+    for number, architecture in enumerate((one for one in groups if one not in had), len(answers)):
+        experts = groups[architecture]
         name = experts[0].expert
         say(f"running {name}{where}, {number + 1} of {len(groups)} architectures")
         now = time.monotonic()
@@ -323,14 +338,27 @@ def _answers(
             found = answers[architecture] = runs(experts, now + (until - now) / (len(groups) - number))
             if found.waited_share > BUSY_SHARE:
                 say(f"something else is at work: {name} waited {found.waited_share:.0%} of its time for a processor")
+            keep(architecture, found)
         except ApplianceError as error:
             failed[architecture] = f"{name}: {error}"
             say(f"{name}{where} cannot be measured: {error}")
     return answers, failed
 
 
+def _left_of(seconds: float, groups: Mapping[str, object], had: Mapping[str, object]) -> float:
+    """For those that are not had yet, each as much as without these."""
+    return seconds * (1 - sum(one in had for one in groups) / max(len(groups), 1))
+
+
 def _on_gpu(
-    asked: _Asked, compiled: Mapping[str, Compiled], gpus: GpuPart, known: Measured, until: float, say: Say
+    asked: _Asked,
+    compiled: Mapping[str, Compiled],
+    gpus: GpuPart,
+    known: Measured,
+    until: float,
+    say: Say,
+    had: Mapping[str, GpuRuns],
+    keep: Callable[[str, GpuRuns], None],
 ) -> tuple[OnGpu, list[Architecture], dict[str, str]]:
     """Loads and contention, new architectures, and what failed."""
     groups, found = _new_groups(gpus.compiled, known, "cuda", (1,)), known.gpu or OnGpu()
@@ -341,7 +369,10 @@ def _on_gpu(
     def runs(experts: Sequence[Compiled], until: float) -> GpuRuns:
         return asked.gpu_runs(gpus, [compiled[one.expert] for one in experts], until)
 
-    answers, why = _answers(runs, groups, until - loads_share * (until - now), say, where)
+    loads_seconds = loads_share * (until - now)
+    runs_seconds = _left_of(until - now - loads_seconds, groups, had)
+    answers, why = _answers(runs, groups, now + runs_seconds, say, where, had=had, keep=keep)
+    until = now + runs_seconds + loads_seconds
     failed = {f"{name} {architecture}": reason for architecture, reason in why.items()}
     if loads_share:
         say(f"loading{where}")

@@ -6,27 +6,27 @@ configuration is never chosen on a prediction alone: it has to beat the defaults
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from appliance.drivers import devices
 from appliance.errors import ConfigError, DeviceError, OutOfMemory, ProfileError
 from appliance.lab.telling import Say
+from appliance.profiler.choosing import CANDIDATES, OBJECTIVES, ROUNDS, diverse, guesses, value, winner
 from appliance.profiler.joint import NO_ROOM, Judged, Search, Trial
-from appliance.profiler.measure import LOADS, measured
+from appliance.profiler.measure import LOADS, GpuRuns, Runs, measured
 from appliance.profiler.measurements import Handover, Loading, Measured, handover_fit
+from appliance.profiler.progress import Lap, Progress, search_key
 from appliance.profiler.rig import Int8Part, Outcome, Rig, Watched
 from appliance.profiler.settings import Settings
+from appliance.startup import hardware
 
 REFUSED = Outcome(0.0, 1e9, 1.0, 0)
 """Of a candidate that a device refused."""
-OBJECTIVES = ("throughput", "deadlines", "p99")
 _MEASURE_SHARE, _SEARCH_SHARE = 0.15, 0.2
 """Of the time, at most, for measuring each kind of device and for the search; what is left is for confirming live."""
 _ARCHITECTURE_SECONDS = 20.0
@@ -36,15 +36,14 @@ _LEAST_MEASURING_SECONDS, _AMPLE_SECONDS = 6.0, 30.0
 from so long on, who has measured nothing is not given more."""
 LEAST_TRIALS, _MOST_TRIALS = 12, 5000
 """The guesses and a few more, whatever the time."""
-_VAIN_TRIALS = 200
-"""After so many that brought nothing better the search ends."""
-ROUNDS = 2
-"""So often at least whoever wins has been served beside the default."""
-CANDIDATES = 4
-"""Of the search's best, at most, that are served live; two at least."""
+_NOTED_TRIALS = 25
+"""After so many each time it is noted, and said, how far the search is."""
 _RANKED = 200
-"""Of which these are chosen."""
+"""Of the search's best, of which candidates are chosen."""
 LEAST_REQUESTS = 100
+"""In a lap, where there is time for them: fewer tell little."""
+_LEAST_BATCHES = 20
+"""Of the default served for a moment, to be believed: few and cold ones say nothing."""
 _WATCHED_SECONDS = 3.0
 """Of the default served live, with one executor and as it is."""
 _FAR_OFF = 1.15
@@ -52,11 +51,12 @@ _FAR_OFF = 1.15
 the mix of batches, and the noise of a few seconds: to count it made predictions worse (experts of 1 and 24 ms)."""
 _LAPS_SHARE = 0.85
 """Of the time that is left, for playing: what a lap needs to begin and to end takes the rest."""
+_TRIES, _NEAR = 8, 0.7
+"""To find by prediction how much of a workload fits a time, and so much of the time is enough: where pictures come
+evenly, the first try is right."""
 _LEAST_LAP_SECONDS = 5.0
 """A workload that is over sooner is played again, where the time allows it: in the first second everything is new, and
 laps of one second differed by a fifth (experts of 1 ms, 2026-11-22)."""
-LEAST_GAIN = 0.01
-"""Who is better by less is not known to be better at all."""
 _LEAST_OF_DEFAULT = 0.9
 """Where waits or deadlines are what counts, throughput may fall so far, as predicted."""
 
@@ -80,53 +80,12 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class Lap:
-    """A configuration served live once, in one of the rounds."""
-
-    round: int
-    settings: Settings
-    outcome: Outcome
-
-
-@dataclass(slots=True)
-class Progress:
-    """What is known so far. Written after each step; a later run begins with it."""
-
-    path: Path
-    spent_seconds: float = 0.0
-    measured: Measured | None = None
-    laps: list[Lap] = field(default_factory=list)
-    share: float | None = None
-
-    @classmethod
-    def read(cls, path: Path) -> Progress:
-        try:
-            found = json.loads(path.read_text("utf-8"))
-        except (OSError, ValueError):  # there is none, or it was cut off: begin anew
-            return cls(path)
-        laps = [Lap(one["round"], Settings(**one["settings"]), Outcome(**one["outcome"])) for one in found["laps"]]
-        known = None if found["measured"] is None else Measured.from_json(found["measured"])
-        return cls(path, found["spent_seconds"], known, laps, found["share"])
-
-    def write(self) -> None:
-        beside = self.path.with_suffix(".new")
-        beside.write_text(
-            json.dumps(
-                {
-                    "spent_seconds": self.spent_seconds,
-                    "measured": None if self.measured is None else self.measured.as_json(),
-                    "laps": [asdict(lap) for lap in self.laps],
-                    "share": self.share,
-                }
-            ),
-            "utf-8",
-        )
-        beside.replace(self.path)
-
-
-@dataclass(frozen=True, slots=True)
 class Profiled:
-    """What the profiler came to. `predicted` are the best configurations of the search, the best first."""
+    """What the profiler came to. `predicted` are the best configurations of the search, the best first.
+
+    What is known lies in `home` all the same: whoever has kept the answer may delete it, and the next search is a new
+    one.
+    """
 
     settings: Settings
     default: Settings
@@ -140,42 +99,48 @@ class Profiled:
     share: float
     """Of the workload, that a live lap played."""
     is_complete: bool
+    home: Path
 
     @property
     def confirmed(self) -> int:
         return len({lap.settings for lap in self.laps})
 
     def live(self, settings: Settings) -> float:
-        """Images per second, the median of its laps; 0 where it was not served."""
-        known = [lap.outcome.images_per_second for lap in self.laps if lap.settings == settings]
-        return statistics.median(known) if known else 0.0
+        """Images per second, the median of the rounds in which it was served beside the default; of the default, of
+        those in which it was served beside the winner. 0 where there is none."""
+        beside = self.settings if settings == self.default else self.default
+        found = [found[settings] for found in self._rounds().values() if {settings, beside} <= found.keys()]
+        return statistics.median(found) if found else 0.0
+
+    def _rounds(self) -> dict[int, dict[Settings, float]]:
+        rounds = dict[int, dict[Settings, float]]()
+        for lap in self.laps:
+            rounds.setdefault(lap.round, {})[lap.settings] = lap.outcome.images_per_second
+        return rounds
 
 
 def profiled(rig: Rig, default: Settings, plan: Plan, say: Say = lambda line: None) -> Profiled:
-    """Measure, search and confirm within the plan's time. Ctrl-C ends it early, with what is known by then.
+    """Measure, search and confirm within the plan's time. Ctrl-C ends it early, with what is known by then; while it
+    measures nothing is, and KeyboardInterrupt goes on. The same again goes on from there.
 
     Raises ApplianceError when nothing can be measured here, or a picture gets no answer.
     """
-    home = plan.folder / _key(rig, default, plan)
+    here = hardware(() if rig.gpus is None else devices.gpus())
+    home = plan.folder / search_key(rig, default, plan.objective, plan.seed, here)
     home.mkdir(parents=True, exist_ok=True)
-    run = _Run(rig, default, plan, Progress.read(home / "progress.json"), home / "search.db", say)
-    found = run.all()
-    if found.is_complete:
-        shutil.rmtree(home, ignore_errors=True)
-    return found
+    return _Run(rig, default, plan, Progress.read(home / "progress.json"), say).all()
 
 
 class _Run:
     """One sitting of the profiler."""
 
-    def __init__(self, rig: Rig, default: Settings, plan: Plan, known: Progress, storage: Path, say: Say) -> None:
+    def __init__(self, rig: Rig, default: Settings, plan: Plan, known: Progress, say: Say) -> None:
         if not rig.holds(default):
             raise ConfigError("the default settings do not hold the largest expert", "raise memory.weights")
         self._rig, self._default, self._plan, self._known, self._say = rig, default, plan, known, say
-        self._storage = storage
         self._began, self._spent = time.monotonic(), known.spent_seconds
         self._is_complete = True
-        self._lap_seconds = 0.0
+        self._lap_seconds = max((lap.outcome.seconds for lap in known.laps), default=0.0)
 
     @property
     def _seconds(self) -> float:
@@ -183,7 +148,7 @@ class _Run:
         return self._spent + time.monotonic() - self._began
 
     def all(self) -> Profiled:
-        known = self._measured()
+        known = self._uninterrupted()
         usual = self._default.told()
         search = Search(
             {name: knob.including(usual[name]) for name, knob in self._rig.space().items()},
@@ -191,7 +156,7 @@ class _Run:
             self._judge(known),
             guesses=guesses(self._rig, self._default),
             seed=self._plan.seed,
-            storage=self._storage,
+            storage=self._known.storage,
         )
         with self._interruptible():
             self._search(search)
@@ -213,7 +178,17 @@ class _Run:
             seconds=self._seconds,
             share=share,
             is_complete=self._is_complete,
+            home=self._known.path.parent,
         )
+
+    def _uninterrupted(self) -> Measured:
+        """Raises KeyboardInterrupt: there is no answer without all that is measured. What was measured stays."""
+        try:
+            return self._measured()
+        except KeyboardInterrupt:
+            self._note()
+            self._say("interrupted while measuring: nothing is known to be better; the same command goes on from here")
+            raise
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:
@@ -239,8 +214,13 @@ class _Run:
 
     def _keep(self, found: Measured) -> Measured:
         self._known.measured = found
+        self._known.runs, self._known.gpu_runs = {}, {}
         self._note()
         return found
+
+    def _keep_runs(self, architecture: str, found: Runs | GpuRuns) -> None:
+        self._known.keep(architecture, found)
+        self._note()
 
     def _measured_full(self) -> Measured:
         gpus = self._rig.gpus
@@ -253,6 +233,7 @@ class _Run:
         found = self._measure(budget_seconds)
         while not found.loading.bytes_per_second and 0 < budget_seconds < len(kinds) * _AMPLE_SECONDS:
             budget_seconds *= 2  # on a busy box the little that is left for loads is over before a child has started
+            self._known.runs, self._known.gpu_runs = {}, {}
             found = self._measure(budget_seconds)
         if not found.loading.bytes_per_second:
             why = found.failed.get(LOADS, "there was no time")
@@ -273,6 +254,8 @@ class _Run:
             budget_seconds=max(seconds, _LEAST_MEASURING_SECONDS),
             say=lambda line: self._say(f"{line}, in int8"),
             known=replace(full, loading=Loading()),
+            runs=dict(self._known.runs),
+            keep=self._keep_runs,
         )
         return found if found.loading.bytes_per_second else replace(found, loading=full.loading)
 
@@ -287,8 +270,9 @@ class _Run:
         return learnt(known, self._watch(small, known), self._watch(default, known), default.threads)
 
     def _watch(self, settings: Settings, known: Measured) -> Watched:
-        rate = self._rig.predicted(settings, known).images_per_second
-        return self._rig.watched(settings, known, rate * _WATCHED_SECONDS / len(self._rig.workload.requests))
+        """Without deadlines: what is late when it comes is not run."""
+        rig = self._rig.patient()
+        return rig.watched(settings, known, _fitting(rig, settings, known, _WATCHED_SECONDS))
 
     def _measure(self, budget_seconds: float) -> Measured:
         return measured(
@@ -300,6 +284,9 @@ class _Run:
             budget_seconds=budget_seconds,
             say=self._say,
             gpus=self._rig.gpus,
+            runs=dict(self._known.runs),
+            gpu_runs=dict(self._known.gpu_runs),
+            keep=self._keep_runs,
         )
 
     def _judge(self, known: Measured) -> Callable[[Settings, float], Judged]:
@@ -310,45 +297,61 @@ class _Run:
                 return NO_ROOM
             found = self._rig.predicted(settings, known, share)
             excess = 0.0
-            if self._plan.objective != "throughput" and share == 1:
+            if self._plan.objective != "throughput" and share == 1 and goal:
                 excess = max(goal - found.images_per_second, 0.0) / goal
-            return Judged(_value(self._plan.objective, found), excess)
+            return Judged(value(self._plan.objective, found), excess)
 
         return judge
 
     def _search(self, search: Search) -> None:
-        until = self._seconds + _SEARCH_SHARE * self._plan.budget_seconds
-        self._plan.begun("search", until - self._seconds)
-        told, best, best_at = 0, 0.0, 0
+        """Not once laps have begun: who confirms has chosen."""
+        if self._known.share is not None:
+            return
+        before, began, told = self._known.searched_seconds, self._seconds, 0
+        seconds = max(_SEARCH_SHARE * self._plan.budget_seconds - before, 0.0)
+        self._plan.begun("search", seconds)
+
+        def noted() -> None:
+            self._known.searched_seconds = before + self._seconds - began
+            self._note()
 
         def goes_on() -> bool:
-            nonlocal told, best, best_at
-            if (found := search.best()) and found[0].value != best:
-                best, best_at = found[0].value, search.trials
-            if search.trials >= told + 25:
+            nonlocal told
+            if search.trials >= told + _NOTED_TRIALS:
                 told = search.trials
-                self._say(f"searching: {told} configurations, the best predicted at {best:.1f}")
-            most = min(best_at + _VAIN_TRIALS, _MOST_TRIALS)
-            return search.trials < LEAST_TRIALS or (self._seconds < until and search.trials < most)
+                best = "".join(f", the best predicted at {one.value:.1f}" for one in search.best())
+                self._say(f"searching: {told} configurations{best}")
+                noted()
+            if search.trials < LEAST_TRIALS:
+                return True
+            return self._seconds < began + seconds and search.trials < _MOST_TRIALS
 
-        search.run(goes_on)
+        try:
+            search.run(goes_on)
+        finally:
+            noted()
 
     def _confirm(self, known: Measured, candidates: Sequence[Settings]) -> None:
-        """The default beside two candidates, and beside the better of them once more; then, as long as there is time,
-        the other candidates, and the best of all again."""
+        """The default beside a candidate, in any case; another one, and the better of them beside the default once
+        more; then the other candidates, and the best of all again. All but the first two only if there is time, and
+        the first pair before the second candidate: without it nobody wins."""
         others = [one for one in candidates if one != self._default]
         if not others:
             return
         self._plan.begun("confirm", self._plan.budget_seconds - self._seconds)
         if self._known.share is None:
             self._known.share = self._lap_share(known, 1 + len(others[:2]) + 2 * (ROUNDS - 1))
-        for settings in (self._default, *others[:2]):
+        for settings in (self._default, others[0]):
             self._serve(known, 0, settings)
-        self._pair(known, 1)
+        for settings in others[1:2]:
+            if self._has_time(1 + 2 * (ROUNDS - 1)):
+                self._serve(known, 0, settings)
+        if self._has_time(2):
+            self._pair(known, 1)
         for settings in others[2:]:
             if self._has_time(1):
                 self._serve(known, 0, settings)
-        for number in range(2, 2 + CANDIDATES):
+        for number in range(ROUNDS, 2 + CANDIDATES):
             if self._has_time(2):
                 self._pair(known, number)
 
@@ -360,7 +363,7 @@ class _Run:
 
     def _so_far(self, settings: Settings) -> float:
         return statistics.median(
-            _value(self._plan.objective, lap.outcome) for lap in self._known.laps if lap.settings == settings
+            value(self._plan.objective, lap.outcome) for lap in self._known.laps if lap.settings == settings
         )
 
     def _has_time(self, laps: int) -> bool:
@@ -368,12 +371,21 @@ class _Run:
         return self._seconds + laps * self._lap_seconds <= self._plan.budget_seconds
 
     def _lap_share(self, known: Measured, laps: int) -> float:
-        """So much of the workload that so many laps fit the time that is left; of a short one more than once."""
-        whole = self._rig.predicted(self._default, known)
-        count = len(self._rig.workload.requests)
-        left = _LAPS_SHARE * max(self._plan.budget_seconds - self._seconds, 0.0)
-        seconds = count / whole.images_per_second
-        return min(max(left / laps / seconds, LEAST_REQUESTS / count), max(_LEAST_LAP_SECONDS / seconds, 1.0))
+        """So much of the workload that so many laps fit the time that is left; of a short one more than once.
+
+        Where that is too little to tell much, as much as fits the default and a candidate often enough to win."""
+        count, left = len(self._rig.workload.requests), max(self._plan.budget_seconds - self._seconds, 0.0)
+        left *= _LAPS_SHARE
+        most = max(_fitting(self._rig, self._default, known, _LEAST_LAP_SECONDS), 1.0)
+        share = min(_fitting(self._rig, self._default, known, left / laps), most)
+        if share >= min(LEAST_REQUESTS / count, most):
+            return share
+        self._say(
+            f"{LEAST_REQUESTS} pictures are not served {laps} times in the {left:.0f} s that are left: "
+            "a larger --budget tells more, or --speed for a journal"
+        )
+        seconds = max(left / (2 * ROUNDS), _LEAST_LAP_SECONDS)
+        return min(LEAST_REQUESTS / count, _fitting(self._rig, self._default, known, seconds), most)
 
     def _serve(self, known: Measured, number: int, settings: Settings) -> None:
         if any(lap.round == number and lap.settings == settings for lap in self._known.laps):
@@ -399,12 +411,17 @@ class _Run:
 
 def learnt(known: Measured, one: Watched, all_at_work: Watched, threads: int) -> Measured:
     """With what passes between batches, small and large ones; and, where all executors of so many threads at work took
-    far longer or shorter than expected, with contention as it was then."""
-    contention = known.contention
-    if not 1 / _FAR_OFF < (off := all_at_work.times_as_long) < _FAR_OFF:
-        contention = tuple(other.scaled(off) if other.threads == threads else other for other in contention)
-    handover = handover_fit([*one.handovers, *all_at_work.handovers])
-    return _with_handover(replace(known, contention=contention), handover)
+    far longer or shorter than expected, with contention as it was then, in both precisions."""
+    off = all_at_work.times_as_long if all_at_work.batches >= _LEAST_BATCHES else 1.0
+    if not 1 / _FAR_OFF < off < _FAR_OFF:
+        int8 = None if known.int8 is None else _with_contention(known.int8, threads, off)
+        known = replace(_with_contention(known, threads, off), int8=int8)
+    return _with_handover(known, handover_fit([*one.handovers, *all_at_work.handovers]))
+
+
+def _with_contention(known: Measured, threads: int, off: float) -> Measured:
+    found = tuple(one.scaled(off) if one.threads == threads else one for one in known.contention)
+    return replace(known, contention=found)
 
 
 def _with_handover(known: Measured, found: Handover) -> Measured:
@@ -412,51 +429,20 @@ def _with_handover(known: Measured, found: Handover) -> Measured:
     return replace(known, handover=found, int8=int8)
 
 
-def winner(laps: Sequence[Lap], default: Settings, objective: str) -> Settings:
-    """Whoever was served often enough beside the default and was clearly better in more than half of these rounds; of
-    several the best; else the default."""
-    rounds: dict[Settings, dict[int, float]] = {}
-    for lap in laps:
-        rounds.setdefault(lap.settings, {})[lap.round] = _value(objective, lap.outcome)
-    usual = rounds.pop(default, {})
-    able = dict[Settings, float]()
-    for settings, values in rounds.items():
-        both = values.keys() & usual.keys()
-        better = sum(values[number] > usual[number] + LEAST_GAIN * abs(usual[number]) for number in both)
-        if len(both) >= ROUNDS and 2 * better > len(both):
-            able[settings] = statistics.median(values.values())
-    return max(able, key=lambda settings: able[settings], default=default)
-
-
-def diverse(ranked: Sequence[Trial]) -> list[Trial]:
-    """The best of each number of executors and threads in each precision first, then the next best of all: where a
-    prediction is wrong, it is so for all that share these."""
-    first, rest = dict[tuple[int, int, int, int], Trial](), list[Trial]()
-    for trial in ranked:
-        settings = trial.settings
-        key = settings.cpu_executors, settings.gpu_executors, settings.threads, settings.int8
-        if first.setdefault(key, trial) is not trial:
-            rest.append(trial)
-    return [*first.values(), *rest][:CANDIDATES]
-
-
-def guesses(rig: Rig, default: Settings) -> list[Settings]:
-    """Where experience would look first."""
-    around = [
-        replace(default, cpu_executors=rig.cores, load_slots=1),
-        replace(default, cpu_executors=1, threads=rig.cores),
-        replace(default, cpu_executors=rig.cores + 1),
-        replace(default, weights_share=min(default.weights_share + 0.05, 0.97)),
-        replace(default, batch_cap=max(default.batch_cap // 2, 1)),
-    ]
-    if rig.gpus is not None:
-        around += [
-            replace(default, gpu_executors=0),
-            replace(default, gpu_executors=len(rig.gpus.names), cpu_executors=1),
-            replace(default, host_tier_share=0.0),
-        ]
-    around += [] if rig.int8 is None else [replace(settings, int8=1) for settings in (default, *around)]
-    return [settings for settings in around if rig.holds(settings)]
+def _fitting(rig: Rig, settings: Settings, known: Measured, seconds: float) -> float:
+    """So large a share of the workload as is served in so many seconds, as predicted, however unevenly it comes; above
+    1 where it is over sooner."""
+    whole = rig.predicted(settings, known).seconds
+    if whole <= seconds:
+        return seconds / whole if whole else 1.0  # all are late as they come
+    low, high, share = 0.0, 1.0, seconds / whole
+    for _ in range(_TRIES):
+        took = rig.predicted(settings, known, share).seconds
+        if _NEAR * seconds <= took <= seconds / _LAPS_SHARE:
+            return share
+        low, high = (share, high) if took <= seconds else (low, share)
+        share = (low + high) / 2
+    return low
 
 
 def told(settings: Settings, default: Settings) -> str:
@@ -464,23 +450,3 @@ def told(settings: Settings, default: Settings) -> str:
     usual = default.told()
     changed = {name: value for name, value in settings.told().items() if value != usual[name]}
     return ", ".join(f"{name} {value:.3g}" for name, value in changed.items()) or "the default"
-
-
-def _value(objective: str, found: Outcome) -> float:
-    """More is better."""
-    match objective:
-        case "deadlines":  # of those that are equally in time, the quickest
-            return 1.0 - found.late_share + found.images_per_second * 1e-6
-        case "p99":
-            return -found.wait_p99_seconds
-    return found.images_per_second
-
-
-def _key(rig: Rig, default: Settings, plan: Plan) -> str:
-    """Names what is searched: another workload, box or memory is another search."""
-    asks = [(request.component, request.arrived_seconds, request.deadline_seconds) for request in rig.workload.requests]
-    experts = {name: (one.architecture, one.bytes) for name, one in rig.compiled.items()}
-    gpus = None if rig.gpus is None else (rig.gpus.names, rig.gpus.memory_bytes, sorted(rig.gpus.compiled))
-    int8 = None if rig.int8 is None else {name: one.architecture for name, one in rig.int8.compiled.items()}
-    described = repr((asks, experts, rig.memory_bytes, rig.cores, gpus, int8, default, plan.objective, plan.seed))
-    return hashlib.sha256(described.encode()).hexdigest()[:16]

@@ -7,7 +7,7 @@ the same controller.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from appliance.core.costs import Cost, mixed
 from appliance.core.graph import ExpertGraph
 from appliance.core.policies import APPLIANCE, Policy
 from appliance.core.slab import SLACK, block_bytes
-from appliance.core.types import Batch, Device, Event, Executor, Expert, Footprint
+from appliance.core.types import Batch, Device, Event, Executor, Expert, Footprint, Request
 from appliance.engine import cuda
 from appliance.engine.engine import Engine
 from appliance.lab import live
@@ -40,12 +40,16 @@ ACTIVATIONS_TWICE = 2
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a configuration comes to on a workload. `late_share` is of the pictures that have a deadline."""
+    """What a configuration comes to on a workload, which took so many `seconds`, waiting for pictures included.
+
+    `late_share` is of its boards: the parts of one picture together are one, and any other picture is one.
+    """
 
     images_per_second: float
     wait_p99_seconds: float
     late_share: float
     loads: int
+    seconds: float = 0.0
 
     def told(self) -> dict[str, Any]:
         return {
@@ -58,11 +62,12 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """What was seen while a configuration was served: how many times as long as expected its runs took, and what passed
-    after each batch of so many pictures until its executor had the next."""
+    """What was seen while a configuration was served: how many times as long as expected its runs of so many batches
+    took, and what passed after each batch of so many pictures until its executor had the next."""
 
     times_as_long: float
     handovers: Sequence[tuple[int, float]]
+    batches: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +106,17 @@ class Rig:
             return replace(self, int8=None)
         compiled = {**self.compiled, **self.int8.compiled}
         return replace(self, compiled=compiled, bundles={**self.bundles, **self.int8.bundles}, int8=None)
+
+    def _as_run(self, settings: Settings, measured: Measured) -> tuple[Rig, Measured]:
+        """The box and what counts on it, in the precision of these settings."""
+        if self.int8 is None:
+            return self, measured
+        return self.in_precision(settings), measured.of(int8=bool(settings.int8))
+
+    def patient(self) -> Rig:
+        """The same box, where no picture is ever late."""
+        requests = tuple(replace(request, deadline_seconds=None) for request in self.workload.requests)
+        return replace(self, workload=replace(self.workload, requests=requests))
 
     @property
     def thread_counts(self) -> list[int]:
@@ -182,9 +198,10 @@ class Rig:
 
     def predicted(self, settings: Settings, measured: Measured, share: float = 1.0) -> Outcome:
         """By the simulator. `holds` first."""
-        if self.int8 is not None:
-            measured = measured.of(int8=bool(settings.int8))
-            return self.in_precision(settings).predicted(settings, measured, share)
+        rig, measured = self._as_run(settings, measured)
+        return rig._simulated(settings, measured, share)
+
+    def _simulated(self, settings: Settings, measured: Measured, share: float) -> Outcome:
         workload, policy = self.workload.played(share), policy_of(settings)
         box = self._setup(settings, measured, policy)
         controller = Controller(
@@ -200,29 +217,31 @@ class Rig:
             tiers=_tiers(measured, box.devices, self.host_tier_bytes(settings)),
         )
         found = simulate(controller, world, workload.requests)
-        late = sum(not verdict.outcome.is_answer for verdict in found.verdicts)
+        late = {verdict.request for verdict in found.verdicts if not verdict.outcome.is_answer}
         return Outcome(
             found.images_per_second,
             quantile(found.waits_seconds, 0.99),
-            late / len(found.verdicts),
+            late_boards(workload.requests, len(self.workload.requests), late),
             found.loads,
+            found.seconds,
         )
 
     def served(self, settings: Settings, measured: Measured, share: float = 1.0) -> Outcome:
         """Live. Raises ApplianceError when a GPU cannot be opened, or a picture gets no answer."""
-        lap = self._lap(settings, measured, share)
-        return Outcome(lap.images_per_second, lap.wait_seconds(0.99), lap.late / len(lap.waits_seconds), lap.loads)
+        rig, measured = self._as_run(settings, measured)
+        lap = rig._lap(settings, measured, share)
+        late = late_boards(self.workload.played(share).requests, len(self.workload.requests), set(lap.late_requests))
+        return Outcome(lap.images_per_second, lap.wait_seconds(0.99), late, lap.loads, lap.seconds)
 
     def watched(self, settings: Settings, measured: Measured, share: float) -> Watched:
         """Live, on so much of the workload. Raises the same."""
-        lap, taking = self._lap(settings, measured, share), Taking(self, measured, settings)
+        rig, measured = self._as_run(settings, measured)
+        lap, taking = rig._lap(settings, measured, share), Taking(rig, measured, settings)
         expected = sum(taking.run_seconds(ran.batch, ran.running, ran.loading) for ran in lap.ran)
-        return Watched(sum(ran.seconds for ran in lap.ran) / expected, lap.handovers)
+        took = sum(ran.seconds for ran in lap.ran)
+        return Watched(took / expected if expected else 1.0, lap.handovers, len(lap.ran))
 
     def _lap(self, settings: Settings, measured: Measured, share: float) -> Lap:
-        if self.int8 is not None:
-            measured = measured.of(int8=bool(settings.int8))
-            return self.in_precision(settings)._lap(settings, measured, share)
         workload, policy = self.workload.played(share), policy_of(settings)
         bundles = {name: _proven(bundle) for name, bundle in self.bundles.items()}
         stage = live.Stage(self.graph, bundles, workload.requests, workload.answer, self.pictures, settings.batch_cap)
@@ -258,6 +277,16 @@ class Rig:
             *(Executor(f"{CPU}-{number}", CPU) for number in range(settings.cpu_executors)),
         )
         return Setup(devices, executors, experts, tuple(_residents(experts, devices, policy)))
+
+
+def late_boards(requests: Sequence[Request], once: int, late: Set[str]) -> float:
+    """So large a share of the boards is late, with any part of each. The workload is played again after `once`
+    requests, with other boards."""
+    boards = dict[tuple[int, str], bool]()
+    for number, request in enumerate(requests):
+        board = number // once, request.picture or request.id
+        boards[board] = boards.get(board, False) or request.id in late
+    return sum(boards.values()) / len(boards)
 
 
 def _proven(bundle: Bundle) -> Bundle:
@@ -344,6 +373,10 @@ def _tiers(measured: Measured, devices: Sequence[Device], tier_bytes: int) -> di
     }
 
 
+def _gpu_runs(running: Mapping[str, int]) -> int:
+    return sum(count for device, count in running.items() if device != CPU)
+
+
 class Taking:
     """How long a batch takes beside other runs and loads, and until its executor has the next one, as measured.
 
@@ -362,13 +395,14 @@ class Taking:
         self._handover = measured.handover or Handover()
 
     def __call__(self, batch: Batch, running: Mapping[str, int], loading: Mapping[str, int]) -> float:
-        between, threads = self._handover.seconds(len(batch.requests)), sum(running.values())
-        # What passes between two batches is processor time, too: more executors than cores share these.
-        return self.run_seconds(batch, running, loading) + between * max(threads / self._rig.cores, 1.0)
+        between = self._handover.seconds(len(batch.requests))
+        busy = running[CPU] * self._settings.threads + _gpu_runs(running)
+        # What passes between two batches is processor time, too: more threads than cores share these.
+        return self.run_seconds(batch, running, loading) + between * max(busy / self._rig.cores, 1.0)
 
     def run_seconds(self, batch: Batch, running: Mapping[str, int], loading: Mapping[str, int]) -> float:
         """Of the batch alone."""
-        gpus = sum(count for device, count in running.items() if device != CPU)
+        gpus = _gpu_runs(running)
         busy = running[CPU] * self._settings.threads
         if batch.device == CPU:
             seconds = self._on_cpu(batch, running[CPU], loading[CPU])
