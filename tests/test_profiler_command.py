@@ -21,7 +21,8 @@ from appliance.profiler import boxes
 from appliance.profiler.command import Pictures, _live, _written, of_box, of_made
 from appliance.profiler.gridded import _grid, against_grid
 from appliance.profiler.measurements import Loading, Measured
-from appliance.profiler.profiled import Lap, Plan, Profiled
+from appliance.profiler.profiled import Plan, Profiled
+from appliance.profiler.progress import Lap
 from appliance.profiler.rig import Outcome
 from appliance.profiler.settings import Settings
 from appliance.startup import hardware
