@@ -282,6 +282,13 @@ def profile(
     checked: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Share of pictures that lead on to a next expert; not of a journal.")
     ] = 0.35,
+    pictures: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder of pictures as the cameras send them: decoding is part of what runs take. By default small "
+            "ones are made, of 320 x 240."
+        ),
+    ] = None,
     shape: Annotated[
         str | None, typer.Option(help="Not the box of --config, but experts made for it: 14MB, 45MB or 170MB.")
     ] = None,
@@ -325,8 +332,8 @@ def profile(
         plan = Plan(_budget(budget), folder / "profiler", objective, seed, begun)
         if shape is None:
             until = None if due is None else _seconds(due, "--due")
-            pictures = Pictures(requests, checked, _seconds(gap), journal, speed, product, until)
-            found = of_box(config, pictures, plan, out, html, say)
+            asked_for = Pictures(requests, checked, _seconds(gap), journal, speed, product, until, pictures)
+            found = of_box(config, asked_for, plan, out, html, say)
         else:
             asked = Workload(shape, experts, requests, _share(memory, "--memory"), _seconds(gap), checked)
             found = of_made(asked, plan, folder, out or folder / f"profile-{experts}-{shape}.json", html, say)
@@ -692,7 +699,7 @@ def _refuse_given(context: typer.Context, unused: set[str], why: str) -> None:
 def _refuse_profile_options(context: typer.Context, *, is_made: bool, is_product: bool, journal: Path | None) -> None:
     """Of `appliance profile`: those that would change nothing."""
     if is_made:
-        of_a_box = {"config", "product", "due", "journal", "speed"}
+        of_a_box = {"config", "product", "due", "journal", "speed", "pictures"}
         _refuse_given(context, of_a_box, "it goes with the box of --config; --shape makes experts and pictures")
     else:
         _refuse_given(context, {"experts", "memory"}, "it goes with --shape")

@@ -63,6 +63,7 @@ class Box:
         known: Measured | None = None,
         runs: Mapping[str, Runs] = MappingProxyType({}),
         keep: Callable[[str, Any], None] = lambda architecture, found: None,
+        pictures: Sequence[bytes] | None = None,
     ) -> Measured:
         chosen = {name: self.compiled[name] for name in names}
         return measured(
@@ -76,6 +77,7 @@ class Box:
             known=known,
             runs=runs,
             keep=keep,
+            pictures=pictures,
         )
 
 
@@ -105,6 +107,14 @@ def test_each_architecture_is_measured_once_with_every_number_of_threads(box: Bo
     assert Counter((one.architecture, one.threads) for one in found.architectures) == {
         (architecture, threads): 1 for architecture in architectures for threads in (1, 2)
     }
+
+
+def test_runs_are_measured_on_the_pictures_that_are_given(box: Box) -> None:
+    """A damaged one says so; the folder of `--pictures` is checked before."""
+    found = box.measured("left", pictures=[b"no picture"])
+    (why,) = (why for name, why in found.failed.items() if name != LOADS)
+    assert "the payload begins with" in why
+    assert found.architectures == ()
 
 
 def test_what_is_told_of_an_architecture_follows_from_its_samples(box: Box, found: Measured) -> None:

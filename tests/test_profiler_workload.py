@@ -175,6 +175,27 @@ def test_an_edge_without_conditions_is_always_taken() -> None:
     assert set(answers(graph_with(Edge("first", "next")), 0.0)) == {("next",)}
 
 
+def test_the_pictures_of_a_folder_are_shown_as_they_are_the_first_by_name(tmp_path: Path) -> None:
+    made = laps.encoded_pictures()
+    for number, payload in enumerate(reversed(made)):
+        (tmp_path / f"{number:02}.jpg").write_bytes(payload)
+    (tmp_path / "older").mkdir()
+    assert workload.pictures_in(tmp_path) == list(reversed(made))
+    for number in range(40):
+        (tmp_path / f"a{number:02}.jpg").write_bytes(made[0])
+    assert len(workload.pictures_in(tmp_path)) == 32
+
+
+def test_a_folder_without_pictures_is_refused_by_its_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"has no picture"):
+        workload.pictures_in(tmp_path)
+    with pytest.raises(ConfigError, match=r"nowhere cannot be read"):
+        workload.pictures_in(tmp_path / "nowhere")
+    (tmp_path / "notes.txt").write_text("no picture")
+    with pytest.raises(ConfigError, match=r"notes\.txt"):
+        workload.pictures_in(tmp_path)
+
+
 def test_the_beginning_of_a_workload_is_its_first_pictures(boards: Catalog) -> None:
     whole = workload.of_usage(boards, 100, 0.5, 0.01)
     assert whole.played(0.2).requests == whole.requests[:20]

@@ -20,7 +20,8 @@ Pictures = Sequence[bytes]
 
 _SEED = 1
 _PICTURES, _PICTURE_SIZE = 16, (320, 240)
-_MAX_BYTES, _MAX_PIXELS = 1 << 24, 1 << 24
+MAX_BYTES, MAX_PIXELS = 1 << 24, 1 << 24
+"""Of a picture."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,4 +161,4 @@ def album(pictures: Pictures) -> Album:
     def payload(request: str) -> bytes:
         return pictures[int(request.removeprefix("r")) % len(pictures)]
 
-    return Album(payload, lambda request: Subject(None, request), _MAX_BYTES, _MAX_PIXELS)
+    return Album(payload, lambda request: Subject(None, request), MAX_BYTES, MAX_PIXELS)

@@ -20,13 +20,12 @@ from appliance.drivers import images
 from appliance.drivers.images import Views
 from appliance.engine.engine import Engine, Engines
 from appliance.errors import LoadError, RunError
-from appliance.lab.laps import encoded_pictures
+from appliance.lab.laps import MAX_BYTES, MAX_PIXELS, Pictures
 from appliance.startup import footprint
 from appliance.store.store import Compiled
 
 Opening = Callable[[Callable[[Event], None]], Engine]
 """Makes an engine that reports there."""
-_MAX_BYTES, _MAX_PIXELS = 1 << 24, 1 << 24
 
 
 def size_of(experts: Sequence[Compiled]) -> int:
@@ -123,11 +122,12 @@ class Bench:
         experts: Mapping[str, Sequence[Compiled]],
         bundles: Mapping[str, Bundle],
         executors: Mapping[str, int],
+        pictures: Pictures,
     ) -> None:
         """Engines are called as their devices are. Raises what opening one raises, RunError or LoadError."""
         self._experts, self._told, self._ids = experts, Queue[Event](), count()
         self._is_turned = False
-        self._pictures = encoded_pictures()
+        self._pictures = pictures
         self._reference = self._decoded(0)
         self._engines = {name: opening(self._told.put) for name, opening in openings.items()}
         made = [Executor(f"{name}-{n}", name) for name, most in executors.items() for n in range(most)]
@@ -206,4 +206,4 @@ class Bench:
 
     def _decoded(self, number: int) -> images.Picture:
         payload = self._pictures[number % len(self._pictures)]
-        return images.decode(payload, max_bytes=_MAX_BYTES, max_pixels=_MAX_PIXELS)
+        return images.decode(payload, max_bytes=MAX_BYTES, max_pixels=MAX_PIXELS)

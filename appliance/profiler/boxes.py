@@ -36,8 +36,13 @@ from appliance.startup import (
 )
 
 
-def rig_of(made: Installation, work: Workload, say: Say = lambda line: None) -> Rig:
-    """The box as it serves. Raises CatalogError when no expert can be served."""
+def rig_of(
+    made: Installation, work: Workload, say: Say = lambda line: None, pictures: laps.Pictures | None = None
+) -> Rig:
+    """The box as it serves, with these encoded pictures or made ones.
+
+    Raises CatalogError when no expert can be served.
+    """
     if not made.compiled:
         raise CatalogError("no expert can be served", "see `appliance check`")
     return Rig(
@@ -46,7 +51,7 @@ def rig_of(made: Installation, work: Workload, say: Say = lambda line: None) -> 
         {name: made.bundles_on(CPU)[name] for name in made.compiled},
         made.store.segment_path,
         probabilities(made.catalog),
-        laps.encoded_pictures(),
+        pictures or laps.encoded_pictures(),
         made.split_bytes,
         cores(),
         work,

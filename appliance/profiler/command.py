@@ -33,7 +33,7 @@ from appliance.startup import hardware, install
 
 @dataclass(frozen=True, slots=True)
 class Pictures:
-    """The workload that is asked for: of a journal, of a product, or else by usage."""
+    """The workload that is asked for: of a journal, of a product, or else by usage; and where its pictures lie."""
 
     requests: int
     checked_share: float
@@ -42,6 +42,7 @@ class Pictures:
     speed: float = 1.0
     product: str | None = None
     due_seconds: float | None = None
+    folder: Path | None = None
 
     def of(self, catalog: Catalog) -> Workload:
         if self.journal is not None:
@@ -61,9 +62,12 @@ def of_box(path: Path, pictures: Pictures, plan: Plan, out: Path | None, html: P
     _check_places(wanted, html, plan.folder)
     work = pictures.of(catalogs.load(config.paths.catalog))  # before experts are compiled, which may take minutes
     _check_objective(plan.objective, work.requests)
+    shown = None if pictures.folder is None else workload.pictures_in(pictures.folder)
+    if shown is not None:
+        work = replace(work, name=f"{work.name}, pictures of {pictures.folder}")
     say("reading and compiling experts")
     made = install(config, profile=profile.DEFAULT)  # the one that is there may be of another time
-    rig, default, here = boxes.rig_of(made, work, say), boxes.default_of(made), hardware(made.gpus.used)
+    rig, default, here = boxes.rig_of(made, work, say, shown), boxes.default_of(made), hardware(made.gpus.used)
     if len({gpu.name for gpu in made.gpus.used}) > 1:
         say(f"the GPUs differ: all are taken to be like {made.gpus.used[0].name}")
     for knob, key in rig.settled.items():
@@ -200,10 +204,7 @@ def _told(found: Profiled, rig: Rig, plan: Plan, here: Hardware, path: Path) -> 
 def _live(found: Profiled, settings: Settings) -> dict[str, float]:
     """All that an objective may ask for: medians of the rounds in which both the default and what was chosen were
     served, empty if there are none."""
-    rounds = [{lap.round for lap in found.laps if lap.settings == one} for one in (found.settings, found.default)]
-    both = set.intersection(*rounds)
-    served = [lap.outcome for lap in found.laps if lap.settings == settings and lap.round in both]
-    if not served:
+    if not (served := found.compared(settings)):
         return {}
     return {name: statistics.median(getattr(one, name) for one in served) for name in _COMPARED}
 

@@ -23,7 +23,7 @@ from threading import Timer
 from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
-from pydantic import TypeAdapter
+from pydantic import Base64Bytes, TypeAdapter
 
 from appliance.catalog import Bundle
 from appliance.core import costs
@@ -31,6 +31,7 @@ from appliance.core.types import Device, Event
 from appliance.drivers import devices
 from appliance.engine.engine import Engine
 from appliance.errors import ApplianceError, ModelError
+from appliance.lab.laps import Pictures, encoded_pictures
 from appliance.lab.telling import Say
 from appliance.profile import Kind
 from appliance.profiler.measurements import (
@@ -88,6 +89,7 @@ class Job:
     repeats: int
     activation_bytes: int
     until: float
+    pictures: tuple[Base64Bytes, ...]
     gpu: GpuJob | None = None
 
 
@@ -183,6 +185,7 @@ def measured(
     say: Say = lambda line: None,
     known: Measured | None = None,
     memory_bytes: int | None = None,
+    pictures: Pictures | None = None,
     gpus: GpuPart | None = None,
     runs: Mapping[str, Runs] = MappingProxyType({}),
     gpu_runs: Mapping[str, GpuRuns] = MappingProxyType({}),
@@ -192,14 +195,16 @@ def measured(
     the first of the `gpus`, if there are any.
 
     Within the budget, but for one run or a child's start: less time means fewer repeats, and what had no turn at all is
-    lacking, or in `failed`. What is `known` is kept as it is. A child may have `memory_bytes` of address space.
+    lacking, or in `failed`. What is `known` is kept as it is. A child may have `memory_bytes` of address space. It
+    runs on these encoded `pictures`, or on made ones.
 
     `keep` hears of each architecture when it is measured. Who was interrupted gives back what it heard as `runs` and
     `gpu_runs`: these are not measured again, and the others have the time that they would have had.
     """
     begun, whole_seconds = time.monotonic(), budget_seconds
     budget_seconds *= 1.0 if gpus is None else 1 - _GPU_SHARE
-    asked = _Asked(bundles, segment_path, tuple(threads), executors, repeats, memory_bytes or _memory_bytes())
+    most_bytes, shown = memory_bytes or _memory_bytes(), tuple(pictures or encoded_pictures())
+    asked = _Asked(bundles, segment_path, tuple(threads), executors, repeats, most_bytes, shown)
     known = known or Measured((), Loading(), (), 0.0, {})
     groups = _new_groups(compiled, known, "cpu", threads)
     loading, loads_share = known.loading, 0.0 if known.loading.bytes_per_second else _LOADS_SHARE
@@ -247,6 +252,7 @@ class _Asked:
     executors: int
     repeats: int
     memory_bytes: int
+    pictures: tuple[bytes, ...]
 
     def runs(self, experts: Sequence[Compiled], until: float) -> Runs:
         """Raises ApplianceError when the child died, was given up, or says what failed."""
@@ -272,7 +278,9 @@ class _Asked:
         paths = {segment.id: self.segment_path(segment.id) for one in experts for segment in one.segments}
         bundles = {one.expert: self.bundles[one.expert] for one in experts}
         working = int(_ACTIVATIONS_SHARE * self.memory_bytes)
-        job = Job(tuple(experts), bundles, paths, self.threads, self.executors, self.repeats, working, until)
+        job = Job(
+            tuple(experts), bundles, paths, self.threads, self.executors, self.repeats, working, until, self.pictures
+        )
         limit_bytes = self.memory_bytes
         if gpus is not None:
             there = tuple(gpus.compiled[one.expert] for one in experts)

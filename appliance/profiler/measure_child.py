@@ -304,7 +304,9 @@ def _bench(job: Job) -> Bench:
         return lambda tell: Engine.on(device, _by_name(job.experts), memory, CpuPlace(threads), tell)
 
     engines = {f"{threads}": opening(threads) for threads in job.threads}
-    return Bench(engines, dict.fromkeys(engines, job.experts), job.bundles, dict.fromkeys(engines, job.executors))
+    return Bench(
+        engines, dict.fromkeys(engines, job.experts), job.bundles, dict.fromkeys(engines, job.executors), job.pictures
+    )
 
 
 def _gpu_bench(job: Job, gpu: GpuJob, open_gpu: OpenGpu) -> Bench:
@@ -315,7 +317,7 @@ def _gpu_bench(job: Job, gpu: GpuJob, open_gpu: OpenGpu) -> Bench:
         CPU: lambda tell: Engine.in_main_memory(device, _by_name(job.experts), job.paths.__getitem__, tell),
     }
     experts = {gpu.device: gpu.experts, CPU: job.experts}
-    return Bench(engines, experts, job.bundles, {gpu.device: 1, CPU: job.executors})
+    return Bench(engines, experts, job.bundles, {gpu.device: 1, CPU: job.executors}, job.pictures)
 
 
 def _lane(job: Job, slots: int) -> Lane:

@@ -239,7 +239,17 @@ def _threads(count: int) -> str:
 
 
 def _fit_table(found: Found) -> str:
-    heads = ("architecture of", "runs on", "K", "B", "error", "worst", "best batch", "waited")
+    heads = (
+        "architecture of",
+        "runs on",
+        "K",
+        "B",
+        "error",
+        "worst",
+        "best batch",
+        "a picture's activations",
+        "waited",
+    )
     return table(heads, [("", _fit_cells(fit)) for fit in found["fits"]])
 
 
@@ -252,6 +262,7 @@ def _fit_cells(fit: Mapping[str, Any]) -> Sequence[str]:
         f"{fit['fit_error']:.1%}",
         f"{fit['worst_error']:.1%}",
         str(fit["best_batch"]),
+        f"{fit['activation_item_bytes'] / 1e6:.1f} MB",
         f"{fit['waited_share']:.0%}",
     )
 

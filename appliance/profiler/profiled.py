@@ -27,7 +27,7 @@ from appliance.startup import hardware
 
 REFUSED = Outcome(0.0, 1e9, 1.0, 0)
 """Of a candidate that a device refused."""
-_MEASURE_SHARE, _SEARCH_SHARE = 0.15, 0.2
+_MEASURE_SHARE, _SEARCH_SHARE = 0.1, 0.1
 """Of the time, at most, for measuring each kind of device and for the search; what is left is for confirming live."""
 _ARCHITECTURE_SECONDS = 20.0
 """For measuring each, at most: more repeats tell nothing new."""
@@ -106,17 +106,15 @@ class Profiled:
         return len({lap.settings for lap in self.laps})
 
     def live(self, settings: Settings) -> float:
-        """Images per second, the median of the rounds in which it was served beside the default; of the default, of
-        those in which it was served beside the winner. 0 where there is none."""
-        beside = self.settings if settings == self.default else self.default
-        found = [found[settings] for found in self._rounds().values() if {settings, beside} <= found.keys()]
+        """Images per second, the median of these rounds; 0 where there is none."""
+        found = [one.images_per_second for one in self.compared(settings)]
         return statistics.median(found) if found else 0.0
 
-    def _rounds(self) -> dict[int, dict[Settings, float]]:
-        rounds = dict[int, dict[Settings, float]]()
-        for lap in self.laps:
-            rounds.setdefault(lap.round, {})[lap.settings] = lap.outcome.images_per_second
-        return rounds
+    def compared(self, settings: Settings) -> list[Outcome]:
+        """Of the rounds in which it was served beside the default; of the default, of those beside the winner."""
+        beside = self.settings if settings == self.default else self.default
+        rounds = {lap.round for lap in self.laps if lap.settings == beside}
+        return [lap.outcome for lap in self.laps if lap.settings == settings and lap.round in rounds]
 
 
 def profiled(rig: Rig, default: Settings, plan: Plan, say: Say = lambda line: None) -> Profiled:
@@ -254,6 +252,7 @@ class _Run:
             budget_seconds=max(seconds, _LEAST_MEASURING_SECONDS),
             say=lambda line: self._say(f"{line}, in int8"),
             known=replace(full, loading=Loading()),
+            pictures=rig.pictures,
             runs=dict(self._known.runs),
             keep=self._keep_runs,
         )
@@ -283,6 +282,7 @@ class _Run:
             executors=self._rig.cores,
             budget_seconds=budget_seconds,
             say=self._say,
+            pictures=self._rig.pictures,
             gpus=self._rig.gpus,
             runs=dict(self._known.runs),
             gpu_runs=dict(self._known.gpu_runs),

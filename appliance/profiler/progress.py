@@ -96,6 +96,8 @@ def search_key(rig: Rig, default: Settings, objective: str, seed: int, here: Har
         (default, objective, seed),
     )
     digest = hashlib.sha256(repr(described).encode())
+    for picture in rig.pictures:
+        digest.update(hashlib.sha256(picture).digest())
     for request in rig.workload.requests:
         answers = list(_answers(rig.workload, rig.graph, request.id, request.component))
         digest.update(repr((request, answers)).encode())

@@ -15,13 +15,16 @@ from pathlib import Path
 from appliance.catalog import Catalog
 from appliance.core.graph import Condition, ExpertGraph
 from appliance.core.types import Arrived, Finding, Finished, Refusal, Request
-from appliance.drivers import journal
-from appliance.errors import ConfigError
+from appliance.drivers import images, journal
+from appliance.errors import ConfigError, PictureError
+from appliance.lab import laps
 from appliance.lab.paper import Trace
 from appliance.lab.simulate import Answer
 
 _SEED = 1
 _SURE = 0.9
+_MOST_PICTURES = 32
+"""That are shown by turns: all are held in memory, and more tell nothing new about decoding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,26 @@ def _moved(request: Request, number: int, seconds: float) -> Request:
 def _first(request: str, once: int) -> str:
     """The request of which this one is a repetition."""
     return f"r{int(request.removeprefix('r')) % once}"
+
+
+def pictures_in(folder: Path) -> list[bytes]:
+    """What cameras send, for example: the first files there, by name. Decoding them is part of what runs take.
+
+    Raises ConfigError where there is none, or one that is no picture.
+    """
+    try:
+        files = sorted(path for path in folder.iterdir() if path.is_file())[:_MOST_PICTURES]
+        found = {path: path.read_bytes() for path in files}
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be read: {error.strerror}", "give a folder with --pictures") from error
+    if not found:
+        raise ConfigError(f"{folder} has no picture", "put some there that the cameras have sent")
+    for path, payload in found.items():
+        try:
+            images.decode(payload, max_bytes=laps.MAX_BYTES, max_pixels=laps.MAX_PIXELS)
+        except PictureError as error:
+            raise ConfigError(f"{path}: {error.what}", "take it out of the folder") from error
+    return list(found.values())
 
 
 def of_trace(name: str, trace: Trace) -> Workload:
