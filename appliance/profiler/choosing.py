@@ -21,6 +21,8 @@ CANDIDATES = 4
 """Of the search's best, at most, that are served live."""
 LEAST_GAIN = 0.01
 """Who is better by less is not known to be better at all."""
+_EVEN = 0.005
+"""Who is predicted to be worse by less is as good."""
 _LATE_DIGITS = 3
 """Of the share of boards that are late: who differs by less than a thousandth is as punctual."""
 
@@ -64,14 +66,24 @@ def winner(laps: Sequence[Lap], default: Settings, objective: str) -> Settings:
 
 def diverse(ranked: Sequence[Trial]) -> list[Trial]:
     """The best of each number of executors and threads in each precision first, then the next best of all: where a
-    prediction is wrong, it is so for all that share these."""
-    first, rest = dict[tuple[int, int, int, int], Trial](), list[Trial]()
+    prediction is wrong, it is so for all that share these.
+
+    Of those that are as good as the best of their kind, it is the one that leaves most memory for activations: what
+    runs lose where that is scarce, for they give it back each time, the simulator does not know.
+    """
+    kinds = dict[tuple[int, int, int, int], list[Trial]]()
     for trial in ranked:
         settings = trial.settings
-        key = settings.cpu_executors, settings.gpu_executors, settings.threads, settings.int8
-        if first.setdefault(key, trial) is not trial:
-            rest.append(trial)
-    return [*first.values(), *rest][:CANDIDATES]
+        kind = settings.cpu_executors, settings.gpu_executors, settings.threads, settings.int8
+        kinds.setdefault(kind, []).append(trial)
+    first = [min(_even(kind), key=lambda trial: trial.settings.weights_share) for kind in kinds.values()]
+    return [*first, *(trial for trial in ranked if trial not in first)][:CANDIDATES]
+
+
+def _even(ranked: Sequence[Trial]) -> list[Trial]:
+    """Those that are as good as the first."""
+    best = ranked[0].value
+    return [trial for trial in ranked if trial.value >= best - _EVEN * abs(best)]
 
 
 def guesses(rig: Rig, default: Settings) -> list[Settings]:
@@ -81,6 +93,7 @@ def guesses(rig: Rig, default: Settings) -> list[Settings]:
         replace(default, cpu_executors=1, threads=rig.cores),
         replace(default, cpu_executors=rig.cores + 1),
         replace(default, weights_share=min(default.weights_share + 0.05, 0.97)),
+        replace(default, weights_share=max(default.weights_share - 0.1, 0.5)),
         replace(default, batch_cap=max(default.batch_cap // 2, 1)),
     ]
     if rig.gpus is not None:
