@@ -81,10 +81,12 @@ def test_candidates_differ_in_executors_and_threads_before_anything_else() -> No
 def test_of_candidates_that_are_as_good_the_one_that_leaves_most_for_activations_is_served() -> None:
     """What runs lose where that is scarce is in no prediction."""
     best, even, worse = (
-        Trial(replace(ONE, weights_share=share), rate) for share, rate in ((0.95, 100.0), (0.6, 99.6), (0.5, 99.4))
+        Trial(replace(ONE, weights_share=share), rate) for share, rate in ((0.95, 100.0), (0.6, 99.2), (0.5, 98.8))
     )
     other = Trial(DEFAULT, 90.0)
     assert diverse([best, even, worse, other]) == [even, other, best, worse]
+    fewer, many = Trial(DEFAULT, 99.5), Trial(TWO, 100.0)
+    assert diverse([many, best, fewer]) == [fewer, best, many], "the fewest threads first"
     late = [replace(trial, value=-1 / trial.value) for trial in (best, even, worse)]
     assert diverse(late)[0] == late[1], "where less is better, too"
 

@@ -274,7 +274,7 @@ def test_the_search_goes_on_as_long_as_its_share_of_time_lasts_over_all_sittings
                 noted.append(Progress.read(path))
                 raise KeyboardInterrupt
 
-        plan = Plan(250.0, tmp_path, begun=lambda *phase: phases.append(phase))
+        plan = Plan(500.0, tmp_path, begun=lambda *phase: phases.append(phase))
         return profiled(rig, default, plan, hear)
 
     noted = list[Progress]()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
+from math import inf
 
 from appliance.profiler.joint import Trial
 from appliance.profiler.progress import Lap
@@ -21,7 +22,7 @@ CANDIDATES = 4
 """Of the search's best, at most, that are served live."""
 LEAST_GAIN = 0.01
 """Who is better by less is not known to be better at all."""
-_EVEN = 0.005
+_EVEN = 0.01
 """Who is predicted to be worse by less is as good."""
 _LATE_DIGITS = 3
 """Of the share of boards that are late: who differs by less than a thousandth is as punctual."""
@@ -69,7 +70,8 @@ def diverse(ranked: Sequence[Trial]) -> list[Trial]:
     prediction is wrong, it is so for all that share these.
 
     Of those that are as good as the best of their kind, it is the one that leaves most memory for activations: what
-    runs lose where that is scarce, for they give it back each time, the simulator does not know.
+    runs lose where that is scarce, for they give it back each time, the simulator does not know. Nor does it know all
+    that threads cost each other: of kinds that are as good, those with the fewest are first.
     """
     kinds = dict[tuple[int, int, int, int], list[Trial]]()
     for trial in ranked:
@@ -77,13 +79,18 @@ def diverse(ranked: Sequence[Trial]) -> list[Trial]:
         kind = settings.cpu_executors, settings.gpu_executors, settings.threads, settings.int8
         kinds.setdefault(kind, []).append(trial)
     first = [min(_even(kind), key=lambda trial: trial.settings.weights_share) for kind in kinds.values()]
+    even = _even(ranked)
+    first.sort(key=lambda trial: _threads(trial.settings) if trial in even else inf)  # who is equal stays in order
     return [*first, *(trial for trial in ranked if trial not in first)][:CANDIDATES]
+
+
+def _threads(settings: Settings) -> int:
+    return settings.cpu_executors * settings.threads + settings.gpu_executors
 
 
 def _even(ranked: Sequence[Trial]) -> list[Trial]:
     """Those that are as good as the first."""
-    best = ranked[0].value
-    return [trial for trial in ranked if trial.value >= best - _EVEN * abs(best)]
+    return [trial for trial in ranked if trial.value >= ranked[0].value - _EVEN * abs(ranked[0].value)]
 
 
 def guesses(rig: Rig, default: Settings) -> list[Settings]:

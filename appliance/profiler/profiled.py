@@ -49,8 +49,9 @@ _WATCHED_SECONDS = 3.0
 _FAR_OFF = 1.15
 """Times as long as measured, or as short: then runs were measured beside each other in a moment unlike others. Less is
 the mix of batches, and the noise of a few seconds: to count it made predictions worse (experts of 1 and 24 ms)."""
-_LAPS_SHARE = 0.85
-"""Of the time that is left, for playing: what a lap needs to begin and to end takes the rest."""
+_LAPS_SHARE, _GRACE = 0.8, 0.1
+"""Of the time that is left, for playing: what a lap needs to begin and to end takes the rest. And of all the time, what
+the first pair may take longer."""
 _TRIES, _NEAR = 8, 0.7
 """To find by prediction how much of a workload fits a time, and so much of the time is enough: where pictures come
 evenly, the first try is right."""
@@ -332,9 +333,9 @@ class _Run:
             noted()
 
     def _confirm(self, known: Measured, candidates: Sequence[Settings]) -> None:
-        """The default beside a candidate, in any case; another one, and the better of them beside the default once
-        more; then the other candidates, and the best of all again. All but the first two only if there is time, and
-        the first pair before the second candidate: without it nobody wins."""
+        """The default beside a candidate, and the better of two candidates beside the default once more: without a
+        second round nobody wins, so that this may take a tenth longer than there is time. Then, as long as there is,
+        the other candidates, each only if it can have such a pair, too, and the best of all again."""
         others = [one for one in candidates if one != self._default]
         if not others:
             return
@@ -346,10 +347,10 @@ class _Run:
         for settings in others[1:2]:
             if self._has_time(1 + 2 * (ROUNDS - 1)):
                 self._serve(known, 0, settings)
-        if self._has_time(2):
+        if self._has_time(2, _GRACE * self._plan.budget_seconds):
             self._pair(known, 1)
         for settings in others[2:]:
-            if self._has_time(1):
+            if self._has_time(3):
                 self._serve(known, 0, settings)
         for number in range(ROUNDS, 2 + CANDIDATES):
             if self._has_time(2):
@@ -366,9 +367,9 @@ class _Run:
             value(self._plan.objective, lap.outcome) for lap in self._known.laps if lap.settings == settings
         )
 
-    def _has_time(self, laps: int) -> bool:
+    def _has_time(self, laps: int, grace_seconds: float = 0.0) -> bool:
         """For as many laps more, if they take as long as those before."""
-        return self._seconds + laps * self._lap_seconds <= self._plan.budget_seconds
+        return self._seconds + laps * self._lap_seconds <= self._plan.budget_seconds + grace_seconds
 
     def _lap_share(self, known: Measured, laps: int) -> float:
         """So much of the workload that so many laps fit the time that is left; of a short one more than once.
