@@ -43,6 +43,7 @@ def fit(expert: str, threads: int, error: float) -> dict[str, Any]:
         "fit_error": error,
         "worst_error": 2 * error,
         "best_batch": 2,
+        "activation_item_bytes": 6_400_000,
         "waited_share": 0.01,
     }
 

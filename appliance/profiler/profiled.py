@@ -232,7 +232,6 @@ class _Run:
         found = self._measure(budget_seconds)
         while not found.loading.bytes_per_second and 0 < budget_seconds < len(kinds) * _AMPLE_SECONDS:
             budget_seconds *= 2  # on a busy box the little that is left for loads is over before a child has started
-            self._known.runs, self._known.gpu_runs = {}, {}
             found = self._measure(budget_seconds)
         if not found.loading.bytes_per_second:
             why = found.failed.get(LOADS, "there was no time")
