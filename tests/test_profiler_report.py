@@ -101,6 +101,7 @@ def test_the_page_shows_before_and_after_and_every_plot() -> None:
     for said in (
         "78.0 pictures per second, 52.0 by default",
         "as many as by default",
+        "6.4 MB",
         "A <fast> one",
         "boards & more",
         "70%",
