@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from appliance.core.drift import TOLERANCE, WINDOW_SECONDS, Balance, DriftAlarm
 from appliance.drivers.devices import anonymous_bytes
+from tests.kit_process import alone
 
 FINE, LEAK, LACK = Balance(800, 200, 1000), Balance(800, 200, 1060), Balance(800, 200, 700)
 
@@ -49,13 +50,17 @@ def test_the_drift_told_is_the_least_of_the_window() -> None:
 
 
 def test_a_real_leak_is_seen_by_who_measures_and_nothing_else_is() -> None:
-    for leaked, raises in ((0, False), (64 << 20, True)):
-        start = anonymous_bytes()  # other tests of this process have left memory that may go meanwhile
-        held = np.ones(leaked, np.uint8)
-        balance = Balance(start, 16 << 20, anonymous_bytes())
-        alarm = DriftAlarm()
-        assert any(alarm.look(balance, float(second)) for second in range(61)) == raises
-        assert held.nbytes == leaked
+    alone(leak, 0, False)
+    alone(leak, 64 << 20, True)
+
+
+def leak(size: int, raises: bool) -> None:
+    start = anonymous_bytes()
+    held = np.ones(size, np.uint8)
+    balance = Balance(start, 16 << 20, anonymous_bytes())
+    alarm = DriftAlarm()
+    assert any(alarm.look(balance, float(second)) for second in range(61)) == raises
+    assert held.nbytes == size
 
 
 @given(st.lists(st.integers(0, 2000), max_size=200))
