@@ -264,7 +264,7 @@ def test_a_lap_of_a_workload_that_comes_unevenly_ends_before_the_long_wait(
 def test_the_search_goes_on_as_long_as_its_share_of_time_lasts_over_all_sittings(
     tiny: tuple[Rig, Settings], clock: Clock, tmp_path: Path
 ) -> None:
-    rig, default = pretend(tiny[0], clock, lambda number: 0.0, predicting_seconds=0.1), tiny[1]
+    rig, default = pretend(tiny[0], clock, lambda number: 0.0, predicting_seconds=0.3), tiny[1]
     path = kept(rig, default, tmp_path, KNOWN)
     phases = list[tuple[str, float]]()
 
@@ -286,7 +286,7 @@ def test_the_search_goes_on_as_long_as_its_share_of_time_lasts_over_all_sittings
     second = sit("live")
     assert [phase for phase, _ in phases] == ["search", "search", "confirm"]
     assert phases[1][1] == pytest.approx(50 - first)
-    assert second.trials > 200, "all are as good, and it has gone on"
+    assert second.trials > 100, "all are as good, and it has gone on"
     assert Progress.read(path).searched_seconds == pytest.approx(50, abs=2)
     sit("never")
     assert [phase for phase, _ in phases[3:]] == ["confirm"]
