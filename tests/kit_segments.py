@@ -16,6 +16,7 @@ import pytest
 from onnx import ModelProto
 
 from appliance.core.types import Segment
+from appliance.engine.disk import READERS, Reader
 from appliance.engine.weights import Weights
 from appliance.store.sharing import layout
 from appliance.store.store import Compiled, TensorSlot
@@ -49,6 +50,13 @@ def bytes_of(memory: Weights, segment_id: str) -> memoryview:
     return memoryview(memory._ready(segment_id))
 
 
+def all_idle(reader: Reader) -> None:
+    """Return when all helpers have begun, and none does anything else."""
+    together = threading.Barrier(READERS - 1)
+    for waiting in [reader._helpers.submit(together.wait, 60) for _ in range(READERS - 1)]:
+        waiting.result()
+
+
 class Reads:
     """Watches how these segments are read from now on: which files were opened, whose reads have begun, which ended.
 
@@ -79,7 +87,7 @@ class Reads:
         if name in self.begun:
             self.begun[name].set()
         if name in self._slow:
-            assert self.go_on.wait(30), "nobody said go on"
+            assert self.go_on.wait(60), "nobody said go on"
         count = self._really_read(descriptor, buffers, offset)
         self.ended.append(name)
         return count

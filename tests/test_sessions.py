@@ -320,7 +320,13 @@ def run_beyond_the_budget(shop: Shop) -> None:
     assert held_after(300, sessions) - before < 2 << 20
 
 
-def test_a_run_that_is_given_up_gives_back_what_it_was_to_give_back(long_shop: Shop) -> None:
+def test_a_run_that_is_given_up_gives_back_what_it_was_to_give_back(
+    long_made: tuple[Store, Sequence[Bundle], Mapping[str, Compiled]],
+) -> None:
+    in_a_process_of_its_own(run_and_give_up, long_made)
+
+
+def run_and_give_up(long_shop: Shop) -> None:
     compiled = replace(long_shop.compiled["long"], expert="longer", activation_fixed_bytes=0, activation_item_bytes=1)
     long_shop.memory.load(compiled.segments)
     place = PlaceOfArenas()
@@ -692,7 +698,9 @@ def long_net() -> onnx.ModelProto:
 
 
 @pytest.fixture(scope="module", params=["template", "plain"])
-def long_shop(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Shop:
+def long_made(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Store, Sequence[Bundle], Mapping[str, Compiled]]:
     folder = tmp_path_factory.mktemp("long")
     bundle = kit.write_bundle(folder / "models", "long", long_net(), max_batch=1)
     store = Store(folder / "store")
@@ -700,7 +708,12 @@ def long_shop(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     assert isinstance(compiled, Compiled)
     if request.param == "plain":
         compiled = as_plain(compiled, folder)
-    shop = opened(store, [bundle], {"long": compiled})
+    return store, [bundle], {"long": compiled}
+
+
+@pytest.fixture(scope="module")
+def long_shop(long_made: tuple[Store, Sequence[Bundle], Mapping[str, Compiled]]) -> Shop:
+    shop = opened(*long_made)
     shop.ready("long")
     return shop
 

@@ -16,7 +16,8 @@ from appliance.engine.disk import CHUNK_BYTES
 from appliance.engine.spares import MOST_TIMES, Spares
 from appliance.engine.weights import Weights
 from appliance.errors import LoadError
-from tests.kit_segments import Disk, bytes_of
+from tests.kit_process import alone
+from tests.kit_segments import Disk, all_idle, bytes_of
 
 PAGE = mmap.PAGESIZE
 
@@ -69,7 +70,12 @@ def test_what_is_given_back_is_no_more_than_it_has_to_be(pages: list[int], most_
     assert (spares.bytes, spares.take(PAGE)) == (0, None)
 
 
-def test_a_small_segment_costs_a_large_spare_little_where_the_budget_is_full(disk: Disk) -> None:
+def test_a_small_segment_costs_a_large_spare_little_where_the_budget_is_full(tmp_path: Path) -> None:
+    alone(bring_a_small_one_between, tmp_path)
+
+
+def bring_a_small_one_between(folder: Path) -> None:
+    disk = Disk(folder)
     memory = Weights(disk.path, budget_bytes=3 << 20)
     large, small, next_large = disk.segment(3 << 20, 1), disk.segment(PAGE, 2), disk.segment((3 << 20) - PAGE, 3)
     memory.load([large])
@@ -90,7 +96,12 @@ def test_the_oldest_go_first_and_those_that_were_kept_lately_stay() -> None:
     assert spares.bytes == 3 * PAGE
 
 
-def test_a_segment_takes_the_memory_of_one_that_left_and_is_its_own_file_all_the_same(disk: Disk) -> None:
+def test_a_segment_takes_the_memory_of_one_that_left_and_is_its_own_file_all_the_same(tmp_path: Path) -> None:
+    alone(bring_one_after_another, tmp_path)
+
+
+def bring_one_after_another(folder: Path) -> None:
+    disk = Disk(folder)
     memory = Weights(disk.path, budget_bytes=8 << 20)
     first, second, smaller = disk.segment(3 << 20, 1), disk.segment(3 << 20, 2), disk.segment((1 << 20) + 77, 3)
     memory.load([first])
@@ -144,20 +155,23 @@ def test_trimming_gives_back_what_has_been_spare_for_long(disk: Disk) -> None:
 
 def test_spares_go_before_memory_is_refused(tmp_path: Path) -> None:
     """60 MB are wanted where 8 are left: the spare that would have to grow cannot, and the other has to go as well."""
-    memory = Weights(lambda name: tmp_path / name, budget_bytes=1 << 30)
+    alone(want_more_than_there_is, tmp_path)
+
+
+def want_more_than_there_is(folder: Path) -> None:
+    memory = Weights(lambda name: folder / name, budget_bytes=1 << 30)
     sizes = {"first": 32 << 20, "second": 32 << 20, "large": 60 << 20}
     for name, size in sizes.items():
-        with (tmp_path / name).open("wb") as file:
+        with (folder / name).open("wb") as file:
             file.truncate(size)
     first, second, large = (Segment(name, size) for name, size in sizes.items())
     memory.load([first, second])
     memory.drop([first, second])
+    all_idle(memory._reader)  # one that begins takes memory, too
     limits = resource.getrlimit(resource.RLIMIT_AS)
-    try:
-        resource.setrlimit(resource.RLIMIT_AS, (_address_space() + (8 << 20), limits[1]))
-        memory.load([large])
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, limits)
+    resource.setrlimit(resource.RLIMIT_AS, (_address_space() + (8 << 20), limits[1]))
+    memory.load([large])
+    resource.setrlimit(resource.RLIMIT_AS, limits)
     assert (memory.mapped_bytes, memory.spare_bytes) == (large.bytes, 0)
 
 

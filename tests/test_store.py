@@ -26,6 +26,7 @@ from appliance.store import sharing
 from appliance.store.store import Compiled, Store
 from appliance.store.storecheck import StoreCheck
 from tests import kit_models as kit
+from tests.kit_process import alone
 
 TRUNK = [bytes([n]) * 40_000 for n in (1, 2, 3, 4)]
 
@@ -383,13 +384,21 @@ def test_another_runtime_version_has_a_store_of_its_own(shelf: Shelf, monkeypatc
     assert _files(shelf.store.folder) == before
 
 
-def test_a_kill_at_any_moment_leaves_a_sound_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_at_any_moment_leaves_a_sound_store(tmp_path: Path) -> None:
     """Keeps and shares in a child that kills itself at its first step on disk, then at its second, and so on."""
-    monkeypatch.setattr("appliance.store.sealed._flush", lambda path: None)  # matters to power cuts only
-    survived = False
+    alone(kill_at_every_step, tmp_path)  # which has no threads: with some it may not be forked
+
+
+def kill_at_every_step(home: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("appliance.store.sealed._flush", lambda path: None)  # matters to power cuts only
+        assert _steps_until_done(home) > 30
+
+
+def _steps_until_done(home: Path) -> int:
     for step in itertools.count(1):
-        (tmp_path / str(step)).mkdir()
-        shelf = Shelf.at(tmp_path / str(step))
+        (home / str(step)).mkdir()
+        shelf = Shelf.at(home / str(step))
         old = fine_tunes(shelf, 2)
         shelf.store.tidy()
         contents = {"half": [*TRUNK[:2], b"h" * 400], "e9": [*TRUNK, b"9" * 100]}
@@ -408,8 +417,8 @@ def test_a_kill_at_any_moment_leaves_a_sound_store(tmp_path: Path, monkeypatch: 
         named = {segment.id for bundle in everybody for segment in shelf.found(bundle).segments}
         assert shelf.segment_files() == named
         if survived:
-            break
-    assert step > 30
+            return step
+    raise AssertionError("it has no end")
 
 
 def _ends_well(shelf: Shelf, bundles: Mapping[str, Bundle], contents: Mapping[str, list[bytes]], last: int) -> bool:

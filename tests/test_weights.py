@@ -20,7 +20,8 @@ from appliance.engine.disk import CHUNK_BYTES, READERS, Reader, Turn
 from appliance.engine.weights import Weights
 from appliance.errors import Cancelled, LoadError, OutOfMemory
 from tests.kit_brokers import until
-from tests.kit_segments import Disk, Reads, bytes_of
+from tests.kit_process import alone
+from tests.kit_segments import Disk, Reads, all_idle, bytes_of
 
 
 @pytest.fixture
@@ -127,9 +128,9 @@ def test_what_is_needed_is_read_before_what_is_loaded_ahead(
     reads = Reads(monkeypatch, [ahead, needed], slow=[ahead])
     with ThreadPoolExecutor(2) as pool:
         early = pool.submit(memory.load, [ahead], ahead=True)
-        assert reads.begun[ahead.id].wait(30)
+        assert reads.begun[ahead.id].wait(60)
         late = pool.submit(memory.load, [needed])
-        assert reads.begun[needed.id].wait(30)
+        assert reads.begun[needed.id].wait(60)
         reads.go_on.set()
         late.result()
         early.result()
@@ -146,11 +147,11 @@ def test_a_load_ahead_that_is_needed_after_all_no_longer_waits(
     reads = Reads(monkeypatch, [slow], slow=[slow])
     with ThreadPoolExecutor(3) as pool:
         first = pool.submit(memory.load, [slow])
-        assert reads.begun[slow.id].wait(30)
+        assert reads.begun[slow.id].wait(60)
         early = pool.submit(memory.load, [segment], ahead=True)
         try:
-            pool.submit(memory.load, [segment]).result(20)
-            early.result(20)
+            pool.submit(memory.load, [segment]).result(60)
+            early.result(60)
             assert not first.done()
         finally:
             reads.go_on.set()
@@ -164,12 +165,12 @@ def test_a_load_ahead_that_is_hurried_no_longer_waits(
     reads = Reads(monkeypatch, [slow], slow=[slow])
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(memory.load, [slow])
-        assert reads.begun[slow.id].wait(30)
+        assert reads.begun[slow.id].wait(60)
         early = pool.submit(memory.load, [segment], ahead=True)
         try:
             until(lambda: memory.is_mapped(segment))
             memory.hurry([segment])
-            early.result(20)
+            early.result(60)
             assert not first.done()
         finally:
             reads.go_on.set()
@@ -182,9 +183,9 @@ def test_helpers_that_gave_way_help_again_when_the_load_is_hurried(disk: Disk) -
 
     def landed(place: int, size: int) -> None:
         if threading.get_ident() != me:
-            is_helped.set() if has_given_way.is_set() else begun.wait(30)
+            is_helped.set() if has_given_way.is_set() else begun.wait(60)
         elif has_given_way.is_set():
-            assert is_helped.wait(20), "one thread reads it to its end"
+            assert is_helped.wait(60), "one thread reads it to its end"
         else:
             with reader.waiting(Turn(), ahead=False):
                 begun.set()
@@ -202,13 +203,6 @@ def test_helpers_that_gave_way_help_again_when_the_load_is_hurried(disk: Disk) -
     reader.close()
 
 
-def all_idle(reader: Reader) -> None:
-    """Return when no helper does anything else."""
-    together = threading.Barrier(READERS - 1)
-    for waiting in [reader._helpers.submit(together.wait, 30) for _ in range(READERS - 1)]:
-        waiting.result()
-
-
 def test_a_cancelled_load_ends_with_an_error_and_without_memory(
     disk: Disk, memory: Weights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,7 +210,7 @@ def test_a_cancelled_load_ends_with_an_error_and_without_memory(
     reads = Reads(monkeypatch, [segment], slow=[segment])
     with ThreadPoolExecutor(1) as pool:
         load = pool.submit(memory.load, [segment])
-        assert reads.begun[segment.id].wait(30)
+        assert reads.begun[segment.id].wait(60)
         memory.cancel([segment])
         reads.go_on.set()
         with pytest.raises(Cancelled):
@@ -235,7 +229,7 @@ def test_who_asks_after_a_cancellation_is_not_cancelled_too(
     reads = Reads(monkeypatch, [segment], slow=[segment])
     with ThreadPoolExecutor(2) as pool:
         unwanted = pool.submit(memory.load, [segment], ahead=True)
-        assert reads.begun[segment.id].wait(30)
+        assert reads.begun[segment.id].wait(60)
         memory.cancel([segment])
         wanted = pool.submit(memory.load, [segment])
         reads.go_on.set()
@@ -350,7 +344,13 @@ def test_a_failed_load_can_be_repeated_when_the_file_is_back(disk: Disk, memory:
     assert memory.mapped_bytes == 4096
 
 
-def test_twelve_experts_take_turns_in_the_memory_of_three(disk: Disk, memory: Weights) -> None:
+def test_twelve_experts_take_turns_in_the_memory_of_three(tmp_path: Path) -> None:
+    alone(take_turns, tmp_path)
+
+
+def take_turns(folder: Path) -> None:
+    disk = Disk(folder)
+    memory = Weights(disk.path)
     size, places = 16 << 20, 3
     segments = [disk.segment(size, seed) for seed in range(12)]
     gc.collect()
