@@ -249,8 +249,8 @@ def _new_door(
 
 
 def _failure(door: Door) -> str:
-    until(lambda: door.state is DoorState.WAITING)
-    return door.detail
+    """What it says while it waits to try again; before and after that it says nothing."""
+    return until(lambda: door.detail)
 
 
 def _config(
