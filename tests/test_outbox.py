@@ -25,7 +25,21 @@ from appliance.drivers.records import (
     Records,
 )
 from appliance.errors import MessageError
-from tests.kit_brokers import AnyBroker, Camera, Mosquitto, Nats, broker, config_for, hasty, mosquitto, nats, until
+from appliance.lab.proxy import Proxy, Weather
+from tests.kit_brokers import (
+    WAIT_SECONDS,
+    AnyBroker,
+    Camera,
+    HasPort,
+    Mosquitto,
+    Nats,
+    broker,
+    config_for,
+    hasty,
+    mosquitto,
+    nats,
+    until,
+)
 
 __all__ = ["broker", "hasty", "mosquitto", "nats"]  # fixtures
 
@@ -50,7 +64,7 @@ def test_a_verdict_stays_in_the_outbox_until_the_broker_has_it(tmp_path: Path, n
         _conclude(records, outbox, nats, "r1")
         assert [row.id for row in records.unpublished()] == ["r1"]
         nats.start()
-        until(lambda: not records.unpublished(), 30)
+        until(lambda: not records.unpublished())
 
 
 def test_a_verdict_that_can_never_be_published_blocks_nobody(tmp_path: Path, nats: Nats) -> None:
@@ -107,14 +121,14 @@ def test_a_result_topic_that_the_broker_refuses_waits_alone_until_it_is_allowed(
             door.start()
             wanted = {b"verdict of r%d" % n for n in range(70)}
             while wanted:
-                wanted.discard(camera.hear(30).payload)
+                wanted.discard(camera.hear().payload)
         until(lambda: {row.id[:6] for row in records.unpublished()} == {"denied"})
         assert len(records.unpublished()) == 71
         assert caplog.text.count("outbox refused") >= 1
         broker.stop()
         (tmp_path / "acl").write_text("topic readwrite coe/#\n")
         broker.start()
-        until(lambda: not records.unpublished(), 60)
+        until(lambda: not records.unpublished())
 
 
 @pytest.mark.mosquitto
@@ -140,17 +154,18 @@ def test_only_what_may_have_been_published_before_is_marked_as_resent(tmp_path: 
 
 @pytest.mark.mosquitto
 def test_what_was_on_its_way_when_the_link_broke_is_marked_as_resent(tmp_path: Path, mosquitto: Mosquitto) -> None:
-    with _office(tmp_path, mosquitto) as (records, outbox, door):
+    """There is none before somebody listens to what is published."""
+    with Proxy(mosquitto.port) as proxy, _office(tmp_path, proxy) as (records, outbox, door):
         door.start()
         until(lambda: door.state is DoorState.READY)
-        mosquitto.freeze()
+        proxy.weather = Weather.DEAF
         _conclude(records, outbox, mosquitto, "on its way")
-        until(lambda: outbox.counts["returned"], 30)
+        until(lambda: outbox.counts["returned"])
         _conclude(records, outbox, mosquitto, "waits")
-        mosquitto.kill()
-        mosquitto.start()
         with Camera(mosquitto.port, "coe/v1/plant/result/#", protocol=MQTTProtocolVersion.MQTTv5) as camera:
-            heard = {message.payload: message.is_resent for message in (camera.hear(30), camera.hear(30))}
+            proxy.weather = Weather.FAIR
+            proxy.reset()
+            heard = {message.payload: message.is_resent for message in (camera.hear(), camera.hear())}
         assert heard == {b"verdict of on its way": True, b"verdict of waits": False}
 
 
@@ -164,7 +179,7 @@ def _repeat(records: Records, outbox: Outbox, name: str) -> None:
         answered.set()
 
     records.accept(Picture(name, "line1", "-", "-", "R1", "00", 0.0), b"picture", done)
-    assert answered.wait(10)
+    assert answered.wait(WAIT_SECONDS)
 
 
 @pytest.mark.mosquitto
@@ -252,7 +267,7 @@ def _strict(folder: Path, *rules: str) -> Iterator[Mosquitto]:
 
 
 @contextmanager
-def _office(folder: Path, broker: AnyBroker) -> Iterator[tuple[Records, Outbox, Door]]:
+def _office(folder: Path, broker: HasPort) -> Iterator[tuple[Records, Outbox, Door]]:
     config = config_for(broker)
     with Records.open(folder / "state", spool_bytes=10_000_000, verdict_days=1.0) as records:
         outbox = Outbox(config, records)
@@ -300,7 +315,7 @@ def _conclude(
         concluded.set()
 
     records.accept(picture, b"picture", done)
-    assert accepted.wait(10)
+    assert accepted.wait(WAIT_SECONDS)
     topic = address.result_topic(config_for(broker))
     records.conclude(name, "pass", body or f"verdict of {name}".encode(), topic, recorded)
-    assert concluded.wait(10)
+    assert concluded.wait(WAIT_SECONDS)
