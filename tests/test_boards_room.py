@@ -102,6 +102,8 @@ def test_a_board_that_was_complete_on_record_and_had_no_verdict_has_it_at_the_ne
 
 
 def test_a_board_on_record_keeps_its_recipe_and_its_time(room: Room) -> None:
+    """It came after `before`, however long ago that is by now."""
+    before = time.monotonic()
     accept_part(room, "R1")
     room.begin("R1")
     room.conclude("R1")
@@ -109,7 +111,7 @@ def test_a_board_on_record_keeps_its_recipe_and_its_time(room: Room) -> None:
     write_product(room.config.paths.catalog, "two", {"R1": "c-good", "R7": "c-good"})
     again = Room(room.config.paths.catalog.parent, room.records)
     again.boards.resume()
-    again.boards.look(time.monotonic() + 99.0)
+    again.boards.look(before + 99.0)
     assert again.boards.numbers()["open"] == 1
     again.boards.look(time.monotonic() + 101.0)
     assert (again.told()["outcome"], again.told()["missing"]) == ("incomplete", ["R2"])
