@@ -33,6 +33,9 @@ from appliance.startup import hardware, install
 from tests.kit_box import compiled, write_catalog
 from tests.kit_brokers import until
 from tests.kit_models import conv_net
+from tests.kit_profiler import few_samples
+
+__all__ = ["few_samples"]  # a fixture
 
 DEFAULT, ONE, TWO = Settings(1), Settings(2), Settings(3)
 PATHS = "[paths]\ncatalog = 'catalog'\nstore = 'store'\nstate = 'state'\n"
@@ -158,7 +161,9 @@ class Sitting:
 
 
 @pytest.fixture(scope="module")
-def sittings(tiny: tuple[Rig, Settings], tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Sitting], Path]:
+def sittings(
+    tiny: tuple[Rig, Settings], few_samples: None, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[Sitting], Path]:
     """Interrupted before the search, again after the first live lap, and then let through to the end."""
     folder = tmp_path_factory.mktemp("profiler")
 
@@ -310,7 +315,7 @@ def test_a_profiler_that_is_killed_goes_on_and_writes_what_the_box_then_serves_b
     until(lambda: first.poll() is not None or _trials(kept) >= 2, 120.0)
     assert first.poll() is None, (tmp_path / "first.err").read_text()
     first.kill()
-    first.wait(20)
+    first.wait(60)
     before = _trials(kept)
     assert "running" in (tmp_path / "first.err").read_text()
 

@@ -39,6 +39,9 @@ from tests.kit_box import write_catalog
 from tests.kit_device import PretendAccelerator, PretendPlace
 from tests.kit_measure_child import open_pretend_gpu
 from tests.kit_models import conv_net, write_bundle
+from tests.kit_profiler import few_samples
+
+__all__ = ["few_samples"]  # a fixture
 
 GPU = "cuda:0"
 NAMES = ("left", "right", "wider", "unfit")
@@ -347,10 +350,10 @@ def test_a_gpu_that_cannot_be_opened_is_named_and_nothing_stays_on_the_others(ri
     assert accelerator.is_empty
 
 
+@pytest.mark.usefixtures("few_samples")
 def test_the_profiler_measures_searches_and_serves_with_a_gpu_and_writes_what_it_found(
-    rig: Rig, default: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rig: Rig, default: Settings, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(measure, "_LOADS_SHARE", 0.5)  # or too little is left of so short a time for a child to start
     found = profiled(rig, default, Plan(14.0, tmp_path))
     assert found.is_complete
     assert found.laps

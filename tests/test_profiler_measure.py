@@ -174,13 +174,13 @@ def test_who_goes_on_measures_only_the_other_architectures_and_each_as_long_as_i
     whole = box.measured("left", "wider", "widest", budget_seconds=100.0, keep=heard.__setitem__)
     (_, first), _, (lacking, _), (last, until) = might
     assert heard.keys() == {one.architecture for one in whole.architectures}
-    assert (first, until) == pytest.approx((85 / 3, 100), abs=1)
+    assert (first, until) == pytest.approx((85 / 3, 100), abs=4)
     assert last == "loads"
     del heard[box.compiled[lacking].architecture]
     might.clear()
     again = box.measured("left", "wider", "widest", budget_seconds=100.0, runs=heard)
     assert [name for name, _ in might] == [lacking, "loads"]
-    assert [seconds for _, seconds in might] == pytest.approx([85 / 3, 85 / 3 + 15], abs=1)
+    assert [seconds for _, seconds in might] == pytest.approx([85 / 3, 85 / 3 + 15], abs=4)
     assert again.contention == whole.contention
     assert set(again.architectures) == set(whole.architectures)
 

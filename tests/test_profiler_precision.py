@@ -24,6 +24,9 @@ from appliance.profiler.settings import Settings
 from appliance.startup import footprint, hardware, install
 from export import variants
 from tests.kit_int8 import EXPERT, Line, write_line
+from tests.kit_profiler import few_samples
+
+__all__ = ["few_samples"]  # a fixture
 
 PATHS = "[paths]\ncatalog = 'catalog'\nstore = 'store'\nstate = 'state'\nprofile = 'profiles/default.json'\n"
 MEMORY = "[memory]\nweights = 4000000\nactivations = 8000000\n"
@@ -127,11 +130,9 @@ def test_what_is_watched_in_int8_is_compared_with_what_was_measured_in_it(rig: R
 
 
 @pytest.fixture(scope="module")
-def found(rig: Rig, tmp_path_factory: pytest.TempPathFactory) -> Profiled:
+def found(rig: Rig, few_samples: None, tmp_path_factory: pytest.TempPathFactory) -> Profiled:
     """Everything measured, searched and served for real, in little time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("appliance.profiler.profiled._LEAST_MEASURING_SECONDS", 3.0)
-        return profiled(rig, replace(DEFAULT, batch_cap=4), Plan(4.0, tmp_path_factory.mktemp("kept")))
+    return profiled(rig, replace(DEFAULT, batch_cap=4), Plan(4.0, tmp_path_factory.mktemp("kept")))
 
 
 def test_a_candidate_that_a_device_refuses_ends_no_search(rig: Rig, tmp_path: Path) -> None:

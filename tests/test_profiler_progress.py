@@ -22,6 +22,9 @@ from appliance.profiler.progress import Lap, Progress, search_key
 from appliance.profiler.rig import Outcome, Rig
 from appliance.profiler.settings import Settings
 from appliance.startup import hardware
+from tests.kit_profiler import few_samples
+
+__all__ = ["few_samples"]  # a fixture
 
 KNOWN = Measured((), Loading({1: 1e9, 2: 1.5e9}, 0.001), (), 1.0, {}, handover=Handover(0.001, 0.001))
 
@@ -143,6 +146,7 @@ def test_a_workload_in_which_all_is_late_ends_with_a_result(tiny: tuple[Rig, Set
     assert handover.seconds(1) > 0, "it was watched without deadlines"
 
 
+@pytest.mark.usefixtures("few_samples")
 def test_who_is_interrupted_while_measuring_does_not_measure_an_architecture_again(
     tiny: tuple[Rig, Settings], tmp_path: Path
 ) -> None:

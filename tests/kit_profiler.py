@@ -1,0 +1,20 @@
+"""The profiler of tests: how much it measures is no matter of time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+
+from appliance.profiler.measure import measured
+
+
+@pytest.fixture(scope="module")
+def few_samples() -> Iterator[None]:
+    """One of each that counts, and time enough for children that wait for a processor to start: nobody waits for its
+    end."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("appliance.profiler.profiled.measured", partial(measured, repeats=1))
+        patch.setattr("appliance.profiler.profiled._LEAST_MEASURING_SECONDS", 60.0)
+        yield
