@@ -169,7 +169,7 @@ class Box:
         assert self._process is not None
         self._process.send_signal(signal.SIGTERM)
         try:
-            return self._process.wait(30)
+            return self._process.wait(60)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -220,7 +220,7 @@ def hear_verdicts(camera: Camera, count: int, seconds: float = 60.0) -> dict[str
 
 def kept_alive(box: Box, camera: client.Camera) -> int:
     """Start the service again whenever it ended, as systemd does, until the camera has its answers; how often."""
-    crashes, ends = 0, time.monotonic() + 120
+    crashes, ends = 0, time.monotonic() + 200
     while not camera.wait(0.1):
         assert time.monotonic() < ends, box.log_text
         if not box.is_running:

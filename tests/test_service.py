@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
-from itertools import islice
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -282,11 +281,11 @@ def test_a_killed_service_with_its_own_broker_loses_nothing(tmp_path: Path, cata
         camera.on_answer(answered)
         for number, content in enumerate(pictures):
             camera.publish(part=f"c-e{number % 4}", picture=content)
-        assert first.wait(30)
+        assert first.wait(60)
         box.kill()
         box.start()
         assert camera.wait(60)
-        assert len(answers) == 60
+        until(lambda: len(answers) == 60)  # the last is told after nobody waits for it any more
         assert not any(answer.is_rejected for answer in answers.values())
 
 
@@ -357,6 +356,7 @@ def test_an_expert_that_ends_the_process_is_set_aside_and_no_picture_becomes_a_d
         camera.on_answer(lambda answer: answers.update({answer.request_id: answer}))
         ids = [camera.publish(part=f"c-e{number % 4}", picture=content) for number, content in enumerate(payloads)]
         assert kept_alive(box, camera) <= 4
+        until(lambda: answers.keys() == set(ids))
         reasons = {(number % 4, answers[id].body["reason"]) for number, id in enumerate(ids)}
         assert reasons == {(0, None), (1, "crashes"), (2, None), (3, None)}
         box.kill()
@@ -400,7 +400,7 @@ images.decode = slow
         camera.publish(INFER + "c-e1", picture() + DEADLY)
         box.wait_exit()
         box.start()
-        until(again.exists, 60.0)
+        until(again.exists)
         box.wait_online()
         camera.publish(INFER + "c-e1", picture(2), user={"deadline-ms": "3000"})
         (late,) = hear_verdicts(camera, 1).values()
@@ -457,7 +457,7 @@ def test_plain_mosquitto_pub_gets_its_verdict(
     file.write_bytes(picture(300 + int(qos), 64, "JPEG"))
     with Camera(box.port, RESULT) as camera:
         options = ["-V", "311", "-p", str(box.port), "-q", qos, "-t", INFER + "c-e1", "-f", str(file)]
-        subprocess.run(["mosquitto_pub", *options], check=True, timeout=20)
+        subprocess.run(["mosquitto_pub", *options], check=True, timeout=60)
         assert camera.hear().topic == "coe/v1/plant/result/line1/-/-/c-e1"
 
 
@@ -565,7 +565,7 @@ def test_large_pictures_stay_inside_the_memory_promise(tmp_path: Path, catalog: 
         assert len(large) > 3_900_000
         for number in range(60):
             camera.publish(INFER + "c-e1", large + bytes([number]))
-        stats = until(lambda: _stats_of(camera, 60), 60)
+        stats = until(lambda: _stats_of(camera, 60))
         assert stats["anonymous_peak_bytes"] <= stats["anonymous_promise_bytes"] + 4_000_000
 
 
@@ -578,7 +578,7 @@ def test_the_box_says_when_it_comes_and_goes(tmp_path: Path, catalog: Path, brok
     with Camera(broker.port, STATUS, name="second") as watcher:
         until(lambda: watcher.hear().payload == b"online")
         box.kill()
-        assert watcher.hear(30).payload == b"offline"  # the last will
+        assert watcher.hear().payload == b"offline"  # the last will
 
 
 TOLD_BY = """
@@ -603,7 +603,7 @@ def test_what_the_box_is_is_read_by_the_thread_that_decides_alone(
         broker.kill()
         until(lambda: "mqtt state=waiting" in box.log_text)
         broker.start()
-        until(lambda: box.log_text.count("told info") >= 2, 30)
+        until(lambda: box.log_text.count("told info") >= 2)
         told = set(re.findall(r"told (\w+) by=(.+)", box.log_text))
     assert told == {("info", "MainThread"), ("status", "MainThread")}
 
@@ -672,15 +672,15 @@ def test_a_service_that_cannot_go_on_says_offline(tmp_path: Path, catalog: Path,
 def test_sigterm_waits_for_the_batch_that_runs(tmp_path: Path, large: Path, nats: Nats) -> None:
     with Box(tmp_path / "box", large, nats) as box, Camera(nats.port, RESULT) as camera:
         camera.publish(INFER + "c-big0", picture())
-        hear_verdicts(camera, 1)
+        verdicts = hear_verdicts(camera, 1)
         for number in range(1, 200):
             camera.publish(INFER + "c-big0", picture(number))
-        camera.hear()
+        verdicts |= hear_verdicts(camera, 1)
         assert box.stop() == 0
-        running = [batch for batch in _batches(box) if batch[0] > 0]
-        finished = sum(count for _, count in running)
-        verdicts = 1 + 1 + len(hear_all(camera))
-        assert verdicts == finished
+        finished = sum(count for batch, count in _batches(box) if batch > 0)
+        while len(verdicts) < finished:
+            verdicts |= hear_verdicts(camera, 1)
+        assert {body["request_id"] for body in hear_all(camera)} <= verdicts.keys()
 
 
 def _batches(box: Box) -> list[tuple[int, int]]:
@@ -708,9 +708,9 @@ def test_a_picture_accepted_under_another_catalogue_is_rejected_by_name(
     accepted = Event()
     with Records.open(tmp_path / "box" / "state", spool_bytes=1 << 20, verdict_days=1) as records:
         records.accept(known, payload, lambda answer: accepted.set())
-        assert accepted.wait(20)
+        assert accepted.wait(60)
     with Camera(nats.port, RESULT) as camera, box:
-        body = json.loads(camera.hear(60).payload)
+        body = json.loads(camera.hear().payload)
     assert (body["request_id"], body["outcome"], body["reason"]) == ("r1", "rejected", "unknown-component")
     assert body["component"] == "c-former"
 
@@ -774,15 +774,14 @@ def test_an_expert_whose_weights_changed_on_disk_answers_nothing_and_raises_an_a
         until(lambda: "store_checked" in box.log_text)
         spoil_weights(tmp_path / "box" / "store", "e1")
         camera.publish(INFER + "c-e1", picture(1))
-        payloads = (payload for _ in range(20) if (payload := camera.hear().payload))  # empty: nothing is wrong yet
-        bodies = [json.loads(payload) for payload in islice(payloads, 2)]
-        verdict = next(body for body in bodies if "outcome" in body)
-        alarm = next(body for body in bodies if "alarm" in body)
+        verdict = json.loads(_verdict(camera))
         assert (verdict["outcome"], verdict["reason"]) == ("error", "golden-mismatch")
         assert verdict["findings"] == []
+        alarm = json.loads(until(lambda: camera.hear_of("/alarm/experts").payload))  # empty: nothing is wrong yet
         assert alarm["experts"]["e1"]["reason"] == "golden-mismatch"
         camera.publish(INFER + "c-e0", picture(2))
-        assert json.loads(camera.hear().payload)["outcome"] in ("pass", "fail")
+        other = until(lambda: (body := json.loads(_verdict(camera)))["part"] == "c-e0" and body)
+        assert other["outcome"] in ("pass", "fail")
 
 
 def test_memory_that_the_system_refuses_is_made_do_without(tmp_path: Path, large: Path, nats: Nats) -> None:
@@ -796,7 +795,7 @@ def test_memory_that_the_system_refuses_is_made_do_without(tmp_path: Path, large
             camera.publish(INFER + f"c-big{number % 3}", picture(number))
             (verdict,) = hear_verdicts(camera, 1).values()
             assert verdict["outcome"] in ("pass", "fail"), verdict
-        stats = until(lambda: _stats_of(camera, 13), 30)
+        stats = until(lambda: _stats_of(camera, 13))
         assert stats["out_of_memory"] > 0
         assert "out-of-memory" in stats["alarms"]
         assert 0 < stats["resident"] < 3
@@ -835,7 +834,7 @@ def test_weights_and_memory_stay_inside_their_budget(tmp_path: Path, large: Path
                 for number in range(4):
                     camera.publish(INFER + f"c-big{number}", picture(4 * turn + number))
                 hear_verdicts(camera, 4)
-            stats = until(lambda: _stats_of(camera, 80), 30)
+            stats = until(lambda: _stats_of(camera, 80))
         assert stats["loads"] >= 40, "two have room, so two are loaded in each turn"
         assert stats["weights_peak_bytes"] <= budget
         assert stats["anonymous_promise_bytes"] < budget + stats["anonymous_at_start_bytes"] + 190_000_000
