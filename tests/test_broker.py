@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -113,7 +114,9 @@ def test_what_it_confirmed_survives_its_death(embedded: Broker) -> None:
     until(lambda: not embedded.is_alive)
     embedded.start()
     with Camera(embedded.port, topic, name="listener", clean=False) as listener:
-        assert {listener.hear().payload for _ in pictures} == set(pictures)
+        unheard = set(pictures)
+        while unheard:
+            unheard.discard(listener.hear().payload)
 
 
 def test_it_dies_with_the_process_that_started_it(tmp_path: Path) -> None:
@@ -146,9 +149,10 @@ def _listening_addresses(pid: int) -> list[str]:
     """Listening TCP sockets of a process, as address:port, from /proc."""
     inodes = set()
     for entry in Path(f"/proc/{pid}/fd").iterdir():
-        target = os.readlink(entry)
-        if target.startswith("socket:["):
-            inodes.add(target[8:-1])
+        with suppress(FileNotFoundError):  # closed meanwhile
+            target = os.readlink(entry)
+            if target.startswith("socket:["):
+                inodes.add(target[8:-1])
     found = []
     for table, width in (("tcp", 8), ("tcp6", 32)):
         for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
