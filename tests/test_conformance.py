@@ -8,6 +8,7 @@ from __future__ import annotations
 import mmap
 import os
 import random
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -427,11 +428,11 @@ def test_a_cancelled_load_ahead_ends_and_the_next_load_succeeds(bench: Bench, mo
     with monkeypatch.context() as patch, ThreadPoolExecutor(1) as pool:
         reads = Reads(patch, [segment], slow=[segment])
         early = pool.submit(bench.memory.load, [segment], ahead=True)
-        assert reads.begun[segment.id].wait(30)
+        assert reads.begun[segment.id].wait(60)
         bench.memory.cancel([segment])
         reads.go_on.set()
         with pytest.raises(Cancelled):
-            early.result(30)
+            early.result(60)
     assert bench.memory.mapped_bytes == 0
     bench.ready("wide0")
     bench.right("wide0", kit.noise(1))
@@ -444,12 +445,12 @@ def test_a_load_ahead_waits_while_something_needed_is_read(bench: Bench, monkeyp
     with monkeypatch.context() as patch, ThreadPoolExecutor(2) as pool:
         reads = Reads(patch, [needed, later], slow=[needed])
         first = pool.submit(bench.memory.load, [needed])
-        assert reads.begun[needed.id].wait(30)
+        assert reads.begun[needed.id].wait(60)
         second = pool.submit(bench.memory.load, [later], ahead=True)
-        assert reads.opened[later.id].wait(30)
+        assert reads.opened[later.id].wait(60)
         reads.go_on.set()
-        first.result(30)
-        second.result(30)
+        first.result(60)
+        second.result(60)
     assert later.id not in reads.until_last_of(needed)
     for name in ("wide0", "wide1"):
         bench.ready(name)
@@ -464,12 +465,12 @@ def test_a_load_ahead_that_is_needed_after_all_no_longer_waits(
     with monkeypatch.context() as patch, ThreadPoolExecutor(2) as pool:
         reads = Reads(patch, [slow, segment], slow=[slow])
         first = pool.submit(bench.memory.load, [slow])
-        assert reads.begun[slow.id].wait(30)
+        assert reads.begun[slow.id].wait(60)
         early = pool.submit(bench.memory.load, [segment], ahead=True)
-        assert reads.opened[segment.id].wait(30)
+        assert reads.opened[segment.id].wait(60)
         try:
             getattr(bench.memory, needs)([segment])
-            early.result(20)
+            early.result(60)
             assert not first.done()
         finally:
             reads.go_on.set()
@@ -499,14 +500,11 @@ def test_a_batch_that_is_filled_up_gives_the_same_answers(bench: Bench, count: i
 
 def test_a_file_system_in_memory_serves_too(new_bench: Callable[..., Bench], experts: Experts) -> None:
     segment = experts.compiled["wide0"].segments[0]
-    path = Path("/dev/shm") / segment.id
-    path.write_bytes((experts.folder / segment.id).read_bytes())
-    try:
-        bench = new_bench(folder=path.parent)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        (Path(folder) / segment.id).write_bytes((experts.folder / segment.id).read_bytes())
+        bench = new_bench(folder=Path(folder))
         bench.ready("wide0")
         bench.right("wide0", kit.noise(2))
-    finally:
-        path.unlink()
 
 
 def test_what_left_the_device_comes_back_without_the_disk(bench: Bench) -> None:
