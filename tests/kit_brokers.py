@@ -37,7 +37,7 @@ from tests.conftest import program
 from tests.kit_ports import free_port
 
 T = TypeVar("T")
-WAIT_SECONDS = 15.0
+WAIT_SECONDS = 60.0
 
 
 def until(condition: Callable[[], T], seconds: float = WAIT_SECONDS) -> T:

@@ -30,7 +30,7 @@ def audited(box: Box, port: int) -> Iterator[Line]:
     """A line at this port. At the end everything it published has been answered, and once: nothing is lost."""
     with Line(port, resend_seconds=1.0) as line:
         yield line
-        assert line.wait(60.0), f"{line.camera.waiting} pictures were never answered: {box.log_text}"
+        assert line.wait(120.0), f"{line.camera.waiting} pictures were never answered: {box.log_text}"
         assert box.stop() == 0, box.log_text
         found = line.audit(box.folder / "state")
     assert found.is_clean, found

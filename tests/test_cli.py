@@ -195,7 +195,7 @@ def test_a_demo_without_products_says_what_it_needs(folder: Path, tmp_path: Path
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "appliance.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL)
 
 
 def _fails(ran: subprocess.CompletedProcess[str], says: str) -> None:

@@ -38,10 +38,10 @@ def test_an_answer_ends_the_waiting_and_comes_once(broker: AnyBroker) -> None:
         box.hear()
         for _ in range(2):
             box.publish_confirmed(RESULT, json.dumps({"request_id": name, "outcome": "pass"}).encode())
-        assert camera.wait(10)
+        assert camera.wait(WAIT_SECONDS)
         other = camera.publish(part="R1", picture=b"other")
         box.publish_confirmed(RESULT, json.dumps({"request_id": other, "outcome": "fail"}).encode())
-        assert camera.wait(10)
+        assert camera.wait(WAIT_SECONDS)
     assert [(a.request_id, a.body["outcome"], a.is_rejected) for a in answers] == [
         (name, "pass", False),
         (other, "fail", False),
@@ -56,7 +56,7 @@ def test_a_refusal_is_an_answer_but_an_error_beside_a_verdict_is_not(nats: Nats)
         box.publish_confirmed(ERROR, json.dumps({"request_id": name, "has_verdict": True}).encode())
         box.publish_confirmed(ERROR, b"not json")
         box.publish_confirmed(ERROR, json.dumps({"request_id": name, "has_verdict": False}).encode())
-        assert camera.wait(10)
+        assert camera.wait(WAIT_SECONDS)
     assert [answer.is_rejected for answer in answers] == [True]
 
 
@@ -69,7 +69,7 @@ def test_what_its_line_sent_too_fast_is_sent_again(nats: Nats) -> None:
         box.publish_confirmed(ERROR, json.dumps({"request_id": name, "has_verdict": False, "reason": "rate"}).encode())
         assert box.hear().payload == b"bytes"
         box.publish_confirmed(RESULT, json.dumps({"request_id": name, "outcome": "pass"}).encode())
-        assert camera.wait(10)
+        assert camera.wait(WAIT_SECONDS)
     assert [answer.is_rejected for answer in answers] == [False]
 
 
@@ -79,7 +79,7 @@ def test_what_was_on_its_way_is_sent_again_when_the_broker_comes_back(nats: Nats
         camera.publish(part="R1", picture=b"bytes")
         nats.start()
         with kit_brokers.Camera(nats.port, INFER, name="box") as box:
-            assert box.hear(30).payload == b"bytes"
+            assert box.hear().payload == b"bytes"
 
 
 @pytest.mark.parametrize("away", ["killed", "frozen"])
@@ -93,7 +93,7 @@ def test_nothing_piles_up_while_the_broker_is_away(nats: Nats, away: str) -> Non
         with kit_brokers.Camera(nats.port, INFER, name="box") as box:
             unheard = set(sent.values())
             while unheard:
-                unheard.discard(box.hear(30).payload)
+                unheard.discard(box.hear().payload)
 
 
 def test_no_more_than_the_window_waits(nats: Nats) -> None:
@@ -127,7 +127,7 @@ def test_a_callback_that_raises_does_not_end_the_answers(nats: Nats, caplog: pyt
         for picture in (b"first", b"second"):
             name = camera.publish(part="R1", picture=picture)
             box.publish_confirmed(RESULT, json.dumps({"request_id": name}).encode())
-            assert camera.wait(10)
+            assert camera.wait(WAIT_SECONDS)
     assert caplog.text.count("camera callback failed") == 2
 
 

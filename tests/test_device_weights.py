@@ -168,12 +168,12 @@ def test_what_is_being_read_into_the_host_tier_stays_there(
     reads = Reads(monkeypatch, [slow], slow=[slow])
     with ThreadPoolExecutor(1) as pool:
         load = pool.submit(memory.load, [slow])
-        assert reads.begun[slow.id].wait(30)
+        assert reads.begun[slow.id].wait(60)
         try:
             memory.load([large])  # the pages beside the busy one are no room in one piece
         finally:
             reads.go_on.set()
-        load.result(30)
+        load.result(60)
     assert all(seen(memory, segment) for segment in (first, slow, large))
     memory.drop([slow])
     memory.load([slow])
@@ -199,13 +199,13 @@ def test_loads_ahead_that_have_the_windows_leave_them_to_what_is_needed(
     with ThreadPoolExecutor(3) as pool:
         try:
             first = [pool.submit(memory.load, [segment], ahead=True) for segment in early]
-            assert all(reads.begun[segment.id].wait(30) for segment in early)
+            assert all(reads.begun[segment.id].wait(60) for segment in early)
             last = pool.submit(memory.load, [needed])
-            assert reads.opened[needed.id].wait(30)
+            assert reads.opened[needed.id].wait(60)
             reads.go_on.set()
-            last.result(20)
+            last.result(60)
             for load in first:
-                load.result(20)
+                load.result(60)
         finally:
             memory.cancel(early)
     for segment in early:

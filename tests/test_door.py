@@ -28,7 +28,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
     folder = tmp_path_factory.mktemp("door")
     asked = ["--quick", "--broker", "embedded", "--folder", str(folder), "--catalog", str(MODELS), "--json"]
     command = [sys.executable, "-m", "appliance.cli", "bench", "door", *asked]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=180, stdin=subprocess.DEVNULL)
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL)
     assert ran.returncode == 0, ran.stderr
     assert list(folder.iterdir()) == [], "broker, experts and state are gone afterwards"
     shown: dict[str, Any] = json.loads(ran.stdout)

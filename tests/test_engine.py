@@ -43,7 +43,7 @@ from tests.kit_device import PretendAccelerator, PretendPlace
 GPU, CPU = "pretend", "cpu"
 NAMES = ("a", "b", "c", "detector")
 WIDTH = 300
-TIMEOUT = 30.0
+TIMEOUT = 60.0
 
 
 class Line:

@@ -34,7 +34,7 @@ __all__ = ["kept_children"]  # a fixture
 
 pytestmark = pytest.mark.usefixtures("kept_children")
 
-TIMEOUT = 20.0
+TIMEOUT = 60.0
 CPU = Device("cpu", 0)
 
 

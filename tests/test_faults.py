@@ -79,7 +79,7 @@ def test_a_service_that_grew_is_found(last: Sample, flat: bool) -> None:
 def test_a_few_seconds_of_faults_lose_nothing(tmp_path: Path) -> None:
     asked = ["--minutes", "0.1", "--broker", "embedded", "--folder", str(tmp_path), "--json"]
     command = [sys.executable, "-m", "appliance.cli", "bench", "faults", *asked]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL)
     assert ran.returncode == 0, ran.stderr
     found = json.loads(ran.stdout)
     assert found["published"] == found["verdicts"] == found["records"] > 0

@@ -75,7 +75,7 @@ def test_a_broker_whose_disk_takes_nothing_confirms_nothing(tmp_path: Path, cata
     box = Box(tmp_path / "box", catalog, nats, program=HASTY)
     with box, audited(box, nats.port) as line:
         publish(line, 10)
-        assert line.wait(30)
+        assert line.wait(60)
         former = resource.prlimit(nats.pid, resource.RLIMIT_FSIZE)
         resource.prlimit(nats.pid, resource.RLIMIT_FSIZE, (0, former[1]))
         publish(line, 10, first=10)

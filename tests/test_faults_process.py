@@ -104,7 +104,7 @@ def test_a_service_that_may_open_no_more_files_for_a_while_serves_on(
     box = Box(tmp_path / "box", catalog, broker, program=HASTY)
     with box, audited(box, broker.port) as line:
         publish(line, 20)
-        assert line.wait(30)
+        assert line.wait(60)
         former = resource.prlimit(box.pid, resource.RLIMIT_NOFILE)
         resource.prlimit(box.pid, resource.RLIMIT_NOFILE, (3, former[1]))
         broker.kill()

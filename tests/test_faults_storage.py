@@ -21,7 +21,7 @@ def test_a_disk_that_takes_nothing_stops_acknowledging_and_goes_on_when_it_takes
     box = Box(tmp_path / "box", catalog, nats)
     with box, audited(box, nats.port) as line:
         publish(line, 20)
-        assert line.wait(30)
+        assert line.wait(60)
         former = resource.prlimit(box.pid, resource.RLIMIT_FSIZE)
         resource.prlimit(box.pid, resource.RLIMIT_FSIZE, (4096, former[1]))
         publish(line, 20, first=20)

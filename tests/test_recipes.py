@@ -21,7 +21,7 @@ ADDRESS = Address("line1", "one", "SN-1", "R1")
 def reloaded(recipes: Recipes) -> Refusal | None:
     answers: queue.Queue[Refusal | None] = queue.Queue()
     recipes.reload(answers.put)
-    return answers.get(timeout=20)
+    return answers.get(timeout=60)
 
 
 def parts(recipes: Recipes, address: Address = ADDRESS) -> list[str]:

@@ -55,7 +55,7 @@ from appliance.drivers.records.writer import (
 from appliance.errors import NotSpooled, RecordsError
 from tests.kit_brokers import until
 
-WAIT_SECONDS = 15.0
+WAIT_SECONDS = 60.0
 TOPIC = "coe/v1/plant/result/line1/-/-/R1"
 
 
@@ -1080,7 +1080,7 @@ said = {
     "broken": bool(records.broken), "payload_while_full": len(records.payload("p1")) == 50_000,
 }
 resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-said["concluded"] = type(concluded.get(timeout=10)).__name__
+said["concluded"] = type(concluded.get(timeout=60)).__name__
 said["accepted_after"] = type(accept(records, "late", b"x" * 50_000)).__name__
 said["trouble_after"] = records.trouble
 records.close()
@@ -1096,7 +1096,7 @@ def child(folder: Path, program: str, *arguments: str) -> subprocess.Popen[str]:
 
 def run_child(folder: Path, program: str) -> subprocess.CompletedProcess[str]:
     with child(folder, program) as process:
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=240)
         return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 

@@ -20,7 +20,7 @@ from appliance.store.compile import compile_bundles
 from appliance.store.store import Compiled, Store
 from tests import kit_models as kit
 
-TIMEOUT = 20.0
+TIMEOUT = 60.0
 
 
 class SlowDisk(Weights):

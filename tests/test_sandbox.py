@@ -41,18 +41,18 @@ class Module:
 
 def test_the_childs_answer_comes_back(module: Module) -> None:
     name = module("return {'twice': 2 * request['number']}")
-    assert run_limited(name, {"number": 21}, memory_bytes=MEMORY, seconds=20) == {"twice": 42}
+    assert run_limited(name, {"number": 21}, memory_bytes=MEMORY, seconds=60) == {"twice": 42}
 
 
 def test_what_libraries_print_is_not_part_of_the_answer(module: Module) -> None:
     name = module("print('hello')\nos.write(1, b'*** EP Error ***')\nreturn {}")
-    assert run_limited(name, {}, memory_bytes=MEMORY, seconds=20) == {}
+    assert run_limited(name, {}, memory_bytes=MEMORY, seconds=60) == {}
 
 
 def test_an_orderly_error_keeps_its_words(module: Module) -> None:
     name = module("raise ModelError('it has no outputs', 'export it again')")
     with pytest.raises(ModelError) as caught:
-        run_limited(name, {}, memory_bytes=MEMORY, seconds=20)
+        run_limited(name, {}, memory_bytes=MEMORY, seconds=60)
     assert type(caught.value) is ModelError
     assert (caught.value.what, caught.value.remedy) == ("it has no outputs", "export it again")
 
@@ -70,7 +70,7 @@ def test_an_orderly_error_keeps_its_words(module: Module) -> None:
 )
 def test_a_child_that_dies_is_blamed_by_its_cause(module: Module, body: str, blamed: str) -> None:
     with pytest.raises(UnsafeModel, match=blamed):
-        run_limited(module(body), {}, memory_bytes=MEMORY, seconds=20)
+        run_limited(module(body), {}, memory_bytes=MEMORY, seconds=60)
 
 
 def test_a_child_that_never_answers_is_killed_at_its_deadline(module: Module) -> None:
@@ -85,7 +85,7 @@ def test_what_the_child_started_dies_with_it(module: Module) -> None:
         "os.abort()"
     )
     with pytest.raises(UnsafeModel, match="SIGABRT"):
-        run_limited(name, {}, memory_bytes=MEMORY, seconds=20)
+        run_limited(name, {}, memory_bytes=MEMORY, seconds=60)
     assert has_ended(int((module.folder / "pid").read_text()))
 
 
@@ -96,11 +96,11 @@ def test_the_limits_are_in_force_before_the_request_is_seen(module: Module) -> N
         "  'cpu': resource.getrlimit(resource.RLIMIT_CPU)[0], 'file': resource.getrlimit(resource.RLIMIT_FSIZE)[0],\n"
         "  'oom': int(open('/proc/self/oom_score_adj').read()), 'leads': os.getsid(0) == os.getpid()}"
     )
-    found = run_limited(name, {}, memory_bytes=MEMORY, seconds=20)
+    found = run_limited(name, {}, memory_bytes=MEMORY, seconds=60)
     assert found["memory"] == [MEMORY, MEMORY]
     assert found["file"] == MEMORY
     assert found["core"] == [0, 0]
-    assert 20 <= found["cpu"] <= 25
+    assert 60 <= found["cpu"] <= 65
     assert found["oom"] == 900
     assert found["leads"]
 
@@ -108,17 +108,17 @@ def test_the_limits_are_in_force_before_the_request_is_seen(module: Module) -> N
 def test_one_child_answers_many_requests_and_survives_orderly_errors(module: Module) -> None:
     name = module("if request['bad']: raise ModelError('no')\nreturn {'pid': os.getpid()}")
     with Child(name, memory_bytes=MEMORY) as child:
-        first = child.ask({"bad": False}, seconds=20)
+        first = child.ask({"bad": False}, seconds=60)
         with pytest.raises(ModelError, match="no"):
-            child.ask({"bad": True}, seconds=20)
+            child.ask({"bad": True}, seconds=60)
         assert child.is_alive
-        assert child.ask({"bad": False}, seconds=20) == first
+        assert child.ask({"bad": False}, seconds=60) == first
 
 
 def test_a_dead_child_says_so(module: Module) -> None:
     with Child(module("os.abort()"), memory_bytes=MEMORY) as child:
         with pytest.raises(UnsafeModel):
-            child.ask({}, seconds=20)
+            child.ask({}, seconds=60)
         assert not child.is_alive
 
 
@@ -126,7 +126,7 @@ def test_a_dead_child_says_so(module: Module) -> None:
 def test_an_answer_that_is_no_json_object_is_not_believed(module: Module, said: str) -> None:
     name = module.text(f"import sys; sys.stdin.readline(); sys.stdout.write({said!r}.replace('\\\\n', chr(10)))")
     with pytest.raises(UnsafeModel):
-        run_limited(name, {}, memory_bytes=MEMORY, seconds=20)
+        run_limited(name, {}, memory_bytes=MEMORY, seconds=60)
 
 
 def has_ended(pid: int) -> bool:

@@ -28,8 +28,8 @@ def test_the_installed_unit_says_ready_and_stopping(tmp_path: Path) -> None:
         assert systemd.wait_for("READY=1", 60), (tmp_path / "log").read_text()
         until(lambda: "mqtt state=ready" in (tmp_path / "log").read_text())
         service.send_signal(signal.SIGTERM)
-        assert systemd.wait_for("STOPPING=1", 10)
-        assert service.wait(20) == 0
+        assert systemd.wait_for("STOPPING=1", 60)
+        assert service.wait(60) == 0
         assert any("serving 2 experts" in message for message in systemd.messages)
 
 
@@ -43,14 +43,14 @@ def test_the_watchdog_is_fed_while_the_decider_turns_and_not_while_it_hangs(tmp_
         box.start(systemd.environment(watchdog_seconds=1.0))
         reader = os.open(pipe, os.O_RDONLY)
         box.wait_online()
-        assert systemd.wait_for("WATCHDOG=1", 5)
+        assert systemd.wait_for("WATCHDOG=1", 60)
         with Camera(box.port) as camera:
             for number in range(600):
                 camera.publish(INFER + "c-e0", picture(number))
-            until(lambda: not systemd.wait_for("WATCHDOG=1", 2.0), 60)
+            until(lambda: not systemd.wait_for("WATCHDOG=1", 2.0))
             assert box.is_running
             os.set_blocking(reader, False)
-            until(lambda: _drained(reader) and systemd.wait_for("WATCHDOG=1", 0.5), 30)
+            until(lambda: _drained(reader) and systemd.wait_for("WATCHDOG=1", 0.5))
         box.kill()
         os.close(reader)
 
