@@ -23,6 +23,15 @@ from tests.kit_ports import free_port
 PICTURE_BYTES = 1_000_000
 
 
+def test_a_free_port_is_none_that_an_outgoing_connection_may_be_given() -> None:
+    least, _ = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
+    for _ in range(100):
+        port = brokers.free_port()
+        assert 1024 <= port < int(least)
+        with socket.socket() as listens:
+            listens.bind(("127.0.0.1", port))
+
+
 @pytest.fixture
 def embedded(tmp_path: Path) -> Iterator[Broker]:
     with Broker(tmp_path / "broker", free_port(), picture_bytes=PICTURE_BYTES, ack_wait_seconds=1.0) as broker:

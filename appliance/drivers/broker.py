@@ -10,6 +10,7 @@ import ctypes
 import json
 import logging
 import os
+import random
 import shutil
 import signal
 import socket
@@ -17,6 +18,7 @@ import struct
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -34,6 +36,8 @@ PAYLOAD_LIMIT_BYTES = 64 * 1024 * 1024
 
 START_SECONDS = 15.0
 STOP_SECONDS = 10.0
+_PORTS = range(20_000, 32_000)
+"""Beneath those that Linux gives to outgoing connections."""
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)  # loaded here: after fork only async-signal-safe work is allowed
 
@@ -205,10 +209,12 @@ def find_server() -> str:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port that nobody listens on just now."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that nobody listens on just now, and that no outgoing connection is given before somebody does."""
+    while True:
+        port = random.choice(_PORTS)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind((host, port))
+            return port
 
 
 def answers(host: str, port: int, username: str | None = None, password: str | None = None) -> bool:
