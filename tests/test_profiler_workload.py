@@ -20,6 +20,7 @@ from appliance.errors import ConfigError, RecordsError
 from appliance.lab import laps
 from appliance.profiler import boxes, workload
 from appliance.profiler.measurements import Loading, Measured
+from appliance.profiler.rig import late_boards
 from tests.kit import BOXED, DOUBTFUL, SOUND, inspection_graph, request
 from tests.kit_boards import write_board_catalog, write_product
 from tests.kit_box import write_catalog
@@ -103,6 +104,12 @@ def test_a_product_is_its_placements_board_after_board(boards: Catalog) -> None:
     assert [r.deadline_seconds for r in made.requests] == [begin + 9.0 for begin in begins for _ in parts]
     assert {r.product for r in made.requests} == {"two"}
     assert {r.deadline_seconds for r in workload.of_product(boards, "two", 1, 0.0, 0.5).requests} == {None}
+
+
+def test_a_board_of_a_product_is_late_with_any_of_its_parts(boards: Catalog) -> None:
+    requests = workload.of_product(boards, "two", 4, 0.0, 0.5, due_seconds=9.0).requests
+    for late, share in (({"r1"}, 0.25), ({"r0", "r2"}, 0.25), ({"r2", "r3"}, 0.5)):
+        assert late_boards(requests, len(requests), late) == share
 
 
 def test_a_product_that_there_is_not_is_told_with_those_that_there_are(boards: Catalog) -> None:

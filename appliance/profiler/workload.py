@@ -110,6 +110,7 @@ def of_product(
     due_seconds: float | None = None,
 ) -> Workload:
     """The placements of a product in their order, for so many boards, each due so many seconds after its first picture.
+    A board counts like a picture of all of it: late with any of its parts.
 
     Raises ConfigError when there is no such product.
     """
@@ -120,7 +121,8 @@ def of_product(
         due = None if due_seconds is None else begins + due_seconds
         for number, part in enumerate(parts):
             name = f"r{board * len(parts) + number}"
-            requests.append(Request(name, part, begins + number * gap_seconds, due, product=product))
+            came = begins + number * gap_seconds
+            requests.append(Request(name, part, came, due, product=product, picture=f"board{board}"))
     return Workload(product, tuple(requests), _Drawn(catalog.graph, checked_share))
 
 
