@@ -16,7 +16,7 @@ from appliance.catalog import Catalog
 from appliance.core.graph import Condition, Edge, ExpertGraph, Table, compile_graph
 from appliance.core.types import Arrived, Batch, Event, Finding, Finished, Heard, Refusal
 from appliance.drivers.journal import Journal, Opening
-from appliance.errors import ConfigError, RecordsError
+from appliance.errors import CatalogError, ConfigError, RecordsError
 from appliance.lab import laps
 from appliance.profiler import boxes, workload
 from appliance.profiler.measurements import Loading, Measured
@@ -180,6 +180,24 @@ def test_a_table_leads_on_by_its_labels_and_scores() -> None:
 
 def test_an_edge_without_conditions_is_always_taken() -> None:
     assert set(answers(graph_with(Edge("first", "next")), 0.0)) == {("next",)}
+
+
+def test_of_experts_that_cannot_be_served_nothing_is_asked() -> None:
+    """Neither by pictures of their components nor by who leads to them; those with a stand-in are asked."""
+    entries = {"sound": "a", "broken": "b", "covered": "d", "follower": "e"}
+    edges = [Edge("a", "c", (Condition(label="to c"),)), Edge("a", "b", (Condition(label="to b"),)), Edge("e", "b")]
+    graph = compile_graph(entries, edges, ["a", "b", "c", "d", "e"], stand_ins={"d": "c"})
+    leads = {f"r{n}": (Finding("to b" if n % 8 else "to c", 0.9, fails=False),) for n in range(12)}
+    asked = tuple(request(f"r{n}", list(entries)[n % 4], n / 2) for n in range(12))
+    made = workload.Workload("all", asked, lambda request, expert: leads[request])
+    left = workload.servable(made, graph, {"a", "c", "e"})
+    assert [one.component for one in left.requests] == ["sound", "covered"] * 3
+    assert [one.id for one in left.requests] == [f"r{n}" for n in range(6)]
+    assert [one.arrived_seconds for one in left.requests] == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    told = [left.answer(f"r{n}", "a") for n in (0, 2, 4)]
+    assert told == [leads["r0"], (), leads["r8"]], "who leads to b finds nothing"
+    with pytest.raises(CatalogError, match="appliance check"):
+        workload.servable(made, graph, {"e"})
 
 
 def test_the_pictures_of_a_folder_are_shown_as_they_are_the_first_by_name(tmp_path: Path) -> None:

@@ -65,17 +65,21 @@ def of_box(path: Path, pictures: Pictures, plan: Plan, out: Path | None, html: P
     shown = None if pictures.folder is None else workload.pictures_in(pictures.folder)
     if shown is not None:
         work = replace(work, name=f"{work.name}, pictures of {pictures.folder}")
-    say("reading and compiling experts")
-    made = install(config, profile=profile.DEFAULT)  # the one that is there may be of another time
-    rig, default, here = boxes.rig_of(made, work, say, shown), boxes.default_of(made), hardware(made.gpus.used)
-    if len({gpu.name for gpu in made.gpus.used}) > 1:
-        say(f"the GPUs differ: all are taken to be like {made.gpus.used[0].name}")
-    for knob, key in rig.settled.items():
-        say(f"{knob} is not searched: the settings have {key}")
-    found = profiled(rig, default, plan, say)
-    graph = boxes.graph_of(made, rig, found.settings)
-    made_of_it = boxes.profile_of(found, rig, config.box.name, plan.objective, graph, here)
-    return _written(found, rig, plan, made_of_it, here, place(wanted, found.is_complete), html)
+    with alone(plan.folder):
+        say("reading and compiling experts")
+        made = install(config, profile=profile.DEFAULT)  # the one that is there may be of another time
+        if made.unavailable:
+            work = workload.servable(work, made.catalog.graph, made.compiled)
+            say(f"left out, for they cannot be served (see `appliance check`): {', '.join(sorted(made.unavailable))}")
+        rig, default, here = boxes.rig_of(made, work, say, shown), boxes.default_of(made), hardware(made.gpus.used)
+        if len({gpu.name for gpu in made.gpus.used}) > 1:
+            say(f"the GPUs differ: all are taken to be like {made.gpus.used[0].name}")
+        for knob, key in rig.settled.items():
+            say(f"{knob} is not searched: the settings have {key}")
+        found = profiled(rig, default, plan, say)
+        graph = boxes.graph_of(made, rig, found.settings)
+        made_of_it = boxes.profile_of(found, rig, config.box.name, plan.objective, graph, here)
+        return _written(found, rig, plan, made_of_it, here, place(wanted, found.is_complete), html)
 
 
 def of_made(asked: laps.Workload, plan: Plan, folder: Path, out: Path, html: Path | None, say: Say) -> dict[str, Any]:

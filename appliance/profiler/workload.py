@@ -7,7 +7,7 @@ components' usage, drawn by chance. What experts find there is drawn too: `check
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -16,7 +16,7 @@ from appliance.catalog import Catalog
 from appliance.core.graph import Condition, ExpertGraph
 from appliance.core.types import Arrived, Finding, Finished, Refusal, Request
 from appliance.drivers import images, journal
-from appliance.errors import ConfigError, PictureError
+from appliance.errors import CatalogError, ConfigError, PictureError
 from appliance.lab import laps
 from appliance.lab.paper import Trace
 from appliance.lab.simulate import Answer
@@ -61,6 +61,31 @@ def _moved(request: Request, number: int, seconds: float) -> Request:
 def _first(request: str, once: int) -> str:
     """The request of which this one is a repetition."""
     return f"r{int(request.removeprefix('r')) % once}"
+
+
+def servable(work: Workload, graph: ExpertGraph, able: Collection[str]) -> Workload:
+    """What is left of it where only these experts can serve: pictures whose component has another expert are not in it,
+    and what leads on to another is not found. Raises CatalogError where nothing is left.
+    """
+
+    def is_served(expert: str) -> bool:
+        """By it or a stand-in, and by all whom that one always leads to."""
+        asked: str | None = expert
+        while asked is not None and asked not in able:
+            asked = graph.stand_ins.get(asked)
+        return asked is not None and all(map(is_served, graph.next_experts(asked, ())))
+
+    kept = [request for request in work.requests if is_served(graph.entries[request.component])]
+    if not kept:
+        raise CatalogError("no expert that this workload asks can be served", "see `appliance check`")
+    names = {f"r{number}": request.id for number, request in enumerate(kept)}
+
+    def answer(request: str, expert: str) -> tuple[Finding, ...] | Refusal:
+        found = work.answer(names[request], expert)
+        is_sound = isinstance(found, Refusal) or all(map(is_served, graph.next_experts(expert, found)))
+        return found if is_sound else ()
+
+    return Workload(work.name, tuple(replace(one, id=name) for name, one in zip(names, kept, strict=True)), answer)
 
 
 def pictures_in(folder: Path) -> list[bytes]:
