@@ -21,10 +21,12 @@ from appliance.core.costs import Cost
 from appliance.core.types import Precision
 from appliance.errors import ConfigError
 
-Seconds = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, le=4096)]
+"""Each may be a thread: what is more is no box of ours."""
 Size = Annotated[int, Field(ge=0)]
-Rate = Annotated[float, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Kind = Literal["cpu", "cuda"]
 """Of a device: costs are those of a kind, and all GPUs of a box are taken to be like the first."""
 MEMORY_TOLERANCE = 0.05
@@ -83,7 +85,7 @@ class Running(Part):
 
     item_seconds: Seconds
     fixed_seconds: Seconds
-    fit_error: Annotated[float, Field(ge=0)]
+    fit_error: Share
 
 
 class Loads(Part):
@@ -120,7 +122,7 @@ class Profile(Part):
     weights_bytes: Size | None = Field(None, description="The split of main memory; None: as the settings have it.")
     activation_bytes: Size | None = None
     precision: Precision | None = Field(None, description="Of experts; None: as the settings have it.")
-    hold_share: Annotated[float, Field(ge=0)] | None = Field(None, description="The policy's; None: as it is.")
+    hold_share: Share | None = Field(None, description="The policy's; None: as it is.")
     load_fixed_seconds: Seconds = Field(0.002, description="Part of a load that does not depend on its bytes.")
     disk_bytes_per_second: Rate = Field(5e8, description="Read bandwidth for weights.")
     running: Mapping[str, Running] = Field({}, description="By architecture; others as compiling measured them.")
@@ -239,11 +241,11 @@ def load(path: Path) -> Profile:
         return Profile.model_validate(json.loads(path.read_text("utf-8")))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}", "set paths.profile in appliance.toml") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not JSON: {error}", "correct that line") from error
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        problems = "; ".join(": ".join(filter(None, (".".join(map(str, e["loc"])), e["msg"]))) for e in error.errors())
         raise ConfigError(f"{path}: {problems}", "correct these keys, or run `appliance profile`") from error
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, or a list in a list in a list
+        raise ConfigError(f"{path} is not JSON: {error}", "correct that line, or run `appliance profile`") from error
 
 
 def save(profile: Profile, path: Path) -> None:

@@ -169,6 +169,32 @@ def test_a_profile_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert [one.name for one in path.parent.iterdir()] == ["box1.json"]
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "is not JSON"),
+        ('{"schema": 2, "name": "cut', "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        (f'{{"threads": {"9" * 5_000}}}', "is not JSON"),
+        ("[]", r"profile\.json: Input should be"),
+        ('{"schema": 1, "name": "old"}', "schema: Input should be 2"),
+        ('{"schema": 2, "name": "x", "executors": 3}', "executors: Extra inputs"),
+        ('{"schema": 2, "name": "x", "cpu_executors": 100000000}', "cpu_executors: Input should be less"),
+        ('{"schema": 2, "name": "x", "threads": 0}', "threads: Input should be greater"),
+        ('{"schema": 2, "name": "x", "load_fixed_seconds": Infinity}', "load_fixed_seconds: .*finite"),
+        ('{"schema": 2, "name": "x", "hold_share": 1e999}', "hold_share: .*finite"),
+        ('{"schema": 2, "name": "x", "disk_bytes_per_second": NaN}', "disk_bytes_per_second: "),
+    ],
+)
+def test_a_file_that_is_no_profile_is_refused_by_its_name_and_key(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "profile.json"
+    path.write_text(text, "utf-8")
+    with pytest.raises(ConfigError, match=says) as error:
+        profiles.load(path)
+    assert str(path) in str(error.value)
+    assert "appliance profile" in str(error.value)
+
+
 def test_a_profile_that_cannot_be_written_whole_leaves_the_former_one(tmp_path: Path) -> None:
     path = tmp_path / "box1.json"
     profiles.save(DEFAULT, path)
