@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -155,9 +156,18 @@ def serve(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     """The child's side: answer each line on stdin until it ends. Whatever libraries print goes to stderr instead."""
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
+    threading.Thread(target=_end_with_reader, args=(replies.fileno(),), daemon=True).start()
     for line in sys.stdin.buffer:
         replies.write(json.dumps(_answered(answer, json.loads(line))).encode() + b"\n")
         replies.flush()
+
+
+def _end_with_reader(pipe: int) -> None:
+    """Who asked was killed: nobody wants the answer, and what serves or is measured next lacks the processors."""
+    poll = select.poll()
+    poll.register(pipe, 0)  # that nobody reads any more is told unasked
+    poll.poll()
+    os._exit(1)
 
 
 def _answered(answer: Callable[[dict[str, Any]], dict[str, Any]], request: dict[str, Any]) -> dict[str, Any]:

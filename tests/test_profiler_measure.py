@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -41,8 +42,10 @@ from appliance.profiler.measurements import (
 )
 from appliance.store.compile import compile_bundles
 from appliance.store.store import Compiled, Store
+from tests.kit_brokers import until
 from tests.kit_models import conv_net, write_bundle
 
+ROOT = Path(__file__).parents[1]
 TWINS = ("left", "right")
 """Two experts of one architecture."""
 NAMES = (*TWINS, "wider", "widest")
@@ -250,6 +253,26 @@ def kill_the_next_child() -> None:
                 child.send_signal(signal.SIGKILL)
                 return
         time.sleep(0.001)
+
+
+def test_a_child_ends_with_a_profiler_that_is_killed(tmp_path: Path) -> None:
+    """The same command goes on at once, and would measure what it had left at work."""
+    begun = tmp_path / "begun"
+    answer = f"def answer(request):\n    open({str(begun)!r}, 'w').close()\n    time.sleep(60)\n"
+    module = f"import time\nfrom appliance import sandbox\n{answer}sandbox.serve(answer)\n"
+    (tmp_path / "measures.py").write_text(module, "utf-8")
+    asking = "from appliance.sandbox import Child\nChild('measures', memory_bytes=1 << 33).ask({}, seconds=60)"
+    profiler = psutil.Popen([sys.executable, "-c", asking], env={**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"})
+    try:
+        until(begun.exists)
+        (child,) = profiler.children()
+    finally:
+        profiler.kill()
+        profiler.wait(20)
+    _, alive = psutil.wait_procs([child], timeout=10.0)
+    for left in alive:
+        left.kill()
+    assert not alive
 
 
 def test_a_batch_takes_what_was_measured_of_its_size_and_between_sizes_what_lies_between() -> None:
