@@ -639,12 +639,13 @@ def bench_profile(
     from appliance.profiler.boxes import made_rig
     from appliance.profiler.gridded import against_grid
     from appliance.profiler.profiled import Plan
+    from appliance.profiler.progress import alone
     from appliance.report import print_gridded
 
     say = Console(stderr=True).print
     plan = Plan(_budget(budget), folder / "profiler", seed=seed)
     asked = Workload(shape, experts, requests, _share(memory, "--memory"))
-    with made_rig(asked, folder, say) as (rig, default):
+    with alone(plan.folder), made_rig(asked, folder, say) as (rig, default):
         found = against_grid(rig, default, plan, say)
     _print(found) if as_json else print_gridded(found, Console())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -13,12 +14,13 @@ import pytest
 
 from appliance.core.graph import Edge
 from appliance.core.types import Finding
+from appliance.errors import ProfileError
 from appliance.lab import laps
 from appliance.profiler import boxes, progress
 from appliance.profiler.measure import GpuRuns, Runs
 from appliance.profiler.measurements import Handover, Loading, Measured
 from appliance.profiler.profiled import Plan, Profiled, profiled
-from appliance.profiler.progress import Lap, Progress, search_key
+from appliance.profiler.progress import Lap, Progress, alone, search_key
 from appliance.profiler.rig import Outcome, Rig
 from appliance.profiler.settings import Settings
 from appliance.startup import hardware
@@ -132,6 +134,30 @@ def test_a_file_of_another_shape_begins_all_anew_and_the_search_with_it(tmp_path
         (tmp_path / "search.db").touch()
         assert Progress.read(path) == Progress(path), text
         assert not (tmp_path / "search.db").exists(), text
+
+
+def test_a_full_disk_is_told_and_leaves_what_was_known(tmp_path: Path) -> None:
+    path = tmp_path / "progress.json"
+    Progress(path, spent_seconds=3.0).write()
+    (tmp_path / "progress.new").symlink_to("/dev/full")
+    with pytest.raises(ProfileError, match=r"progress\.json cannot be written: No space left.*same command"):
+        Progress(path, spent_seconds=4.0).write()
+    assert Progress.read(path).spent_seconds == 3.0
+
+
+def test_two_profilers_in_one_folder_are_told_apart(tmp_path: Path) -> None:
+    """They would measure each other, and write the same search."""
+    folder = tmp_path / "not yet there"
+    with alone(folder):
+        with (
+            pytest.raises(ProfileError, match=f"process {os.getpid()} is profiling with .*not yet there"),
+            alone(folder),
+        ):
+            pass
+        with alone(tmp_path / "another"):
+            pass
+    with alone(folder):
+        pass
 
 
 def test_a_workload_in_which_all_is_late_ends_with_a_result(tiny: tuple[Rig, Settings], tmp_path: Path) -> None:

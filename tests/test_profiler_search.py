@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -329,6 +330,18 @@ def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
     other.close()
     with pytest.raises(ProfileError, match=r"search\.db"):
         search(storage=storage)
+
+
+def test_a_storage_that_takes_no_more_is_named(tmp_path: Path) -> None:
+    storage = tmp_path / "search.db"
+
+    def broken(settings: Settings, share: float) -> Judged:
+        with closing(sqlite3.connect(storage)) as other:
+            other.execute("DROP TABLE IF EXISTS trial_values")
+        return hill(settings, share)
+
+    with pytest.raises(ProfileError, match=r"search\.db cannot be written: .*no such table.*same command"):
+        run(search(broken, storage), 20)
 
 
 @pytest.mark.parametrize(("device", "task"), [("uma", "A1"), ("uma", "B1")])

@@ -25,6 +25,7 @@ from appliance.profile import Hardware, Profile
 from appliance.profiler import boxes, workload
 from appliance.profiler.measurements import Handover, Measured
 from appliance.profiler.profiled import Plan, Profiled, profiled, told
+from appliance.profiler.progress import alone
 from appliance.profiler.rig import Rig
 from appliance.profiler.settings import Settings
 from appliance.profiler.workload import Workload
@@ -86,7 +87,7 @@ def of_made(asked: laps.Workload, plan: Plan, folder: Path, out: Path, html: Pat
     """Profile experts that are made for it."""
     _check_places(out, html, plan.folder)
     _check_objective(plan.objective, paper.drawn(asked.job).requests)
-    with boxes.made_rig(asked, folder, say) as (rig, default):
+    with alone(plan.folder), boxes.made_rig(asked, folder, say) as (rig, default):
         found, here = profiled(rig, default, plan, say), hardware()
         name = f"{asked.experts}-{asked.shape}"
         made_of_it = boxes.profile_of(found, rig, name, plan.objective, "", here)

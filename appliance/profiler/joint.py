@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
+from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
 
 from appliance.errors import ProfileError
@@ -33,6 +35,7 @@ _STARTUP_TRIALS = 6
 """Chosen by chance, before the sampler has enough to go by; guesses count."""
 _REPEATS = 20
 """So often in a row what is asked for may be known already; then there is nothing more to find."""
+_STUDY = "profile"
 _PLAYED, _EXCESS, _GUESS = "played", "excess", "guess"
 
 
@@ -73,7 +76,7 @@ class _Begun:
 
 
 class Search:
-    """One study. With a `storage` it goes on where it was when it is made again with the same name."""
+    """One study. With a `storage` it goes on where it was when it is made again."""
 
     def __init__(
         self,
@@ -83,25 +86,29 @@ class Search:
         *,
         guesses: Sequence[Settings] = (),
         seed: int = 1,
-        name: str = "profile",
         storage: Path | None = None,
     ) -> None:
         """Raises ProfileError when the storage cannot be used."""
         self._knobs, self._space = space, {key: _distribution(knob) for key, knob in space.items()}
-        self._begin, self._judge = begin, judge
-        self._study = _opened(name, storage)
+        self._begin, self._judge, self._storage = begin, judge, storage
+        self._study = _opened(storage)
         # Who goes on does not draw the same again.
         seed += len(self._study.get_trials(deepcopy=False))
         self._chance = random.Random(seed)
         self._study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=_STARTUP_TRIALS)
-        for settings in (*guesses, begin):
-            asked = {key: getattr(settings, key) for key in space}
-            self._study.enqueue_trial(asked, {_GUESS: settings in guesses}, skip_if_exists=True)
+        with _written(storage):
+            self._enqueue(guesses)
         judged = self._study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
         self._known = {self._settings(trial.params): trial for trial in judged}
-        for broken in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):  # the process was killed
+
+    def _enqueue(self, guesses: Sequence[Settings]) -> None:
+        """What is asked first: guesses, and what was being judged when a former process ended."""
+        for settings in (*guesses, self._begin):
+            asked = {key: getattr(settings, key) for key in self._space}
+            self._study.enqueue_trial(asked, {_GUESS: settings in guesses}, skip_if_exists=True)
+        for broken in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             self._study.tell(broken.number, state=TrialState.FAIL)
-            self._study.enqueue_trial(broken.params)
+            self._study.enqueue_trial(broken.params, {_GUESS: broken.user_attrs.get(_GUESS, False)})
 
     @property
     def trials(self) -> int:
@@ -132,13 +139,21 @@ class Search:
                 return {}
 
     def run(self, goes_on: Callable[[], bool]) -> None:
-        """Judge round after round while it `goes_on`, and there is anything new. A round that has begun is ended."""
-        while begun := self._round(goes_on):
-            begun.sort(key=lambda one: -one.value)
-            while begun and not self._is_able(begun.pop(0)):
-                pass
-            for behind in begun:
-                self._known[behind.settings] = self._study.tell(behind.trial, state=TrialState.PRUNED)
+        """Judge round after round while it `goes_on`, and there is anything new. A round that has begun is ended.
+
+        Raises ProfileError when the storage takes no more.
+        """
+        with _written(self._storage):
+            while begun := self._round(goes_on):
+                self._end(begun)
+
+    def _end(self, begun: list[_Begun]) -> None:
+        """Play the best of a round to the end, the next best where it breaks a constraint; the others stay behind."""
+        begun.sort(key=lambda one: -one.value)
+        while begun and not self._is_able(begun.pop(0)):
+            pass
+        for behind in begun:
+            self._known[behind.settings] = self._study.tell(behind.trial, state=TrialState.PRUNED)
 
     def _round(self, goes_on: Callable[[], bool]) -> list[_Begun]:
         """New ones, whose beginning was played; fewer when it does not go on, or nothing new is found."""
@@ -193,17 +208,32 @@ class Search:
         return replace(self._begin, **params)
 
 
-def _opened(name: str, storage: Path | None) -> optuna.Study:
+@contextmanager
+def _written(storage: Path | None) -> Iterator[None]:
+    """Raises ProfileError for what the storage does not take."""
+    try:
+        yield
+    except StorageInternalError as error:
+        why, *_ = str(error.__cause__).splitlines()
+        raise ProfileError(
+            f"{storage} cannot be written: {why}",
+            "make room there: the same command goes on from what is there already",
+        ) from error
+
+
+def _opened(storage: Path | None) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     address = None
     if storage is not None:
         storage.parent.mkdir(parents=True, exist_ok=True)
         address = f"sqlite:///{storage}"
     try:
-        return optuna.create_study(storage=address, study_name=name, direction="maximize", load_if_exists=True)
+        return optuna.create_study(storage=address, study_name=_STUDY, direction="maximize", load_if_exists=True)
     except Exception as error:  # SQLAlchemy's or SQLite's: the file is something else, or cannot be made
         why, *_ = str(error).splitlines() or [type(error).__name__]
-        raise ProfileError(f"{storage} cannot be used for the search: {why}", "delete it") from error
+        raise ProfileError(
+            f"{storage} cannot be used for the search: {why}", "delete it, or make room there"
+        ) from error
 
 
 def _distribution(knob: Knob) -> BaseDistribution:

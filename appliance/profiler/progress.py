@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from pydantic import TypeAdapter
 from appliance import __version__
 from appliance.core.graph import ExpertGraph
 from appliance.core.types import Finding, Refusal
+from appliance.errors import ProfileError
 from appliance.profile import Hardware
 from appliance.profiler.measure import GpuRuns, Runs
 from appliance.profiler.measurements import Measured
@@ -69,9 +73,16 @@ class Progress:
             return fresh
 
     def write(self) -> None:
+        """Whole or not at all. Raises ProfileError when it cannot be written."""
         beside = self.path.with_suffix(".new")
-        beside.write_text(json.dumps(_PROGRESS.dump_python(self, mode="json", exclude={"path"})), "utf-8")
-        beside.replace(self.path)
+        try:
+            beside.write_text(json.dumps(_PROGRESS.dump_python(self, mode="json", exclude={"path"})), "utf-8")
+            beside.replace(self.path)
+        except OSError as error:
+            raise ProfileError(
+                f"{self.path} cannot be written: {error.strerror}",
+                "make room there: the same command goes on from what is there already",
+            ) from error
 
     def keep(self, architecture: str, found: Runs | GpuRuns) -> None:
         """One is measured, others are not."""
@@ -82,6 +93,27 @@ class Progress:
 
 
 _PROGRESS = TypeAdapter(Progress)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Within, no other profiler works in this folder: each would measure the other, and both write the same search.
+
+    Raises ProfileError when one does. The lock is the kernel's: it ends with this process, however that ends.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = os.open(folder / "in-use", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            other = os.pread(file, 20, 0).decode("ascii", "replace")
+            raise ProfileError(f"process {other} is profiling with {folder}", "wait for it, or end it") from error
+        os.ftruncate(file, 0)
+        os.pwrite(file, str(os.getpid()).encode(), 0)
+        yield
+    finally:
+        os.close(file)
 
 
 def search_key(rig: Rig, default: Settings, objective: str, seed: int, here: Hardware) -> str:
