@@ -241,8 +241,19 @@ def test_no_time_to_measure_loads_is_an_error_that_says_so(
 
 def test_defaults_that_do_not_hold_the_largest_expert_are_refused(tiny: tuple[Rig, Settings], tmp_path: Path) -> None:
     rig, default = tiny
-    with pytest.raises(ConfigError, match="largest expert"):
+    with pytest.raises(ConfigError, match=r"largest expert.*memory\.weights"):
         profiled(replace(rig, memory_bytes=1000), default, Plan(5.0, tmp_path))
+
+
+def test_defaults_that_cannot_be_profiled_for_another_reason_say_which(
+    tiny: tuple[Rig, Settings], tmp_path: Path
+) -> None:
+    """Who is told to raise what is not scarce tries in vain."""
+    rig, default = tiny
+    with pytest.raises(ConfigError, match=r"executors on 2 cores.*executors\.cpu"):
+        profiled(replace(rig, cores=2), replace(default, cpu_executors=5, threads=1), Plan(5.0, tmp_path))
+    with pytest.raises(ConfigError, match=r"no room to be run.*memory\.activations"):
+        profiled(rig, replace(default, weights_share=1.0), Plan(5.0, tmp_path))
 
 
 def test_guesses_have_room_and_are_other_than_the_default(tiny: tuple[Rig, Settings]) -> None:

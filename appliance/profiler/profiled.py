@@ -23,7 +23,7 @@ from appliance.profiler.measurements import Handover, Loading, Measured, handove
 from appliance.profiler.progress import Lap, Progress, search_key
 from appliance.profiler.rig import Int8Part, Outcome, Rig, Watched
 from appliance.profiler.settings import Settings
-from appliance.startup import hardware
+from appliance.startup import footprint, hardware
 
 REFUSED = Outcome(0.0, 1e9, 1.0, 0)
 """Of a candidate that a device refused."""
@@ -135,7 +135,7 @@ class _Run:
 
     def __init__(self, rig: Rig, default: Settings, plan: Plan, known: Progress, say: Say) -> None:
         if not rig.holds(default):
-            raise ConfigError("the default settings do not hold the largest expert", "raise memory.weights")
+            raise _not_held(rig, default)
         self._rig, self._default, self._plan, self._known, self._say = rig, default, plan, known, say
         self._began, self._spent = time.monotonic(), known.spent_seconds
         self._is_complete = True
@@ -407,6 +407,23 @@ class _Run:
                 raise
             self._say(f"{told(settings, self._default)}: {error}")
             return REFUSED
+
+
+def _not_held(rig: Rig, default: Settings) -> ConfigError:
+    """What the box's own settings lack."""
+    most, prints = 2 * rig.cores, [footprint(one) for one in rig.compiled.values()]
+    if default.cpu_executors * default.threads > most:
+        return ConfigError(
+            f"{default.cpu_executors} executors on {rig.cores} cores are not profiled: {most} at most",
+            "lower executors.cpu, or leave it out to have it searched",
+        )
+    if max(one.weights_bytes for one in prints) > rig.weights_bytes(default):
+        return ConfigError("the default settings do not hold the largest expert", "raise memory.weights")
+    if max(one.activation_bytes(1) for one in prints) > rig.activation_bytes(default):
+        return ConfigError("by the default settings a picture has no room to be run", "raise memory.activations")
+    return ConfigError(
+        "by the default settings a GPU holds no expert", "raise memory.gpu_weights or memory.gpu_activations"
+    )
 
 
 def learnt(known: Measured, one: Watched, all_at_work: Watched, threads: int) -> Measured:
