@@ -20,7 +20,7 @@ from appliance.lab import laps
 from appliance.profiler import boxes
 from appliance.profiler.command import Pictures, _live, _written, of_box, of_made
 from appliance.profiler.gridded import _grid, against_grid
-from appliance.profiler.measurements import Loading, Measured
+from appliance.profiler.measurements import Architecture, Latency, Loading, Measured
 from appliance.profiler.profiled import Plan, Profiled
 from appliance.profiler.progress import Lap
 from appliance.profiler.rig import Outcome
@@ -188,3 +188,15 @@ def test_before_and_after_are_medians_of_the_rounds_that_both_were_in(tmp_path: 
     assert _live(found, default)["wait_p99_seconds"] == 6.5
     assert _live(found, chosen)["wait_p99_seconds"] == 2.0
     assert _live(replace(found, laps=()), chosen) == {}
+
+
+def test_how_far_off_a_profiles_costs_are_is_told_of_the_batches_that_will_be_run(tmp_path: Path) -> None:
+    """A large batch that outgrew a cache, and that nobody will run, makes the others no worse."""
+    samples = (Latency(1, 0.01), Latency(2, 0.02), Latency(4, 0.04), Latency(16, 0.32))
+    model = Architecture("net", "cpu", 1, samples, 0.02, 0.0, 1.0, 1.0, 1)
+    with boxes.made_rig(laps.Workload("tiny", experts=2, requests=4), tmp_path, lambda line: None) as (rig, default):
+        found = profiled_of(replace(default, batch_cap=4), tmp_path)
+        found = replace(found, measured=replace(found.measured, architectures=(model,)))
+        written = boxes.profile_of(found, rig, "box1", "throughput", "", hardware())
+    assert written.running["net"].item_seconds == pytest.approx(0.01)
+    assert written.running["net"].fit_error == pytest.approx(0.0, abs=1e-9)

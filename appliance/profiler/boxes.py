@@ -20,7 +20,7 @@ from appliance.lab.telling import Say
 from appliance.profile import Found, Hardware, Loads, OnGpus, Origin, Profile, Running
 from appliance.profiler import workload
 from appliance.profiler.measure import GpuPart
-from appliance.profiler.measurements import Architecture, Loading, Measured
+from appliance.profiler.measurements import Architecture, Loading, Measured, errors
 from appliance.profiler.profiled import Profiled
 from appliance.profiler.rig import ACTIVATIONS_TWICE, Int8Part, Rig, bandwidth
 from appliance.profiler.settings import Settings
@@ -194,10 +194,12 @@ def profile_of(found: Profiled, rig: Rig, name: str, objective: str, graph: str,
 
 
 def _running(models: Mapping[str, Architecture], best: Settings) -> dict[str, Running]:
+    """The line through the batches that will be run, and what it is off from these."""
     found = {}
     for name, one in models.items():
-        item_seconds, fixed_seconds = one.line(best.batch_cap)
-        found[name] = Running(item_seconds=item_seconds, fixed_seconds=fixed_seconds, fit_error=one.fit_error)
+        line = one.line(best.batch_cap)
+        off, _ = errors([sample for sample in one.samples if sample.items <= best.batch_cap], *line)
+        found[name] = Running(item_seconds=line[0], fixed_seconds=line[1], fit_error=off)
     return found
 
 
