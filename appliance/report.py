@@ -40,6 +40,7 @@ def print_check(found: Mapping[str, Any], console: Console) -> None:
         table.add_row(f"budget of {name}", megabytes(size))
     table.add_row("machine", f"{megabytes(found['memory_bytes'])} of memory for this process, {gpus}")
     table.add_row("executors", ", ".join(found["executors"]))
+    table.add_row("runs", _runs(found))
     table.add_row("compiled experts", escape(found["store"]))
     table.add_row("int8", _int8(found["int8"]))
     table.add_row("profile", escape(found["profile"]))
@@ -76,6 +77,16 @@ def print_check(found: Mapping[str, Any], console: Console) -> None:
         console.print(_unused(found["unused"], found["freed_bytes"]))
     if not found["unavailable"] and not found["too_large"]:
         console.print("[green]Everything in the catalogue can serve.[/green]")
+
+
+def _runs(found: Mapping[str, Any]) -> str:
+    """What settings and profile come to, beside what has a line of its own."""
+    limits = f"batches of {found['batch_cap']} at most in {megabytes(found['activation_bytes'])}"
+    return f"by {_threads(found['threads'])} each, {limits}; {found['load_slots']} loads at once"
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread" if count == 1 else f"{count} threads"
 
 
 def _int8(found: Mapping[str, Any]) -> str:
@@ -643,7 +654,7 @@ def _print_fits(fits: Sequence[Mapping[str, Any]], console: Console) -> None:
     table = Table("runs of", "on", "a picture", "a batch", "fit error", title_justify="left")
     for fit in sorted(fits, key=lambda fit: -fit["fit_error"])[:MOST_FITS]:
         times = (f"{fit[name] * 1e3:.2f} ms" for name in ("item_seconds", "fixed_seconds"))
-        on = "GPU" if fit["device"] == "cuda" else f"{fit['threads']} threads"
+        on = "GPU" if fit["device"] == "cuda" else _threads(fit["threads"])
         on += ", int8" if fit["precision"] == "int8" else ""
         table.add_row(escape(fit["expert"]), on, *times, f"{fit['fit_error']:.1%}")
     if fits:

@@ -521,6 +521,11 @@ def _what_is_there(made: Installation) -> dict[str, Any]:
         "gpus": [gpu.name for gpu in made.gpus.used],
         "gpu_trouble": dict(made.gpus.trouble),
         "executors": [executor.name for executor in made.executors],
+        "threads": made.profile.threads,
+        "load_slots": made.config.executors.load_slots,
+        "batch_cap": made.profile.batch_cap,
+        "activation_bytes": int(made.config.memory.activations),
+        "hold_share": made.policy.hold_share,
     }
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from appliance import config as settings
 from appliance import profile as profiles
-from appliance.config import Config
+from appliance.config import Config, Executors
 from appliance.core.costs import Cost
 from appliance.errors import ConfigError
 from appliance.lab.simulate import simulated
@@ -227,6 +227,22 @@ def test_a_check_shows_what_is_wrong_with_the_profile_in_red(tmp_path: Path, cat
     assert f"\x1b[31m{found['profile_trouble'][:30]}" in shown.getvalue()
     sound = checked(_config(tmp_path, catalog, DEFAULT))
     assert sound["profile_trouble"] is None
+
+
+def test_a_check_shows_what_the_profile_comes_to(tmp_path: Path, catalog: Path) -> None:
+    """Who has profiled a box wants to see that it will be served so, before it is."""
+    config = _config(tmp_path, catalog, DEFAULT)
+    made = install(config)
+    here = origin(hardware(), graph_sha256(made.catalog, made.compiled))
+    profiles.save(
+        profile(here, cpu_executors=1, threads=2, load_slots=3, batch_cap=7, activation_bytes=20_000_000),
+        config.paths.profile,
+    )
+    shown = io.StringIO()
+    print_check(checked(config), Console(file=shown, width=200))
+    assert "by 2 threads each, batches of 7 at most in 20.0 MB; 3 loads at once" in shown.getvalue()
+    config = config.model_copy(update={"executors": Executors(load_slots=1)})
+    assert checked(config)["load_slots"] == 1, "what the settings say goes before it"
 
 
 def test_a_service_serves_by_its_profile_and_its_journal_replays_so(tmp_path: Path, catalog: Path) -> None:

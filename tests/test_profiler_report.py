@@ -178,6 +178,9 @@ def test_the_terminal_shows_before_and_after_and_what_changed() -> None:
     for said in ("52.0 images/s", "78.0 images/s, 1.50 times as many", "cpu executors", "hold share 70%", "20.0%"):
         assert said in text
     assert "threads  " not in text.split("runs of")[0], "what stays as it is has no row"
+    assert "1 thread " in text
+    assert "2 threads" in text
+    assert "1 threads" not in text
     assert "Interrupted" not in text
 
 
