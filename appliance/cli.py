@@ -267,11 +267,17 @@ def profile(
     config: ConfigFile = Path("appliance.toml"),
     budget: Annotated[str, typer.Option(help="How long it may take, such as 5m or 1h; 10s at least.")] = "5m",
     objective: Annotated[
-        str, typer.Option(help="What shall be best: throughput, deadlines (pictures in time), or p99 (of the waits).")
+        str, typer.Option(help="What shall be best: throughput, deadlines (boards in time), or p99 (of the waits).")
     ] = "throughput",
     requests: Annotated[int, typer.Option(min=1, help="How many pictures a workload has that is no journal.")] = 1000,
     product: Annotated[str | None, typer.Option(help="Boards of this product, by its bill of materials.")] = None,
-    due: Annotated[str | None, typer.Option(help="With --product: when each board is due, such as 60s.")] = None,
+    due: Annotated[
+        str | None,
+        typer.Option(
+            help="With --product: when each board is due after its first picture, such as 60s. Without --gap all come, "
+            "and are due, at once."
+        ),
+    ] = None,
     journal: Annotated[
         Path | None, typer.Option(help="What a service recorded (paths.journal), with the answers given there.")
     ] = None,

@@ -281,6 +281,21 @@ def test_predicted_and_live_serve_the_same_pictures_and_keep_the_budget(tiny: tu
     assert rig.predicted(default, KNOWN) == rig.predicted(default, KNOWN), "a prediction has no chance in it"
 
 
+def test_live_as_predicted_only_those_are_late_that_are_due_before_they_can_be_answered(
+    tiny: tuple[Rig, Settings],
+) -> None:
+    """Seconds of a workload begin with it, those of its deadlines too."""
+    rig, default = tiny
+    requests = tuple(
+        replace(one, deadline_seconds=one.arrived_seconds + (60.0 if number % 4 else 0.0))
+        for number, one in enumerate(rig.workload.requests)
+    )
+    rig = replace(rig, workload=replace(rig.workload, requests=requests))
+    for outcome in (rig.predicted(default, KNOWN), rig.served(default, KNOWN)):
+        assert outcome.late_share == 0.25
+        assert outcome.images_per_second > 0
+
+
 @pytest.mark.parametrize(
     ("is_complete", "there", "name"),
     [(True, True, "box1.json"), (False, False, "box1.json"), (False, True, "box1.interrupted.json")],

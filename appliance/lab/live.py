@@ -209,6 +209,16 @@ def _goes_on(ended: Finished, action: Action) -> bool:
     return isinstance(action, Run) and action.batch.executor == ended.batch.executor
 
 
+def _begun(request: Request, begin: float) -> Request:
+    """By the clock, of a stage that begins then."""
+    due = request.deadline_seconds
+    return replace(
+        request,
+        arrived_seconds=begin + request.arrived_seconds,
+        deadline_seconds=None if due is None else begin + due,
+    )
+
+
 class _Served:
     """One policy on its box, from the first picture to the last verdict."""
 
@@ -235,7 +245,7 @@ class _Served:
 
     def serve(self, begin: float) -> float:
         """All verdicts; returns how long they took. Raises ApplianceError when one is not an answer, or none comes."""
-        coming = [replace(r, arrived_seconds=begin + r.arrived_seconds) for r in reversed(self._stage.requests)]
+        coming = [_begun(request, begin) for request in reversed(self._stage.requests)]
         count = len(coming)
         while len(self.verdicts) < count:
             now = time.monotonic()
