@@ -260,8 +260,12 @@ class Service:
         self._take_in(self._feed.suspects())
         self._decide(Tick())  # whoever is loaded before anybody asks
         self._say.status(self.telemetry.status())
+        made = self._installation
         log.info(
-            "serving experts=%d unavailable=%d", len(self._installation.compiled), len(self._installation.unavailable)
+            "serving experts=%d unavailable=%d profile=%s",
+            len(made.compiled),
+            len(made.unavailable),
+            made.profile.name,
         )
         while not (stop.is_set() or self._drain_wanted.is_set()):
             self._turn()

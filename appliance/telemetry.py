@@ -280,15 +280,15 @@ class Telemetry:
             return
         # A GPU's executor prepares its pictures on the same cores.
         threads = sum(profile.threads if e.device == CPU else 1 for e in self._installation.executors)
-        sharing = threads / self._cores
+        sharing, was = threads / self._cores, Alarm.PROFILE in self._alarms.raised
         off = {
             architecture[:ARCHITECTURE_DIGITS]: round(found.times_as_long, 2)
             for (architecture, device), found in self._relearning.learnt().items()
-            if architecture in profile.running_on(kind_of(device)) and found.is_far_off(sharing)
+            if architecture in profile.running_on(kind_of(device)) and found.is_far_off(sharing, was=was)
         }
         if not off:
             self._alarms.set(Alarm.PROFILE, None)
-        elif Alarm.PROFILE not in self._alarms.raised:
+        elif not was:
             detail = "runs take so many times as long as the profile says; run `appliance profile` again"
             self._alarms.set(Alarm.PROFILE, {"detail": detail, "times_as_long": off})
 

@@ -6,6 +6,7 @@ import io
 import json
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -18,11 +19,14 @@ from appliance import config as settings
 from appliance import profile as profiles
 from appliance.config import Config, Executors
 from appliance.core.costs import Cost
+from appliance.core.relearn import Learnt
+from appliance.core.types import Executor
 from appliance.errors import ConfigError
 from appliance.lab.simulate import simulated
 from appliance.profile import DEFAULT, Choice, Found, Hardware, Loads, OnGpus, Origin, Profile, Running
 from appliance.report import print_check
 from appliance.startup import Installation, checked, graph_sha256, hardware, install
+from appliance.telemetry import Telemetry
 from tests.kit_box import ALARMS, INFER, RESULT, STATS, Box, compiled, hear_verdicts, picture, write_catalog
 from tests.kit_brokers import Camera, until
 from tests.kit_models import conv_net
@@ -245,6 +249,25 @@ def test_a_check_shows_what_the_profile_comes_to(tmp_path: Path, catalog: Path) 
     assert checked(config)["load_slots"] == 1, "what the settings say goes before it"
 
 
+class AlarmLog:
+    """What telemetry does with the alarm `profile` while runs of one architecture take so many times as long."""
+
+    def __init__(self) -> None:
+        self.told, self.raised = list[str](), list[str]()
+        self._made = SimpleNamespace(choice=Choice(FULL), profile=FULL, executors=[Executor("cpu-0", "cpu")])
+
+    def set(self, alarm: str, wrong: dict[str, Any] | None) -> None:
+        if bool(wrong) != bool(self.raised):
+            self.told.append(f"raised {wrong['times_as_long']['a']}" if wrong else "lowered")
+        self.raised = [alarm] if wrong else []
+
+    def look(self, times_as_long: float) -> None:
+        learnt = {("a", "cpu"): Learnt(0.5, 0.25, times_as_long)}
+        relearning = SimpleNamespace(learnt=lambda: learnt)
+        facts = {"_installation": self._made, "_alarms": self, "_cores": 2, "_relearning": relearning}
+        Telemetry._look_at_costs(SimpleNamespace(**facts))  # type: ignore[arg-type]
+
+
 def test_a_service_serves_by_its_profile_and_its_journal_replays_so(tmp_path: Path, catalog: Path) -> None:
     """Executors, threads of each run, the split of memory and the policy's hold."""
     by_default, box = (Box(tmp_path / name, catalog) for name in ("default", "box"))
@@ -279,6 +302,15 @@ def test_a_service_raises_an_alarm_for_a_profile_of_another_box(tmp_path: Path, 
         assert body["alarm"] == "profile"
         assert "profile box1 is of another box, and not used" in body["detail"]
         assert "alarm name=profile" in box.log_text
+        assert "profile=default" in box.log_text
+
+
+def test_runs_near_the_limit_raise_the_alarm_once() -> None:
+    """Now beyond it and now not, they would raise and lower it all day."""
+    alarm_log = AlarmLog()
+    for times_as_long in (1.4, 1.55, 1.45, 1.55, 1.35, 1.2, 1.4, 0.6, 0.7, 0.6, 0.8):
+        alarm_log.look(times_as_long)
+    assert alarm_log.told == ["raised 1.55", "lowered", "raised 0.6", "lowered"]
 
 
 def _config(folder: Path, catalog: Path, found: Profile) -> Config:

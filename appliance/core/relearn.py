@@ -18,6 +18,8 @@ LEAST_BATCHES = 50
 FAR_OFF = 1.5
 """Times as long as the profile says, or as short: then it is not this box's any more. Executors beside each other and
 loads make runs up to so much longer."""
+STILL_OFF = 1.3
+"""Until it is less than this, who was far off is: near the limit a hundred batches are now beyond it, and now not."""
 
 
 @dataclass(slots=True)
@@ -59,9 +61,10 @@ class Learnt:
     fixed_seconds: float
     times_as_long: float
 
-    def is_far_off(self, sharing: float = 1.0) -> bool:
-        """Where so many runs `sharing` each core make them longer, that is no drift."""
-        return not 1 / FAR_OFF <= self.times_as_long <= FAR_OFF * max(sharing, 1.0)
+    def is_far_off(self, sharing: float = 1.0, *, was: bool = False) -> bool:
+        """Where so many runs `sharing` each core make them longer, that is no drift. `was`: it is far off already."""
+        limit = STILL_OFF if was else FAR_OFF
+        return not 1 / limit <= self.times_as_long <= limit * max(sharing, 1.0)
 
 
 class Relearning:
