@@ -609,8 +609,8 @@ def print_profile(found: Mapping[str, Any], console: Console) -> None:
         for name, value in changed.items():
             table.add_row(name.replace("_", " "), f"{found['default'][name]:.3g}", f"[green]{value:.3g}[/]")
         console.print(table)
-    elif found["complete"]:
-        console.print("The defaults stay: nothing was better than they are in more than half of the rounds.")
+    elif found["why_default"]:
+        console.print(found["why_default"], soft_wrap=True)
     _print_fits(found["fits"], console)
     for name, why in found["failed"].items():
         console.print(f"[red]not measured:[/] {escape(f'{name}: {why}')}", soft_wrap=True)

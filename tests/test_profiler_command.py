@@ -18,7 +18,7 @@ from appliance.drivers.journal import Journal, Opening
 from appliance.errors import ConfigError, RecordsError
 from appliance.lab import laps
 from appliance.profiler import boxes
-from appliance.profiler.command import Pictures, _live, _written, of_box, of_made
+from appliance.profiler.command import Pictures, _live, _why_default, _written, of_box, of_made
 from appliance.profiler.gridded import _grid, against_grid
 from appliance.profiler.measurements import Architecture, Latency, Loading, Measured
 from appliance.profiler.profiled import Plan, Profiled
@@ -188,6 +188,26 @@ def test_before_and_after_are_medians_of_the_rounds_that_both_were_in(tmp_path: 
     assert _live(found, default)["wait_p99_seconds"] == 6.5
     assert _live(found, chosen)["wait_p99_seconds"] == 2.0
     assert _live(replace(found, laps=()), chosen) == {}
+
+
+@pytest.mark.parametrize(
+    ("rounds", "is_complete", "says"),
+    [
+        ([(0, Settings(1)), (0, Settings(2)), (1, Settings(1)), (1, Settings(2))], True, "nothing was better"),
+        ([(0, Settings(1)), (0, Settings(2))], True, "larger --budget"),
+        ([(0, Settings(1)), (0, Settings(2)), (0, Settings(3)), (1, Settings(2))], True, "larger --budget"),
+        ([(0, Settings(1)), (0, Settings(2))], False, ""),
+    ],
+)
+def test_why_the_defaults_stay_is_what_was_seen(
+    tmp_path: Path, rounds: Sequence[tuple[int, Settings]], is_complete: bool, says: str
+) -> None:
+    """In a single round another was better: then it is for want of time, and not for want of a better one."""
+    served = [Lap(number, one, Outcome(float(one.cpu_executors), 1.0, 0.0, 5)) for number, one in rounds]
+    found = replace(profiled_of(Settings(1), tmp_path, is_complete), laps=served)
+    assert says in _why_default(found)
+    assert bool(says) == bool(_why_default(found))
+    assert _why_default(replace(found, settings=Settings(2))) == ""
 
 
 def test_how_far_off_a_profiles_costs_are_is_told_of_the_batches_that_will_be_run(tmp_path: Path) -> None:

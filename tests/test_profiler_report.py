@@ -71,6 +71,7 @@ def found(**other: Any) -> dict[str, Any]:
         "default_live": {"images_per_second": 52.0, "wait_p99_seconds": 2.5, "late_share": 0.2},
         "profile_path": "profiles/box1.json",
         "changed": "cpu_executors 4, hold_share 0.5",
+        "why_default": "",
         "settings": CHOSEN.told(),
         "default": DEFAULT.told(),
         "fits": [fit("good", 1, 0.01), fit("good", 2, 0.02), fit("bad", 1, 0.2)],
@@ -159,7 +160,7 @@ def test_of_many_architectures_the_worst_fits_are_drawn_and_all_are_listed() -> 
             {"laps": [], **UNSERVED, "importances": {}, "memory_curve": [], "fits": [], "contention": []},
             "Nothing was served live",
         ),
-        ({"settings": DEFAULT.told(), "changed": "the default"}, "The defaults stay"),
+        ({"settings": DEFAULT.told(), "why_default": "The defaults stay & so"}, "The defaults stay & so"),
         ({"failed": {"loads": "no room"}}, "Not measured: loads: no room"),
     ],
 )
@@ -192,7 +193,7 @@ def test_the_last_lines_are_the_settings_to_serve_by_it() -> None:
 
 def test_who_was_interrupted_or_found_nothing_better_is_told() -> None:
     assert "Interrupted" in printed(complete=False, laps=[], **UNSERVED)
-    assert "The defaults stay" in printed(settings=DEFAULT.told(), live_images_per_second=52.0)
+    assert "The defaults stay" in printed(settings=DEFAULT.told(), why_default="The defaults stay.")
     assert "not measured: loads: [red]no" in printed(failed={"loads": "[red]no"})
 
 

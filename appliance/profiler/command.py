@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -23,6 +24,7 @@ from appliance.lab import laps, paper
 from appliance.lab.telling import Say
 from appliance.profile import Hardware, Profile
 from appliance.profiler import boxes, workload
+from appliance.profiler.choosing import ROUNDS
 from appliance.profiler.measurements import Handover, Measured
 from appliance.profiler.profiled import Plan, Profiled, profiled, told
 from appliance.profiler.progress import alone
@@ -185,6 +187,7 @@ def _told(found: Profiled, rig: Rig, plan: Plan, here: Hardware, path: Path) -> 
         "default_live": _live(found, found.default),
         "profile_path": str(path.resolve()),  # in appliance.toml, others are beside that file
         "changed": told(found.settings, found.default),
+        "why_default": _why_default(found),
         "settings": found.settings.told(),
         "default": found.default.told(),
         "fits": _fits(rig, found.measured),
@@ -204,6 +207,21 @@ def _told(found: Profiled, rig: Rig, plan: Plan, here: Hardware, path: Path) -> 
         ],
         "memory_curve": _memory_curve(rig, found),
     }
+
+
+def _why_default(found: Profiled) -> str:
+    """In words, why the defaults stay; empty where they do not, or where it is not decided yet."""
+    if found.settings != found.default or not found.is_complete:
+        return ""
+    with_default = {lap.round for lap in found.laps if lap.settings == found.default}
+    rounds = Counter(lap.settings for lap in found.laps if lap.round in with_default)
+    del rounds[found.default]
+    if max(rounds.values(), default=0) < ROUNDS:
+        return (
+            "The defaults stay: there was no time to serve another configuration beside them twice, and once may be "
+            "chance. A larger --budget tells more."
+        )
+    return "The defaults stay: nothing was better than they are in more than half of the rounds."
 
 
 def _live(found: Profiled, settings: Settings) -> dict[str, float]:

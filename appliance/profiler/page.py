@@ -117,11 +117,7 @@ def _sections(found: Found) -> Iterator[str]:
 
 def _changed(found: Found) -> str:
     if found["settings"] == found["default"]:
-        return (
-            "The defaults stay: nothing was better than they are in more than half of the rounds."
-            if found["complete"]
-            else ""
-        )
+        return escape(found["why_default"])
     return f"Changed: {escape(found['changed'])}."
 
 
