@@ -222,12 +222,18 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def pretend(rig: Rig, clock: Clock, arrives: Callable[[int], float], predicting_seconds: float = 0.5) -> Rig:
+def pretend(
+    rig: Rig,
+    clock: Clock,
+    arrives: Callable[[int], float],
+    predicting_seconds: float = 0.5,
+    picture_seconds: float = 0.0,
+) -> Rig:
     """A lap takes as long as its pictures need, 0.1 s each, and a tenth more; all settings are as good."""
 
     class Pretend(Rig):
         def predicted(self, settings: Settings, measured: Measured, share: float = 1.0) -> Outcome:
-            clock.now += predicting_seconds
+            clock.now += predicting_seconds + picture_seconds * len(self.workload.played(share).requests)
             return self._outcome(share)
 
         def served(self, settings: Settings, measured: Measured, share: float = 1.0) -> Outcome:
@@ -289,6 +295,25 @@ def test_a_lap_of_a_workload_that_comes_unevenly_ends_before_the_long_wait(
     found, _ = on_time(rig, default, tmp_path, 100.0)
     assert 25 < round(60 * found.share) <= 30
     assert clock.now <= 100
+
+
+@pytest.mark.parametrize(("picture_seconds", "share"), [(1e-2, 0.5), (1e-3, 0.75), (1e-6, 1.0)])
+def test_of_a_long_day_a_search_plays_what_leaves_time_for_a_hundred_plays(
+    tiny: tuple[Rig, Settings],
+    clock: Clock,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    picture_seconds: float,
+    share: float,
+) -> None:
+    """But no fewer than 2,000 pictures of it; and the same share when it goes on."""
+    monkeypatch.setattr("appliance.profiler.profiled._MOST_TRIALS", 12)
+    day = replace(tiny[0], workload=tiny[0].workload.played(4_000 / 60))
+    rig, default = pretend(day, clock, lambda number: 0.1 * number, 0.0, picture_seconds), tiny[1]
+    found, _ = on_time(rig, default, tmp_path, 3000.0)
+    known = Progress.read(found.home / "progress.json")
+    assert known.searched_share == pytest.approx(share)
+    assert known.searched_seconds <= 1.4 * 12 * share * 4_000 * picture_seconds
 
 
 def test_the_search_goes_on_as_long_as_its_share_of_time_lasts_over_all_sittings(

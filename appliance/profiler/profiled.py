@@ -38,6 +38,13 @@ LEAST_TRIALS, _MOST_TRIALS = 12, 5000
 """The guesses and a few more, whatever the time."""
 _NOTED_TRIALS = 25
 """After so many each time it is noted, and said, how far the search is."""
+_PLAYS = 100
+"""So many times a search's part of the workload shall fit its time: to judge the least number of configurations on a
+day of 50,000 pictures took two minutes, whatever the budget (2026-11-22)."""
+_LEAST_PLAYED = 2000
+"""Requests, where there are so many: fewer tell too little of who is resident."""
+_GROWTH = 4
+"""Times as much of a workload is predicted next, where less of it was over too soon."""
 _RANKED = 200
 """Of the search's best, of which candidates are chosen."""
 LEAST_REQUESTS = 100
@@ -290,18 +297,30 @@ class _Run:
         )
 
     def _judge(self, known: Measured) -> Callable[[Settings, float], Judged]:
-        goal = self._rig.predicted(self._default, known).images_per_second * _LEAST_OF_DEFAULT
+        if self._known.searched_share is None:
+            self._known.searched_share = self._searched_share(known)
+        whole = self._known.searched_share
+        goal = self._rig.predicted(self._default, known, whole).images_per_second * _LEAST_OF_DEFAULT
 
         def judge(settings: Settings, share: float) -> Judged:
             if not self._rig.holds(settings):
                 return NO_ROOM
-            found = self._rig.predicted(settings, known, share)
+            found = self._rig.predicted(settings, known, whole * share)
             excess = 0.0
             if self._plan.objective != "throughput" and share == 1 and goal:
                 excess = max(goal - found.images_per_second, 0.0) / goal
             return Judged(value(self._plan.objective, found), excess)
 
         return judge
+
+    def _searched_share(self, known: Measured) -> float:
+        """Of the workload, that a search plays as its whole."""
+        least, began = _LEAST_PLAYED / len(self._rig.workload.requests), time.monotonic()
+        if least >= 1.0:
+            return 1.0
+        self._rig.predicted(self._default, known, least)
+        took = max(time.monotonic() - began, 1e-9)
+        return min(least * max(_SEARCH_SHARE * self._plan.budget_seconds / (_PLAYS * took), 1.0), 1.0)
 
     def _search(self, search: Search) -> None:
         """Not once laps have begun: who confirms has chosen."""
@@ -449,10 +468,12 @@ def _with_handover(known: Measured, found: Handover) -> Measured:
 def _fitting(rig: Rig, settings: Settings, known: Measured, seconds: float) -> float:
     """So large a share of the workload as is served in so many seconds, as predicted, however unevenly it comes; above
     1 where it is over sooner."""
-    whole = rig.predicted(settings, known).seconds
-    if whole <= seconds:
-        return seconds / whole if whole else 1.0  # all are late as they come
-    low, high, share = 0.0, 1.0, seconds / whole
+    high = min(_LEAST_PLAYED / len(rig.workload.requests), 1.0)
+    while (took := rig.predicted(settings, known, high).seconds) <= seconds and high < 1.0:
+        high = min(_GROWTH * high, 1.0)
+    if took <= seconds:
+        return seconds / took if took else 1.0  # all are late as they come
+    low, share = 0.0, high * seconds / took
     for _ in range(_TRIES):
         took = rig.predicted(settings, known, share).seconds
         if _NEAR * seconds <= took <= seconds / _LAPS_SHARE:

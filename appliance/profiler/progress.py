@@ -41,7 +41,8 @@ class Lap:
 class Progress:
     """What is known so far. Written after each step; a later run begins with it.
 
-    `spent_seconds` are of all that was done, `searched_seconds` those of the search alone. `runs` and `gpu_runs` are
+    `spent_seconds` are of all that was done, `searched_seconds` those of the search alone. Of the workload, a lap plays
+    `share` and the search `searched_share`. `runs` and `gpu_runs` are
     what architectures took that are measured while others are not yet.
     """
 
@@ -53,6 +54,7 @@ class Progress:
     gpu_runs: dict[str, GpuRuns] = field(default_factory=dict)
     laps: list[Lap] = field(default_factory=list)
     share: float | None = None
+    searched_share: float | None = None
 
     @property
     def storage(self) -> Path:
