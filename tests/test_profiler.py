@@ -18,8 +18,10 @@ import pytest
 
 from appliance import config as settings
 from appliance import profile as profiles
+from appliance.core.types import Evict
 from appliance.errors import ConfigError, ProfileError
-from appliance.lab import laps
+from appliance.lab import laps, live
+from appliance.lab.simulate import simulate
 from appliance.profiler import boxes, workload
 from appliance.profiler.choosing import CANDIDATES, OBJECTIVES, ROUNDS, diverse, guesses, winner
 from appliance.profiler.command import place
@@ -29,7 +31,7 @@ from appliance.profiler.profiled import LEAST_TRIALS, Plan, Profiled, learnt, pr
 from appliance.profiler.progress import Lap, Progress
 from appliance.profiler.rig import Outcome, Rig, Watched
 from appliance.profiler.settings import Settings
-from appliance.startup import hardware, install
+from appliance.startup import footprint, hardware, install
 from tests.kit_box import compiled, write_catalog
 from tests.kit_brokers import until
 from tests.kit_models import conv_net
@@ -98,7 +100,7 @@ def test_what_is_better_depends_on_the_objective() -> None:
     served = [
         one
         for number in range(ROUNDS)
-        for one in (lap(number, DEFAULT, 9.0, p99=5.0, late=0.1), lap(number, ONE, 8.0, p99=2.0, late=0.0))
+        for one in (lap(number, DEFAULT, 9.0, p99=5.0, late=0.1), lap(number, ONE, 8.5, p99=2.0, late=0.0))
     ]
     assert [winner(served, DEFAULT, objective) for objective in OBJECTIVES] == [DEFAULT, ONE, ONE]
 
@@ -269,6 +271,54 @@ def test_the_space_is_what_a_box_can_do_and_settings_beyond_it_do_not_hold(tiny:
     assert rig.holds(default)
     assert not rig.holds(replace(default, cpu_executors=2 * rig.cores + 1))
     assert not rig.holds(replace(default, weights_share=1.0)), "nothing is left for activations"
+
+
+def test_who_is_pinned_has_room_in_every_configuration_and_so_has_everybody_else_beside_it(
+    tiny: tuple[Rig, Settings], tmp_path: Path
+) -> None:
+    """Or the service would not start by what was found."""
+    rig, default = tiny
+    sizes = {name: footprint(one).weights_bytes for name, one in rig.compiled.items()}
+    pinned, left = list[str](), rig.weights_bytes(default)
+    for name in sorted(sizes):
+        if sizes[name] <= left - max(sizes.values()):
+            pinned.append(name)
+            left -= sizes[name]
+    rig = replace(rig, pinned=tuple(pinned))
+    assert rig.holds(default)
+    too_many = replace(rig, pinned=(*pinned, *sorted(sizes.keys() - set(pinned))[:1]))
+    assert not too_many.holds(default)
+    assert too_many.holds(replace(default, weights_share=0.5))
+    all_of_them = replace(rig, pinned=tuple(sizes))
+    with pytest.raises(ConfigError, match=r"experts\.pin.*pin fewer"):
+        profiled(all_of_them, default, Plan(5.0, tmp_path))
+
+
+def test_who_is_pinned_stays_predicted_and_live(tiny: tuple[Rig, Settings], monkeypatch: pytest.MonkeyPatch) -> None:
+    rig, default = tiny
+    seldom = min(rig.compiled, key=lambda name: rig.chances[name])
+    simulations, laps_served = list[Any](), list[Any]()
+    monkeypatch.setattr("appliance.profiler.rig.simulate", heard(simulate, simulations))
+    monkeypatch.setattr("appliance.profiler.rig.live.served", heard(live.served, laps_served))
+    for pinned in ((), (seldom,)):
+        box = replace(rig, pinned=pinned)
+        box.predicted(default, KNOWN)
+        box.served(default, KNOWN)
+    left = [any(isinstance(a, Evict) and a.expert == seldom for a in found.actions) for found in simulations]
+    assert not left[1]
+    (stay,) = (stay for stay in laps_served[1].stays if stay.expert == seldom)
+    assert stay.began_seconds == 0
+    assert stay.ended_seconds == max(one.ended_seconds for one in laps_served[1].stays)
+    others = [[one for one in found.stays if one.expert == seldom] for found in laps_served]
+    assert left[0] or others[0] != [stay], "nobody kept it there before"
+
+
+def heard(made: Callable[..., Any], found: list[Any]) -> Callable[..., Any]:
+    def hear(*given: Any, **named: Any) -> Any:
+        found.append(made(*given, **named))
+        return found[-1]
+
+    return hear
 
 
 def test_predicted_and_live_serve_the_same_pictures_and_keep_the_budget(tiny: tuple[Rig, Settings]) -> None:

@@ -25,17 +25,17 @@ def outcome(rate: float = 10.0, p99: float = 1.0, late: float = 0.0) -> Outcome:
 @pytest.mark.parametrize(
     ("objective", "one", "other", "better"),
     [
-        ("throughput", outcome(10.2), outcome(10.0), True),
-        ("throughput", outcome(10.05), outcome(10.0), False),
-        ("throughput", outcome(10.2, p99=9.0, late=1.0), outcome(10.0), True),
+        ("throughput", outcome(10.3), outcome(10.0), True),
+        ("throughput", outcome(10.1), outcome(10.0), False),
+        ("throughput", outcome(10.3, p99=9.0, late=1.0), outcome(10.0), True),
         ("throughput", outcome(0.0), outcome(0.0), False),
-        ("p99", outcome(5.0, p99=0.98), outcome(10.0), True),
-        ("p99", outcome(20.0, p99=0.995), outcome(10.0), False),
+        ("p99", outcome(5.0, p99=0.97), outcome(10.0), True),
+        ("p99", outcome(20.0, p99=0.99), outcome(10.0), False),
         ("deadlines", outcome(5.0, late=0.010), outcome(10.0, late=0.011), True),
         ("deadlines", outcome(20.0, late=0.011), outcome(10.0, late=0.010), False),
-        ("deadlines", outcome(10.2, late=0.0103), outcome(10.0, late=0.0099), True),
-        ("deadlines", outcome(10.05, late=0.0099), outcome(10.0, late=0.0103), False),
-        ("deadlines", outcome(10.2, late=0.9), outcome(10.0, late=0.95), True),
+        ("deadlines", outcome(10.3, late=0.0103), outcome(10.0, late=0.0099), True),
+        ("deadlines", outcome(10.1, late=0.0099), outcome(10.0, late=0.0103), False),
+        ("deadlines", outcome(10.3, late=0.9), outcome(10.0, late=0.95), True),
     ],
 )
 def test_better_is_by_so_much_that_it_is_known_and_fewer_late_boards_go_before_any_throughput(
@@ -50,7 +50,7 @@ def test_the_most_images_per_second_outweigh_no_late_board() -> None:
     assert value("deadlines", outcome(2.0, late=0.1)) > value("deadlines", outcome(1.0, late=0.1))
 
 
-@pytest.mark.parametrize(("rate", "wins"), [(10.2, ONE), (10.05, DEFAULT)])
+@pytest.mark.parametrize(("rate", "wins"), [(10.3, ONE), (10.1, DEFAULT)])
 def test_who_is_as_punctual_wins_deadlines_only_by_clearly_more_throughput(rate: float, wins: Settings) -> None:
     laps = [
         lap
@@ -73,6 +73,17 @@ def test_of_several_that_win_the_best_is_so_in_the_rounds_with_the_default() -> 
         )
     ]
     assert winner(laps, DEFAULT, "throughput") == TWO
+
+
+@pytest.mark.parametrize(("rate", "wins"), [(9.1, ONE), (8.9, DEFAULT)])
+@pytest.mark.parametrize("objective", ["deadlines", "p99"])
+def test_who_is_in_time_by_being_far_slower_does_not_win(objective: str, rate: float, wins: Settings) -> None:
+    laps = [
+        lap
+        for number in range(2)
+        for lap in (Lap(number, DEFAULT, outcome(10.0, late=0.5)), Lap(number, ONE, outcome(rate, p99=0.5)))
+    ]
+    assert winner(laps, DEFAULT, objective) == wins
 
 
 def requests(*pictures: str) -> list[Request]:

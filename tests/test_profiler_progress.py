@@ -53,6 +53,7 @@ def key(rig: Rig, default: Settings, objective: str = "throughput", seed: int = 
 OTHERS: Sequence[tuple[str, Callable[[Rig], Rig]]] = [
     ("memory", lambda rig: replace(rig, memory_bytes=rig.memory_bytes + 1)),
     ("what is settled", lambda rig: replace(rig, settled={"load_slots": "executors.load_slots"})),
+    ("who stays", lambda rig: replace(rig, pinned=("a",))),
     ("chances", lambda rig: replace(rig, chances={})),
     ("the graph", lambda rig: replace(rig, graph=replace(rig.graph, edges={"x": (Edge("x", "y"),)}))),
     (

@@ -104,7 +104,7 @@ class Controller:
         self.on_trial: dict[str, Refusal] = {}
         """Experts that failed and may try again, and why they were unavailable."""
         self._unpinned = {name for name in pinned if name in unavailable}  # who stays again when it serves again
-        self.ledgers = _ledgers(experts, devices, [name for name in pinned if name not in self._unpinned])
+        self.ledgers = ledgers_of(experts, devices, [name for name in pinned if name not in self._unpinned])
         declared = {name: expert.probability for name, expert in experts.items()}
         self._usage = Usage(graph, declared, products)
         weight = self._usage.weight if policy.learns else declared.__getitem__
@@ -602,7 +602,7 @@ def _failing(expert: str, refusal: Refusal) -> Refusal:
     return Refusal(FAILING, f"{detail}: {refusal.detail}")
 
 
-def _ledgers(experts: Mapping[str, Expert], devices: Sequence[Device], pinned: Sequence[str]) -> dict[str, Ledger]:
+def ledgers_of(experts: Mapping[str, Expert], devices: Sequence[Device], pinned: Sequence[str]) -> dict[str, Ledger]:
     """One per device, of the experts that it can serve. Each pinned expert stays on the first that has room for it."""
     ledgers, left = dict[str, Ledger](), [name for name in pinned if name in experts]
     for device in devices:

@@ -59,3 +59,5 @@ class Setup:
     executors: tuple[Executor, ...]
     experts: Mapping[str, Expert]
     residents: tuple[tuple[str, str], ...]
+    pinned: tuple[str, ...] = ()
+    """Who stays."""

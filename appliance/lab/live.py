@@ -232,7 +232,13 @@ class _Served:
         self.stays, self.loads, self.verdicts = Stays(), 0, list[Verdict]()
         self.work, self._ended = Work(), dict[int, float]()  # by batch, when it was told
         self._controller = Controller(
-            stage.graph, box.experts, box.devices, box.executors, policy=policy, residents=box.residents
+            stage.graph,
+            box.experts,
+            box.devices,
+            box.executors,
+            pinned=box.pinned,
+            policy=policy,
+            residents=box.residents,
         )
         for device, name in box.residents:
             segments = box.experts[name].footprints[device].distinct
@@ -276,6 +282,7 @@ class _Served:
         for name, engine in self._engines.items():
             ledger = self._controller.ledgers[name]
             for expert in ledger.resident:  # what was loaded ahead may not have come
+                ledger.give_up(expert)
                 freed = ledger.evict(expert).segments if ledger.is_ready(expert) else ledger.abort_load(expert)
                 engine.residents.evict(Evict(name, expert, freed))
             engine.memory.close()

@@ -58,6 +58,7 @@ def rig_of(
         _gpus_of(made),
         _int8_of(made, say),
         settled(made.config),
+        tuple(name for name in made.config.experts.pin if name in made.compiled),
     )
 
 

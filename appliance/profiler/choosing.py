@@ -6,7 +6,7 @@ Decides with values: outcomes in, settings out.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import inf
 
@@ -20,8 +20,10 @@ ROUNDS = 2
 """So often at least whoever wins has been served beside the default."""
 CANDIDATES = 4
 """Of the search's best, at most, that are served live."""
-LEAST_GAIN = 0.01
-"""Who is better by less is not known to be better at all."""
+LEAST_GAIN = 0.02
+"""Who is better by less is not known to be better at all: so much rounds of one configuration differ by."""
+LEAST_OF_DEFAULT = 0.9
+"""Where waits or deadlines are what counts, throughput may fall so far, predicted and live."""
 _EVEN = 0.01
 """Who is predicted to be worse by less is as good."""
 _LATE_DIGITS = 3
@@ -50,8 +52,8 @@ def value(objective: str, found: Outcome) -> float:
 
 
 def winner(laps: Sequence[Lap], default: Settings, objective: str) -> Settings:
-    """Whoever was served often enough beside the default and was clearly better in more than half of these rounds; of
-    several the best; else the default."""
+    """Whoever was served often enough beside the default and was clearly better in more than half of these rounds, and
+    not too slow for it; of several the best; else the default."""
     rounds: dict[Settings, dict[int, Outcome]] = {}
     for lap in laps:
         rounds.setdefault(lap.settings, {})[lap.round] = lap.outcome
@@ -60,9 +62,17 @@ def winner(laps: Sequence[Lap], default: Settings, objective: str) -> Settings:
     for settings, found in rounds.items():
         both = found.keys() & usual.keys()
         better = sum(is_better(objective, found[number], usual[number]) for number in both)
-        if len(both) >= ROUNDS and 2 * better > len(both):
+        if (
+            len(both) >= ROUNDS
+            and 2 * better > len(both)
+            and _rate(found, both) >= LEAST_OF_DEFAULT * _rate(usual, both)
+        ):
             able[settings] = statistics.median(value(objective, found[number]) for number in both)
     return max(able, key=lambda settings: able[settings], default=default)
+
+
+def _rate(found: Mapping[int, Outcome], rounds: Iterable[int]) -> float:
+    return statistics.median(found[number].images_per_second for number in rounds)
 
 
 def diverse(ranked: Sequence[Trial]) -> list[Trial]:

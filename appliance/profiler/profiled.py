@@ -16,7 +16,16 @@ from pathlib import Path
 from appliance.drivers import devices
 from appliance.errors import ConfigError, DeviceError, OutOfMemory, ProfileError
 from appliance.lab.telling import Say
-from appliance.profiler.choosing import CANDIDATES, OBJECTIVES, ROUNDS, diverse, guesses, value, winner
+from appliance.profiler.choosing import (
+    CANDIDATES,
+    LEAST_OF_DEFAULT,
+    OBJECTIVES,
+    ROUNDS,
+    diverse,
+    guesses,
+    value,
+    winner,
+)
 from appliance.profiler.joint import NO_ROOM, Judged, Search, Trial
 from appliance.profiler.measure import LOADS, GpuRuns, Runs, measured
 from appliance.profiler.measurements import Handover, Loading, Measured, handover_fit
@@ -65,8 +74,6 @@ evenly, the first try is right."""
 _LEAST_LAP_SECONDS = 5.0
 """A workload that is over sooner is played again, where the time allows it: in the first second everything is new, and
 laps of one second differed by a fifth (experts of 1 ms, 2026-11-22)."""
-_LEAST_OF_DEFAULT = 0.9
-"""Where waits or deadlines are what counts, throughput may fall so far, as predicted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,7 +307,7 @@ class _Run:
         if self._known.searched_share is None:
             self._known.searched_share = self._searched_share(known)
         whole = self._known.searched_share
-        goal = self._rig.predicted(self._default, known, whole).images_per_second * _LEAST_OF_DEFAULT
+        goal = self._rig.predicted(self._default, known, whole).images_per_second * LEAST_OF_DEFAULT
 
         def judge(settings: Settings, share: float) -> Judged:
             if not self._rig.holds(settings):
@@ -440,6 +447,11 @@ def _not_held(rig: Rig, default: Settings) -> ConfigError:
         return ConfigError("the default settings do not hold the largest expert", "raise memory.weights")
     if max(one.activation_bytes(1) for one in prints) > rig.activation_bytes(default):
         return ConfigError("by the default settings a picture has no room to be run", "raise memory.activations")
+    if not rig.keeps_pinned(default):
+        return ConfigError(
+            "by the default settings there is no room for experts.pin beside any other expert",
+            "raise memory.weights, or pin fewer",
+        )
     return ConfigError(
         "by the default settings a GPU holds no expert", "raise memory.gpu_weights or memory.gpu_activations"
     )

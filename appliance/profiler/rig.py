@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from appliance.catalog import Bundle
-from appliance.core.controller import Controller
+from appliance.core.controller import Controller, ledgers_of
 from appliance.core.costs import Cost, mixed
 from appliance.core.graph import ExpertGraph
 from appliance.core.policies import APPLIANCE, Policy
@@ -84,7 +84,8 @@ class Rig:
     int8, they are in parts of their own.
 
     `memory_bytes` are of main memory, for weights, activations and what is pinned; `chances` how likely a request asks
-    each expert. What is `settled` is not chosen, by the name of the setting, and says why.
+    each expert. What is `settled` is not chosen, by the name of the setting, and says why. Who is `pinned` stays in
+    memory.
     """
 
     graph: ExpertGraph
@@ -99,6 +100,7 @@ class Rig:
     gpus: GpuPart | None = None
     int8: Int8Part | None = None
     settled: Mapping[str, str] = field(default_factory=dict)
+    pinned: tuple[str, ...] = ()
 
     def in_precision(self, settings: Settings) -> Rig:
         """The same box, with the experts as these settings have the CPU run them; none other is in it."""
@@ -194,7 +196,22 @@ class Rig:
             and settings.cpu_executors * settings.threads <= 2 * self.cores
             and all(_has_room(cpu, footprint(one)) for one in self.in_precision(settings).compiled.values())
             and all(any(_has_room(gpu, footprint(o)) for o in self.compiled_on(gpu.name).values()) for gpu in gpus)
+            and (not self.pinned or self.in_precision(settings).keeps_pinned(settings))
         )
+
+    def keeps_pinned(self, settings: Settings) -> bool:
+        """Whether those that are to stay have room beside each other, and every other one beside them."""
+        devices = self.devices(settings)
+        experts = {name: Expert(name, self._footprints(name, devices), {}, 1) for name in self.compiled}
+        ledgers = ledgers_of(experts, devices, self.pinned).values()
+        return all(any(name in ledger.pinned for ledger in ledgers) for name in self.pinned) and all(
+            any(ledger.ever_fits(name) for ledger in ledgers) for name in experts
+        )
+
+    def _footprints(self, name: str, devices: Sequence[Device]) -> dict[str, Footprint]:
+        """Of an expert, by device."""
+        there = {device.name: self.compiled_on(device.name) for device in devices}
+        return {device: footprint(compiled[name]) for device, compiled in there.items() if name in compiled}
 
     def predicted(self, settings: Settings, measured: Measured, share: float = 1.0) -> Outcome:
         """By the simulator. `holds` first."""
@@ -205,7 +222,13 @@ class Rig:
         workload, policy = self.workload.played(share), policy_of(settings)
         box = self._setup(settings, measured, policy)
         controller = Controller(
-            self.graph, box.experts, box.devices, box.executors, policy=policy, residents=box.residents
+            self.graph,
+            box.experts,
+            box.devices,
+            box.executors,
+            pinned=box.pinned,
+            policy=policy,
+            residents=box.residents,
         )
         world = World(
             box.experts.values(),
@@ -260,12 +283,11 @@ class Rig:
 
     def _setup(self, settings: Settings, measured: Measured, policy: Policy) -> Setup:
         devices = self.devices(settings)
-        compiled = {device.name: self.compiled_on(device.name) for device in devices}
-        costs = {name: costs_of(self, name, measured, settings) for name in compiled}
+        costs = {device.name: costs_of(self, device.name, measured, settings) for device in devices}
         experts = {
             name: Expert(
                 name,
-                {device: footprint(there[name]) for device, there in compiled.items() if name in there},
+                self._footprints(name, devices),
                 {device: known[name] for device, known in costs.items() if name in known},
                 self.most_items(name, settings),
                 self.chances.get(name, 0.0),
@@ -276,7 +298,8 @@ class Rig:
             *(Executor(f"{name}-0", name) for name in self._used(settings)),
             *(Executor(f"{CPU}-{number}", CPU) for number in range(settings.cpu_executors)),
         )
-        return Setup(devices, executors, experts, tuple(_residents(experts, devices, policy)))
+        residents = tuple(_residents(experts, devices, policy, self.pinned))
+        return Setup(devices, executors, experts, residents, self.pinned)
 
 
 def late_boards(requests: Sequence[Request], once: int, late: Set[str]) -> float:
@@ -308,9 +331,12 @@ def _has_room(device: Device, wanted: Footprint) -> bool:
     return wanted.weights_bytes <= device.budget_bytes and wanted.activation_bytes(1) <= device.activation_bytes
 
 
-def _residents(experts: Mapping[str, Expert], devices: Sequence[Device], policy: Policy) -> Iterator[tuple[str, str]]:
-    """Who is in memory at the start: the most probable on the first device that has room, each once."""
-    left = sorted(experts, key=lambda name: (-experts[name].probability, name))
+def _residents(
+    experts: Mapping[str, Expert], devices: Sequence[Device], policy: Policy, pinned: Sequence[str]
+) -> Iterator[tuple[str, str]]:
+    """Who is in memory at the start: those who stay, then the most probable on the first device that has room, each
+    once."""
+    left = sorted(experts, key=lambda name: (name not in pinned, -experts[name].probability, name))
     for device in devices:
         prints = {name: experts[name].footprints.get(device.name) for name in left}
         sizes = [
