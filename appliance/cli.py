@@ -281,7 +281,9 @@ def profile(
     journal: Annotated[
         Path | None, typer.Option(help="What a service recorded (paths.journal), with the answers given there.")
     ] = None,
-    speed: Annotated[float, typer.Option(min=0.01, help="With --journal: play it so many times as fast.")] = 1.0,
+    speed: Annotated[
+        float, typer.Option(min=0.01, help="With --journal: let pictures come so many times as fast.")
+    ] = 1.0,
     gap: Annotated[
         str, typer.Option(help="Time from one picture to the next, such as 40ms; 0: all wait. Not of a journal.")
     ] = "0",

@@ -18,6 +18,8 @@ import pytest
 
 from appliance import config as settings
 from appliance import profile as profiles
+from appliance.core.controller import Controller
+from appliance.core.policies import APPLIANCE, COSERVE, Policy
 from appliance.core.types import Evict
 from appliance.errors import ConfigError, ProfileError
 from appliance.lab import laps, live
@@ -271,6 +273,26 @@ def test_the_space_is_what_a_box_can_do_and_settings_beyond_it_do_not_hold(tiny:
     assert rig.holds(default)
     assert not rig.holds(replace(default, cpu_executors=2 * rig.cores + 1))
     assert not rig.holds(replace(default, weights_share=1.0)), "nothing is left for activations"
+    assert rig.space().keys() - replace(rig, policy=COSERVE).space().keys() == {"hold_share"}
+
+
+def test_what_is_predicted_and_served_is_the_policy_of_the_box(
+    tiny: tuple[Rig, Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig, default = tiny
+    asked = list[str]()
+
+    def hear(*given: Any, policy: Policy, **named: Any) -> Controller:
+        asked.append(policy.name)
+        return Controller(*given, policy=policy, **named)
+
+    for room in ("appliance.profiler.rig", "appliance.lab.live"):
+        monkeypatch.setattr(f"{room}.Controller", hear)
+    for policy in (APPLIANCE, COSERVE):
+        box = replace(rig, policy=policy)
+        box.predicted(default, KNOWN)
+        box.served(default, KNOWN)
+    assert asked == [APPLIANCE.name] * 2 + [COSERVE.name] * 2
 
 
 def test_who_is_pinned_has_room_in_every_configuration_and_so_has_everybody_else_beside_it(

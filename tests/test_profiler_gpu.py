@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,7 +38,7 @@ from tests.kit_box import write_catalog
 from tests.kit_device import PretendAccelerator, PretendPlace
 from tests.kit_measure_child import open_pretend_gpu
 from tests.kit_models import conv_net, write_bundle
-from tests.kit_profiler import few_samples
+from tests.kit_profiler import few_samples, kept
 
 __all__ = ["few_samples"]  # a fixture
 
@@ -134,10 +133,8 @@ def test_runs_of_gpu_and_cpu_are_measured_beside_each_other(found: Measured) -> 
     assert min(found.gpu.beside_cpu, found.gpu.beside_loads, found.gpu.cpu_beside) >= 1.0
 
 
-def test_what_was_measured_on_a_gpu_comes_back_from_json_as_it_was(found: Measured) -> None:
-    assert Measured.from_json(json.loads(json.dumps(found.as_json()))) == found
-    former = {name: value for name, value in found.as_json().items() if name != "gpu"}
-    assert Measured.from_json(former).gpu is None, "and so does what was noted before GPUs were measured"
+def test_what_was_measured_on_a_gpu_is_kept_as_it_was(found: Measured, tmp_path: Path) -> None:
+    assert kept(found, tmp_path) == found
 
 
 def test_what_is_known_of_a_gpu_is_not_measured_again(box: Box, found: Measured) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -25,7 +24,6 @@ from hypothesis import strategies as st
 from appliance.catalog import Bundle
 from appliance.core import costs
 from appliance.core.types import Segment
-from appliance.errors import ConfigError
 from appliance.profiler.measure import LOADS, Runs, ladder, measured
 from appliance.profiler.measure_child import sampled
 from appliance.profiler.measurements import (
@@ -44,6 +42,7 @@ from appliance.store.compile import compile_bundles
 from appliance.store.store import Compiled, Store
 from tests.kit_brokers import until
 from tests.kit_models import conv_net, write_bundle
+from tests.kit_profiler import kept
 
 ROOT = Path(__file__).parents[1]
 TWINS = ("left", "right")
@@ -148,13 +147,8 @@ def test_runs_are_measured_beside_runs_and_beside_loads(found: Measured) -> None
         assert one.beside_loads > 0
 
 
-def test_measurements_come_back_from_json_as_they_were(found: Measured) -> None:
-    assert Measured.from_json(json.loads(json.dumps(found.as_json()))) == found
-
-
-def test_what_are_no_measurements_is_refused_by_the_key() -> None:
-    with pytest.raises(ConfigError, match=r"loading\.fixed_seconds"):
-        Measured.from_json({**Measured((), Loading(), (), 0.0, {}).as_json(), "loading": {"fixed_seconds": "long"}})
+def test_measurements_are_kept_as_they_were(found: Measured, tmp_path: Path) -> None:
+    assert kept(found, tmp_path) == found
 
 
 def test_what_is_known_is_not_measured_again(box: Box, found: Measured) -> None:

@@ -24,7 +24,7 @@ from appliance.profiler.settings import Settings
 from appliance.startup import footprint, hardware, install
 from export import variants
 from tests.kit_int8 import EXPERT, Line, write_line
-from tests.kit_profiler import few_samples
+from tests.kit_profiler import few_samples, kept
 
 __all__ = ["few_samples"]  # a fixture
 
@@ -155,7 +155,7 @@ def test_a_candidate_that_a_device_refuses_ends_no_search(rig: Rig, tmp_path: Pa
     assert any("cuda:0 cannot give 9 bytes" in line for line in said)
 
 
-def test_both_precisions_are_measured_and_either_is_served_live(rig: Rig, found: Profiled) -> None:
+def test_both_precisions_are_measured_and_either_is_served_live(rig: Rig, found: Profiled, tmp_path: Path) -> None:
     full, ours = found.measured, found.measured.of(int8=True)
     assert ours is not full
     (one,) = {one.architecture for one in rig.compiled.values()}
@@ -168,7 +168,7 @@ def test_both_precisions_are_measured_and_either_is_served_live(rig: Rig, found:
     assert full.handover.seconds(1) > 0
     assert ours.handover == full.handover
     assert rig.served(replace(found.settings, int8=1), full).images_per_second > 0
-    assert Measured.from_json(found.measured.as_json()) == found.measured
+    assert kept(found.measured, tmp_path) == found.measured
 
 
 @pytest.mark.parametrize("precision", ["full", "int8"])

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from appliance.core.graph import Edge
+from appliance.core.policies import COSERVE
 from appliance.core.types import Finding
 from appliance.errors import ProfileError
 from appliance.lab import laps
@@ -53,6 +54,7 @@ def key(rig: Rig, default: Settings, objective: str = "throughput", seed: int = 
 OTHERS: Sequence[tuple[str, Callable[[Rig], Rig]]] = [
     ("memory", lambda rig: replace(rig, memory_bytes=rig.memory_bytes + 1)),
     ("what is settled", lambda rig: replace(rig, settled={"load_slots": "executors.load_slots"})),
+    ("the policy", lambda rig: replace(rig, policy=COSERVE)),
     ("who stays", lambda rig: replace(rig, pinned=("a",))),
     ("chances", lambda rig: replace(rig, chances={})),
     ("the graph", lambda rig: replace(rig, graph=replace(rig.graph, edges={"x": (Edge("x", "y"),)}))),

@@ -55,7 +55,9 @@ def test_a_journal_is_played_at_its_times_or_faster_with_the_answers_given_there
         ("r0", "c-a", 0.0, 4.0),
         ("r1", "c-b", 2.0, None),
     ]
-    assert [(r.arrived_seconds, r.deadline_seconds) for r in fast.requests] == [(0.0, 2.0), (1.0, None)]
+    assert [(r.arrived_seconds, r.deadline_seconds) for r in fast.requests] == [(0.0, 4.0), (1.0, None)], (
+        "each has as long"
+    )
     assert [asis.answer("r0", "a"), asis.answer("r0", "detector"), asis.answer("r1", "b")] == [
         (DOUBTFUL,),
         (BOXED,),

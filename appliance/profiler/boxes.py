@@ -11,6 +11,7 @@ from pathlib import Path
 from appliance import __version__
 from appliance import profile as profiles
 from appliance.config import Config
+from appliance.core.policies import POLICIES
 from appliance.core.slab import block_bytes
 from appliance.drivers.devices import cores
 from appliance.errors import CatalogError
@@ -59,6 +60,7 @@ def rig_of(
         _int8_of(made, say),
         settled(made.config),
         tuple(name for name in made.config.experts.pin if name in made.compiled),
+        POLICIES[made.config.scheduler.policy],
     )
 
 

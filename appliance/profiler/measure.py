@@ -345,7 +345,7 @@ def _answers(
         try:
             found = answers[architecture] = runs(experts, now + (until - now) / (len(groups) - number))
             if found.waited_share > BUSY_SHARE:
-                say(f"something else is at work: {name} waited {found.waited_share:.0%} of its time for a processor")
+                say(f"something else is at work: {name} waited {found.waited_share:.2f} s of each for a processor")
             keep(architecture, found)
         except ApplianceError as error:
             failed[architecture] = f"{name}: {error}"

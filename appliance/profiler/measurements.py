@@ -6,12 +6,8 @@ import statistics
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
-
-from pydantic import TypeAdapter, ValidationError
 
 from appliance.core import costs
-from appliance.errors import ConfigError
 from appliance.profile import Kind
 
 _PLATEAU = 0.05
@@ -154,22 +150,6 @@ class Measured:
     def on(self, kind: Kind, threads: int = 1) -> dict[str, Architecture]:
         """Those that were measured on this kind of device, the CPU with so many threads."""
         return {one.architecture: one for one in self.architectures if (one.device, one.threads) == (kind, threads)}
-
-    def as_json(self) -> dict[str, Any]:
-        found: dict[str, Any] = _MEASURED.dump_python(self, mode="json")
-        return found
-
-    @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> Measured:
-        """Raises ConfigError naming the key."""
-        try:
-            return _MEASURED.validate_python(found)
-        except ValidationError as error:
-            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-            raise ConfigError(f"these are no measurements: {problems}", "measure again") from error
-
-
-_MEASURED = TypeAdapter(Measured)
 
 
 def plateau(samples: Sequence[Latency]) -> int:

@@ -125,7 +125,16 @@ def search_key(rig: Rig, default: Settings, objective: str, seed: int, here: Har
     int8 = None if rig.int8 is None else {name: one.architecture for name, one in rig.int8.compiled.items()}
     graph = (rig.graph.entries, rig.graph.edges, rig.graph.tables, rig.graph.limits, rig.graph.stand_ins)
     described = (
-        (__version__, PREDICTIONS, here, rig.memory_bytes, rig.cores, sorted(rig.settled.items()), rig.pinned),
+        (
+            __version__,
+            PREDICTIONS,
+            here,
+            rig.memory_bytes,
+            rig.cores,
+            sorted(rig.settled.items()),
+            rig.pinned,
+            rig.policy.name,
+        ),
         (experts, gpus, int8, graph, sorted(rig.chances.items())),
         (default, objective, seed),
     )

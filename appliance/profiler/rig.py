@@ -16,7 +16,7 @@ from appliance.catalog import Bundle
 from appliance.core.controller import Controller, ledgers_of
 from appliance.core.costs import Cost, mixed
 from appliance.core.graph import ExpertGraph
-from appliance.core.policies import APPLIANCE, Policy
+from appliance.core.policies import APPLIANCE, Policy, tuned
 from appliance.core.slab import SLACK, block_bytes
 from appliance.core.types import Batch, Device, Event, Executor, Expert, Footprint, Request
 from appliance.engine import cuda
@@ -85,7 +85,7 @@ class Rig:
 
     `memory_bytes` are of main memory, for weights, activations and what is pinned; `chances` how likely a request asks
     each expert. What is `settled` is not chosen, by the name of the setting, and says why. Who is `pinned` stays in
-    memory.
+    memory. All is predicted and served by the `policy`, of which only the hold is chosen.
     """
 
     graph: ExpertGraph
@@ -101,6 +101,7 @@ class Rig:
     int8: Int8Part | None = None
     settled: Mapping[str, str] = field(default_factory=dict)
     pinned: tuple[str, ...] = ()
+    policy: Policy = APPLIANCE
 
     def in_precision(self, settings: Settings) -> Rig:
         """The same box, with the experts as these settings have the CPU run them; none other is in it."""
@@ -137,7 +138,7 @@ class Rig:
             "load_slots": Knob(1, 4),
             "batch_cap": Knob(1, largest, is_log=True),
             "weights_share": Knob(0.5, 0.98),
-            "hold_share": Knob(0.0, 1.0),
+            **({} if self.policy.in_order else {"hold_share": Knob(0.0, 1.0)}),
             **({} if self.gpus is None else _gpu_space(self.gpus)),
             **({} if self.int8 is None else {"int8": Knob(0, 1)}),
         }
@@ -219,7 +220,7 @@ class Rig:
         return rig._simulated(settings, measured, share)
 
     def _simulated(self, settings: Settings, measured: Measured, share: float) -> Outcome:
-        workload, policy = self.workload.played(share), policy_of(settings)
+        workload, policy = self.workload.played(share), tuned(self.policy, settings.hold_share)
         box = self._setup(settings, measured, policy)
         controller = Controller(
             self.graph,
@@ -265,7 +266,7 @@ class Rig:
         return Watched(took / expected if expected else 1.0, lap.handovers, len(lap.ran))
 
     def _lap(self, settings: Settings, measured: Measured, share: float) -> Lap:
-        workload, policy = self.workload.played(share), policy_of(settings)
+        workload, policy = self.workload.played(share), tuned(self.policy, settings.hold_share)
         bundles = {name: _proven(bundle) for name, bundle in self.bundles.items()}
         stage = live.Stage(self.graph, bundles, workload.requests, workload.answer, self.pictures, settings.batch_cap)
 
@@ -346,10 +347,6 @@ def _residents(
         here = {name for _, name in placed}
         left = [name for name in left if name not in here]
         yield from placed
-
-
-def policy_of(settings: Settings) -> Policy:
-    return replace(APPLIANCE, hold_share=settings.hold_share)
 
 
 def costs_of(rig: Rig, device: str, measured: Measured, settings: Settings) -> dict[str, Cost]:

@@ -164,8 +164,9 @@ def _parts(catalog: Catalog, product: str) -> list[str]:
 
 
 def of_journal(path: Path, graph: ExpertGraph, speed: float = 1.0) -> Workload:
-    """What was recorded, with the answers that were given, at so many times its speed. Where an expert refused, for the
-    picture was damaged that day, it finds nothing here: the profiler's pictures are sound.
+    """What was recorded, with the answers that were given, at so many times its speed; a picture has as long as it had
+    then. Where an expert refused, for the picture was damaged that day, it finds nothing here: the profiler's pictures
+    are sound.
 
     Raises RecordsError when it cannot be read, ConfigError when it is of other components, or of no picture.
     """
@@ -191,18 +192,12 @@ def of_journal(path: Path, graph: ExpertGraph, speed: float = 1.0) -> Workload:
     names = {request.id: f"r{number}" for number, request in enumerate(arrived)}
     answers = {(names[request], expert): answer for (request, expert), answer in found.items() if request in names}
 
-    def moved(seconds: float) -> float:
-        return (seconds - began) / speed
+    def moved(request: Request) -> Request:
+        came, due = (request.arrived_seconds - began) / speed, request.deadline_seconds
+        due = None if due is None else came + due - request.arrived_seconds
+        return replace(request, id=names[request.id], arrived_seconds=came, deadline_seconds=due)
 
-    requests = tuple(
-        replace(
-            request,
-            id=names[request.id],
-            arrived_seconds=moved(request.arrived_seconds),
-            deadline_seconds=None if request.deadline_seconds is None else moved(request.deadline_seconds),
-        )
-        for request in arrived
-    )
+    requests = tuple(map(moved, arrived))
     return Workload(path.name, requests, lambda request, expert: answers.get((request, expert), ()))
 
 
