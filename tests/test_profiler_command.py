@@ -112,6 +112,14 @@ def test_a_page_in_a_folder_that_there_is_not_and_a_profile_that_is_a_folder_are
         of_box(box, USUAL, Plan(10.0, tmp_path), None, tmp_path / "nowhere" / "x.html", print)
     with pytest.raises(ConfigError, match=r"cannot be written: Is a directory.*--out"):
         of_box(box, USUAL, Plan(10.0, tmp_path), tmp_path, None, print)
+    with pytest.raises(ConfigError, match=r"page would lie where the profile does.*--html"):
+        of_box(box, USUAL, Plan(10.0, tmp_path), tmp_path / "x", tmp_path / "below" / ".." / "x", print)
+
+
+def test_the_profile_of_any_box_is_written_over_only_by_who_names_it(box: Path, tmp_path: Path) -> None:
+    box.write_text(f"{box.read_text()}\n[box]\nname = 'default'\n")
+    with pytest.raises(ConfigError, match=r"default\.json is any box's.*box\.name.*--out"):
+        of_box(box, USUAL, Plan(10.0, tmp_path), None, None, print)
 
 
 def test_a_product_or_journal_that_there_is_not_is_told_before_anything_is_compiled(box: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from appliance.config import Config
 from appliance.core.policies import POLICIES
 from appliance.core.slab import block_bytes
 from appliance.drivers.devices import cores
-from appliance.errors import CatalogError
+from appliance.errors import CatalogError, ConfigError
 from appliance.lab import laps, paper
 from appliance.lab.fleet import MAX_BATCH, fleet
 from appliance.lab.telling import Say
@@ -233,7 +233,9 @@ def _loads(loading: Loading) -> Loads | None:
 
 
 def profile_path(config: Config) -> Path:
-    """Where this box's profile lies."""
+    """Where this box's profile lies. Raises ConfigError for a box that is called as the one for any box."""
+    if config.box.name == profiles.DEFAULT.name:
+        raise ConfigError(f"{config.box.name}.json is any box's profile", "set box.name, or choose a place with --out")
     return config.paths.profile.parent / f"{config.box.name}.json"
 
 

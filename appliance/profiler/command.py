@@ -106,6 +106,8 @@ def _check_places(out: Path, html: Path | None, folder: Path) -> None:
         _check_folder(_nearest(folder))
     if html is None:
         return
+    if html.resolve() == out.resolve():
+        raise ConfigError(f"the page would lie where the profile does: {out}", "choose another place with --html")
     with _told_kindly(html, "--html"):
         if html.exists():
             html.open("ab").close()
