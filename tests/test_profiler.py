@@ -25,9 +25,9 @@ from appliance.errors import ConfigError, ProfileError
 from appliance.lab import laps, live
 from appliance.lab.simulate import simulate
 from appliance.profiler import boxes, workload
-from appliance.profiler.choosing import CANDIDATES, OBJECTIVES, ROUNDS, diverse, guesses, winner
+from appliance.profiler.choosing import CANDIDATES, OBJECTIVES, ROUNDS, diverse, guesses, roomy, winner
 from appliance.profiler.command import place
-from appliance.profiler.joint import Trial
+from appliance.profiler.joint import NO_ROOM, Judged, Trial
 from appliance.profiler.measurements import Contention, Loading, Measured
 from appliance.profiler.profiled import LEAST_TRIALS, Plan, Profiled, learnt, profiled
 from appliance.profiler.progress import Lap, Progress
@@ -274,6 +274,33 @@ def test_the_space_is_what_a_box_can_do_and_settings_beyond_it_do_not_hold(tiny:
     assert not rig.holds(replace(default, cpu_executors=2 * rig.cores + 1))
     assert not rig.holds(replace(default, weights_share=1.0)), "nothing is left for activations"
     assert rig.space().keys() - replace(rig, policy=COSERVE).space().keys() == {"hold_share"}
+
+
+def test_a_roomy_configuration_has_activations_for_twice_what_runs_at_once(tiny: tuple[Rig, Settings]) -> None:
+    rig, default = tiny
+    largest = max(footprint(one).activation_bytes(rig.most_items(name, default)) for name, one in rig.compiled.items())
+    memory = 40 * largest
+    rig = replace(rig, memory_bytes=memory)
+    for executors in (1, 2, 3):
+        scarce, ample = (replace(default, cpu_executors=executors, weights_share=share) for share in (0.98, 0.55))
+        assert rig.activation_bytes(rig.with_room(scarce)) == pytest.approx(2 * executors * largest, abs=2)
+        assert rig.with_room(ample) == ample
+    most = replace(default, cpu_executors=9, weights_share=0.98)
+    assert rig.with_room(most).weights_share == rig.space()["weights_share"].low
+    assert replace(rig, settled={"weights_share": "memory.weights"}).with_room(most) == most
+
+
+@pytest.mark.parametrize(("judged", "is_roomy"), [(9.95, True), (9.8, False), (12.0, True)])
+def test_the_roomy_one_is_served_if_it_is_predicted_to_be_as_good(
+    tiny: tuple[Rig, Settings], judged: float, is_roomy: bool
+) -> None:
+    rig, default = tiny
+    scarce = replace(default, cpu_executors=2 * rig.cores, weights_share=0.98)
+    rig = replace(rig, memory_bytes=rig.memory_bytes // 4)
+    found = roomy(rig, lambda settings, share: Judged(judged), Trial(scarce, 10.0))
+    assert found == (rig.with_room(scarce) if is_roomy else scarce)
+    assert rig.with_room(scarce) != scarce
+    assert roomy(rig, lambda settings, share: NO_ROOM, Trial(scarce, 10.0)) == scarce
 
 
 def test_what_is_predicted_and_served_is_the_policy_of_the_box(

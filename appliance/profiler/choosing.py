@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import inf
 
-from appliance.profiler.joint import Trial
+from appliance.profiler.joint import Judge, Trial
 from appliance.profiler.progress import Lap
 from appliance.profiler.rig import Outcome, Rig
 from appliance.profiler.settings import Settings
@@ -94,13 +94,27 @@ def diverse(ranked: Sequence[Trial]) -> list[Trial]:
     return [*first, *(trial for trial in ranked if trial not in first)][:CANDIDATES]
 
 
+def roomy(rig: Rig, judge: Judge, trial: Trial) -> Settings:
+    """The same with more room for activations, if that is predicted to be as good."""
+    found = rig.with_room(trial.settings)
+    if found == trial.settings:
+        return found
+    judged = judge(found, 1.0)
+    return found if judged.excess <= 0 and _is_as_good(judged.value, trial.value) else trial.settings
+
+
 def _threads(settings: Settings) -> int:
     return settings.cpu_executors * settings.threads + settings.gpu_executors
 
 
 def _even(ranked: Sequence[Trial]) -> list[Trial]:
     """Those that are as good as the first."""
-    return [trial for trial in ranked if trial.value >= ranked[0].value - _EVEN * abs(ranked[0].value)]
+    return [trial for trial in ranked if _is_as_good(trial.value, ranked[0].value)]
+
+
+def _is_as_good(one: float, best: float) -> bool:
+    """As far as predictions tell."""
+    return one >= best - _EVEN * abs(best)
 
 
 def guesses(rig: Rig, default: Settings) -> list[Settings]:

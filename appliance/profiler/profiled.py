@@ -23,10 +23,11 @@ from appliance.profiler.choosing import (
     ROUNDS,
     diverse,
     guesses,
+    roomy,
     value,
     winner,
 )
-from appliance.profiler.joint import NO_ROOM, Judged, Search, Trial
+from appliance.profiler.joint import NO_ROOM, Judge, Judged, Search, Trial
 from appliance.profiler.measure import LOADS, GpuRuns, Runs, measured
 from appliance.profiler.measurements import Handover, Loading, Measured, handover_fit
 from appliance.profiler.progress import Lap, Progress, search_key
@@ -162,11 +163,11 @@ class _Run:
 
     def all(self) -> Profiled:
         known = self._uninterrupted()
-        usual = self._default.told()
+        usual, judge = self._default.told(), self._judge(known)
         search = Search(
             {name: knob.including(usual[name]) for name, knob in self._rig.space().items()},
             self._default,
-            self._judge(known),
+            judge,
             guesses=guesses(self._rig, self._default),
             seed=self._plan.seed,
             storage=self._known.storage,
@@ -176,7 +177,7 @@ class _Run:
         best = diverse(search.best(_RANKED))
         with self._interruptible():
             if self._is_complete:
-                self._confirm(known, [trial.settings for trial in best])
+                self._confirm(known, list(dict.fromkeys(roomy(self._rig, judge, trial) for trial in best)))
         best_live = winner(self._known.laps, self._default, self._plan.objective)
         share = self._known.share or 1.0
         return Profiled(
@@ -303,7 +304,7 @@ class _Run:
             keep=self._keep_runs,
         )
 
-    def _judge(self, known: Measured) -> Callable[[Settings, float], Judged]:
+    def _judge(self, known: Measured) -> Judge:
         if self._known.searched_share is None:
             self._known.searched_share = self._searched_share(known)
         whole = self._known.searched_share

@@ -36,6 +36,9 @@ from appliance.store.store import Compiled
 
 ACTIVATIONS_TWICE = 2
 """What running batches take is kept by the runtime once more for the next ones: the promise of `promise.py`."""
+_ROOMY = 2
+"""Times what runs at once. Two executors with batches of four (experts of 45 MB, 2026-11): with once as much 26 of 178
+runs gave back, with twice as much four."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +190,18 @@ class Rig:
 
     def _used(self, settings: Settings) -> tuple[str, ...]:
         return () if self.gpus is None else self.gpus.names[: settings.gpu_executors]
+
+    def with_room(self, settings: Settings) -> Settings:
+        """The same with room for twice what its executors on the CPU may run at once: with less, what batches of other
+        sizes left is given back again and again, which takes time that the simulator does not know."""
+        knob = self.space().get("weights_share")
+        if knob is None:
+            return settings
+        one = self.in_precision(settings).compiled.values()
+        largest = max(footprint(each).activation_bytes(self.most_items(each.expert, settings)) for each in one)
+        wanted = ACTIVATIONS_TWICE * _ROOMY * settings.cpu_executors * largest
+        share = max(1 - wanted / self._main_bytes(settings), knob.low)
+        return replace(settings, weights_share=min(share, settings.weights_share))
 
     def holds(self, settings: Settings) -> bool:
         """Whether every expert has room with one picture on the CPU and some have on the GPUs, and processors are not
