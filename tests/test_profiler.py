@@ -313,8 +313,7 @@ def test_what_is_predicted_and_served_is_the_policy_of_the_box(
         asked.append(policy.name)
         return Controller(*given, policy=policy, **named)
 
-    for room in ("appliance.profiler.rig", "appliance.lab.live"):
-        monkeypatch.setattr(f"{room}.Controller", hear)
+    monkeypatch.setattr("appliance.lab.contenders.Controller", hear)
     for policy in (APPLIANCE, COSERVE):
         box = replace(rig, policy=policy)
         box.predicted(default, KNOWN)

@@ -287,8 +287,6 @@ def test_where_there_is_time_two_candidates_are_served_and_the_best_of_them_besi
     rig, default = pretend(tiny[0], clock, lambda number: 0.0), tiny[1]
     found, said = on_time(rig, default, tmp_path, 200.0)
     assert [lap.round for lap in found.laps][:5] == [0, 0, 0, 1, 1]
-    others = [lap.settings for lap in found.laps if lap.settings != default]
-    assert others == [rig.with_room(settings) for settings in others]
     assert clock.now <= 200
     assert not [line for line in said if "--budget" in line]
 

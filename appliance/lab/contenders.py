@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from appliance.core import policies
+from appliance.core.controller import Controller
+from appliance.core.graph import ExpertGraph
 from appliance.core.policies import Policy
 from appliance.core.types import Device, Executor, Expert
 
@@ -61,3 +63,14 @@ class Setup:
     residents: tuple[tuple[str, str], ...]
     pinned: tuple[str, ...] = ()
     """Who stays."""
+
+    def controller(self, graph: ExpertGraph, policy: Policy) -> Controller:
+        return Controller(
+            graph,
+            self.experts,
+            self.devices,
+            self.executors,
+            pinned=self.pinned,
+            policy=policy,
+            residents=self.residents,
+        )

@@ -16,7 +16,6 @@ import psutil
 
 from appliance.catalog import Bundle
 from appliance.core import policies
-from appliance.core.controller import Controller
 from appliance.core.costs import Cost
 from appliance.core.graph import ExpertGraph
 from appliance.core.policies import Policy
@@ -231,15 +230,7 @@ class _Served:
         )
         self.stays, self.loads, self.verdicts = Stays(), 0, list[Verdict]()
         self.work, self._ended = Work(), dict[int, float]()  # by batch, when it was told
-        self._controller = Controller(
-            stage.graph,
-            box.experts,
-            box.devices,
-            box.executors,
-            pinned=box.pinned,
-            policy=policy,
-            residents=box.residents,
-        )
+        self._controller = box.controller(stage.graph, policy)
         for device, name in box.residents:
             segments = box.experts[name].footprints[device].distinct
             self._engines[device].residents.bring(Load(device, name, segments), Cancellation())

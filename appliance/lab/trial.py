@@ -9,7 +9,6 @@ from statistics import fmean
 from typing import Any
 
 from appliance.core import policies
-from appliance.core.controller import Controller
 from appliance.core.policies import Policy
 from appliance.core.types import Device, Executor, Outcome, Verdict
 from appliance.errors import ConfigError
@@ -60,7 +59,7 @@ def served(machine: Machine, trace: Trace, job: Job, name: str, box: Setup, load
     asked = trace.asked
     policy = contender(name, asked)
     graph = paper.graph(job.board)
-    controller = Controller(graph, box.experts, box.devices, box.executors, policy=policy, residents=box.residents)
+    controller = box.controller(graph, policy)
     disk = SharedDisk(machine.disk_bytes_per_second) if loader == "segments" else None
     world = World(box.experts.values(), box.devices, trace.answer, disk=disk, residents=box.residents)
     began = time.perf_counter()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from appliance.catalog import Bundle
-from appliance.core.controller import Controller, ledgers_of
+from appliance.core.controller import ledgers_of
 from appliance.core.costs import Cost, mixed
 from appliance.core.graph import ExpertGraph
 from appliance.core.policies import APPLIANCE, Policy, tuned
@@ -237,15 +237,7 @@ class Rig:
     def _simulated(self, settings: Settings, measured: Measured, share: float) -> Outcome:
         workload, policy = self.workload.played(share), tuned(self.policy, settings.hold_share)
         box = self._setup(settings, measured, policy)
-        controller = Controller(
-            self.graph,
-            box.experts,
-            box.devices,
-            box.executors,
-            pinned=box.pinned,
-            policy=policy,
-            residents=box.residents,
-        )
+        controller = box.controller(self.graph, policy)
         world = World(
             box.experts.values(),
             box.devices,
