@@ -21,7 +21,8 @@ ROUNDS = 2
 CANDIDATES = 4
 """Of the search's best, at most, that are served live."""
 LEAST_GAIN = 0.02
-"""Who is better by less is not known to be better at all: so much rounds of one configuration differ by."""
+"""Who is better by less is not known to be better at all: rounds of one configuration differ by as much in a quiet
+hour."""
 LEAST_OF_DEFAULT = 0.9
 """Where waits or deadlines are what counts, throughput may fall so far, predicted and live."""
 _EVEN = 0.01
